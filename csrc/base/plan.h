@@ -1,0 +1,64 @@
+/* The plan: the one memory concept.
+ *
+ * A plan function names the tensors of a flat buffer by calling xl_take for each, in order. It is
+ * run three ways with the same code, so that sizes, lists and pointers cannot disagree:
+ *     measure   base NULL, entries NULL     -> plan.used is the number of bytes needed
+ *     list      entries given               -> also name, shape, role, group, offset of each
+ *     place     base given                  -> xl_take returns pointers into the buffer
+ * It serves parameters, tapes, states and scratch. */
+#ifndef XL_PLAN_H
+#define XL_PLAN_H
+
+#include "base/real.h"
+#include "base/status.h"
+
+#define XL_PLAN_ALIGN 64 /* bytes; one cache line, one AVX-512 vector */
+
+typedef enum { XL_DT_REAL = 0, XL_DT_BF16, XL_DT_I32, XL_DT_U8 } xl_dtype;
+
+typedef enum {
+    XL_ROLE_EMBEDDING,
+    XL_ROLE_NORM,
+    XL_ROLE_MAP,
+    XL_ROLE_GATE,
+    XL_ROLE_PROJECTION,
+    XL_ROLE_MLP,
+    XL_ROLE_HEAD,
+    XL_ROLE_BIAS,
+    XL_ROLE_WORK, /* tapes, states, scratch */
+} xl_role;
+
+typedef struct {
+    char name[80];
+    xl_role role;
+    int group; /* layer, or -1 outside the layers */
+    xl_dtype dtype;
+    int ndim;
+    ptrdiff_t shape[5];
+    ptrdiff_t offset, bytes;
+} xl_entry;
+
+typedef struct {
+    char *base;        /* NULL: measure or list */
+    ptrdiff_t size;    /* bytes at base */
+    ptrdiff_t used;    /* bytes taken so far */
+    xl_entry *entries; /* NULL: do not list */
+    ptrdiff_t count, capacity;
+    const char *prefix; /* put before each name, NULL for none */
+    int group;
+    int failed; /* overflow of a size, of the buffer, or of the list */
+} xl_plan;
+
+/* Takes a tensor; returns its place (NULL while measuring). Sizes are checked products; a failure
+ * is remembered in plan->failed and NULL is returned from then on. */
+void *xl_take(xl_plan *plan, const char *name, xl_role role, xl_dtype dtype, int ndim,
+              const ptrdiff_t *shape);
+
+/* Shorthand for work memory: `count` reals without a name. */
+real *xl_take_reals(xl_plan *plan, ptrdiff_t count);
+
+ptrdiff_t xl_dtype_size(xl_dtype dtype);
+
+#define XL_SHAPE(...) (const ptrdiff_t[]){__VA_ARGS__}
+
+#endif

@@ -1,0 +1,23 @@
+/* 32 vector registers: 28 sums, 2 columns, 1 broadcast. */
+#include "kernels/kernels.h"
+
+#ifdef __x86_64__
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#define XL_ISA avx512
+#define XL_VB 64
+#define XL_MR 14
+#define XL_NV 2
+#include "kernels/body.inc.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

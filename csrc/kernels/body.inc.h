@@ -1,0 +1,443 @@
+/* Every kernel, once. Included by generic.c, avx2.c and avx512.c after they have set the target and
+ *     XL_ISA   name of the table          XL_VB   bytes of a vector
+ *     XL_MR    rows of the register tile  XL_NV   vectors in a row of the tile
+ * Written in GCC/Clang vector extensions: no intrinsics, so the same text serves every target. */
+
+#define VL ((ptrdiff_t)(XL_VB / sizeof(real)))
+#define NR (XL_NV * VL)
+
+typedef real vec __attribute__((vector_size(XL_VB)));
+typedef real vec_u __attribute__((vector_size(XL_VB), aligned(sizeof(real)), may_alias));
+#ifdef XL_REAL_F64
+typedef int64_t ivec __attribute__((vector_size(XL_VB)));
+#define SQRT __builtin_sqrt
+#else
+typedef int32_t ivec __attribute__((vector_size(XL_VB)));
+#define SQRT __builtin_sqrtf
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const real *p) { return *(const vec_u *)p; }
+INLINE void store(real *p, vec x) { *(vec_u *)p = x; }
+INLINE vec splat(real x) { return x - (vec){0}; }
+INLINE vec select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+/* One order of addition for every reduction: lanes in halves would depend on the target, so lanes
+ * are added one after another. Results may differ between instruction sets, never within one. */
+INLINE real lanes_sum(vec x) {
+    real s = 0;
+    for (ptrdiff_t l = 0; l < VL; l++) s += x[l];
+    return s;
+}
+
+/* ---- matrix product ---------------------------------------------------------------------- */
+
+static void pack_b(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
+                   real *out) {
+    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR) {
+        ptrdiff_t w = xl_min(NR, n - j0);
+        const real *p = b + j0 * csb;
+        if (csb == 1 && w == NR) {
+            for (ptrdiff_t k = 0; k < kc; k++)
+                for (ptrdiff_t j = 0; j < NR; j += VL) store(out + k * NR + j, load(p + k * rsb + j));
+            continue;
+        }
+        for (ptrdiff_t j = 0; j < w; j++)
+            for (ptrdiff_t k = 0; k < kc; k++) out[k * NR + j] = p[k * rsb + j * csb];
+        for (ptrdiff_t j = w; j < NR; j++)
+            for (ptrdiff_t k = 0; k < kc; k++) out[k * NR + j] = 0;
+    }
+}
+
+static void pack_b_bf16(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb, ptrdiff_t csb,
+                        real *out) {
+    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR) {
+        ptrdiff_t w = xl_min(NR, n - j0);
+        for (ptrdiff_t j = 0; j < w; j++)
+            for (ptrdiff_t k = 0; k < kc; k++)
+                out[k * NR + j] = (real)xl_bf16_widen(b[k * rsb + (j0 + j) * csb]);
+        for (ptrdiff_t j = w; j < NR; j++)
+            for (ptrdiff_t k = 0; k < kc; k++) out[k * NR + j] = 0;
+    }
+}
+
+/* A(i,k) of XL_MR rows into [k][XL_MR], rows from m on are zeros. */
+INLINE void pack_a(ptrdiff_t m, ptrdiff_t kc, const real *a, ptrdiff_t rsa, ptrdiff_t csa,
+                   real *out) {
+    if (m == XL_MR) {
+        for (ptrdiff_t k = 0; k < kc; k++)
+            for (ptrdiff_t i = 0; i < XL_MR; i++) out[k * XL_MR + i] = a[i * rsa + k * csa];
+        return;
+    }
+    for (ptrdiff_t k = 0; k < kc; k++)
+        for (ptrdiff_t i = 0; i < XL_MR; i++)
+            out[k * XL_MR + i] = i < m ? a[i * rsa + k * csa] : (real)0;
+}
+
+INLINE void tile(ptrdiff_t kc, const real *a, const real *b, vec acc[XL_MR][XL_NV]) {
+    for (int i = 0; i < XL_MR; i++)
+        for (int j = 0; j < XL_NV; j++) acc[i][j] = (vec){0};
+    for (ptrdiff_t k = 0; k < kc; k++, a += XL_MR, b += NR) {
+        vec bk[XL_NV];
+        for (int j = 0; j < XL_NV; j++) bk[j] = load(b + j * VL);
+        for (int i = 0; i < XL_MR; i++)
+            for (int j = 0; j < XL_NV; j++) acc[i][j] += a[i] * bk[j];
+    }
+}
+
+static void gemm_packed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const real *a,
+                        ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
+                        ptrdiff_t ldc, real *apack) {
+    for (ptrdiff_t i0 = 0; i0 < m; i0 += XL_MR) {
+        ptrdiff_t h = xl_min(XL_MR, m - i0);
+        pack_a(h, kc, a + i0 * rsa, rsa, csa, apack);
+        for (ptrdiff_t j0 = 0; j0 < n; j0 += NR) {
+            ptrdiff_t w = xl_min(NR, n - j0);
+            vec acc[XL_MR][XL_NV];
+            tile(kc, apack, packed + j0 * kc, acc);
+            real *out = c + i0 * ldc + j0;
+            if (h == XL_MR && w == NR) {
+                for (int i = 0; i < XL_MR; i++)
+                    for (int j = 0; j < XL_NV; j++) {
+                        real *p = out + i * ldc + j * VL;
+                        vec r = alpha * acc[i][j];
+                        store(p, beta == 0 ? r : r + beta * load(p));
+                    }
+                continue;
+            }
+            real edge[XL_MR * NR];
+            for (int i = 0; i < XL_MR; i++)
+                for (int j = 0; j < XL_NV; j++) store(edge + i * NR + j * VL, alpha * acc[i][j]);
+            for (ptrdiff_t i = 0; i < h; i++)
+                for (ptrdiff_t j = 0; j < w; j++) {
+                    real *p = out + i * ldc + j, r = edge[i * NR + j];
+                    *p = beta == 0 ? r : r + beta * *p;
+                }
+        }
+    }
+}
+
+static void gemm(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *a, ptrdiff_t rsa,
+                 ptrdiff_t csa, const real *b, ptrdiff_t rsb, ptrdiff_t csb, real beta, real *c,
+                 ptrdiff_t ldc, real *pack) {
+    real *apack = pack + XL_GEMM_KC * XL_GEMM_NC;
+    for (ptrdiff_t j0 = 0; j0 < n; j0 += XL_GEMM_NC) {
+        ptrdiff_t w = xl_min(XL_GEMM_NC, n - j0);
+        for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_GEMM_KC) {
+            ptrdiff_t kc = xl_min(XL_GEMM_KC, k - k0);
+            pack_b(kc, w, b + k0 * rsb + j0 * csb, rsb, csb, pack);
+            gemm_packed(m, w, kc, alpha, a + k0 * csa, rsa, csa, pack, k0 ? (real)1 : beta, c + j0,
+                        ldc, apack);
+        }
+    }
+}
+
+/* ---- dot products ------------------------------------------------------------------------- */
+
+/* Two accumulators a row hide the latency of the fused multiply-add; `rows` is a constant here. */
+INLINE void dots_rows(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx, const real *w,
+                      real *y) {
+    vec s0[8], s1[8];
+    for (int r = 0; r < rows; r++) s0[r] = s1[r] = (vec){0};
+    ptrdiff_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        vec w0 = load(w + i), w1 = load(w + i + VL);
+        for (int r = 0; r < rows; r++) {
+            s0[r] += w0 * load(x + r * ldx + i);
+            s1[r] += w1 * load(x + r * ldx + i + VL);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        real s = lanes_sum(s0[r] + s1[r]);
+        for (ptrdiff_t j = i; j < n; j++) s += w[j] * x[r * ldx + j];
+        y[r] = s;
+    }
+}
+
+static void dots(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const real *w,
+                 real *y) {
+    for (; rows >= 4; rows -= 4, x += 4 * ldx, y += 4) dots_rows(n, 4, x, ldx, w, y);
+    for (; rows >= 1; rows -= 1, x += ldx, y += 1) dots_rows(n, 1, x, ldx, w, y);
+}
+
+#ifdef XL_REAL_F64
+static void dots_bf16(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const xl_bf16 *w,
+                      real *y) {
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        real s = 0;
+        for (ptrdiff_t i = 0; i < n; i++) s += (real)xl_bf16_widen(w[i]) * x[r * ldx + i];
+        y[r] = s;
+    }
+}
+#else
+typedef uint16_t half_u __attribute__((vector_size(XL_VB / 2), aligned(2), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(XL_VB)));
+INLINE vec widen(const xl_bf16 *p) {
+    return (vec)(__builtin_convertvector(*(const half_u *)p, uvec) << 16);
+}
+
+static void dots_bf16(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const xl_bf16 *w,
+                      real *y) {
+    for (ptrdiff_t r = 0; r < rows; r++, x += ldx) {
+        vec s0 = {0}, s1 = {0};
+        ptrdiff_t i = 0;
+        for (; i + 2 * VL <= n; i += 2 * VL) {
+            s0 += widen(w + i) * load(x + i);
+            s1 += widen(w + i + VL) * load(x + i + VL);
+        }
+        real s = lanes_sum(s0 + s1);
+        for (; i < n; i++) s += xl_bf16_widen(w[i]) * x[i];
+        y[r] = s;
+    }
+}
+#endif
+
+static real dot(ptrdiff_t n, const real *x, const real *y) {
+    vec s[4] = {{0}, {0}, {0}, {0}};
+    ptrdiff_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int j = 0; j < 4; j++) s[j] += load(x + i + j * VL) * load(y + i + j * VL);
+    real r = lanes_sum((s[0] + s[1]) + (s[2] + s[3]));
+    for (; i < n; i++) r += x[i] * y[i];
+    return r;
+}
+
+static real sum(ptrdiff_t n, const real *x) {
+    vec s[4] = {{0}, {0}, {0}, {0}};
+    ptrdiff_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int j = 0; j < 4; j++) s[j] += load(x + i + j * VL);
+    real r = lanes_sum((s[0] + s[1]) + (s[2] + s[3]));
+    for (; i < n; i++) r += x[i];
+    return r;
+}
+
+/* x != x is how a NaN is found: a plain maximum would lose it. */
+static real max(ptrdiff_t n, const real *x) {
+    vec m = splat(-INFINITY), bad = {0};
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        vec v = load(x + i);
+        m = select(v > m, v, m);
+        bad += select(v != v, v, (vec){0});
+    }
+    real r = -INFINITY, nan = lanes_sum(bad);
+    for (ptrdiff_t l = 0; l < VL; l++) r = m[l] > r ? m[l] : r;
+    for (; i < n; i++) {
+        r = x[i] > r ? x[i] : r;
+        if (x[i] != x[i]) nan = x[i];
+    }
+    return nan != nan ? nan : r;
+}
+
+static double sumsq(ptrdiff_t n, const real *x) {
+    double s[8] = {0};
+    ptrdiff_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) s[j] += (double)x[i + j] * (double)x[i + j];
+    double r = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+    for (; i < n; i++) r += (double)x[i] * (double)x[i];
+    return r;
+}
+
+static void axpy(ptrdiff_t n, real a, const real *x, real *y) {
+    for (ptrdiff_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+static void scale(ptrdiff_t n, real a, real *x) {
+    for (ptrdiff_t i = 0; i < n; i++) x[i] *= a;
+}
+static void add(ptrdiff_t n, const real *x, real *y) {
+    for (ptrdiff_t i = 0; i < n; i++) y[i] += x[i];
+}
+static void mul_add(ptrdiff_t n, const real *x, const real *y, real *z) {
+    for (ptrdiff_t i = 0; i < n; i++) z[i] += x[i] * y[i];
+}
+
+/* ---- exponentials ------------------------------------------------------------------------- */
+
+/* exp(x) = 2^n e^r, |r| <= ln2/2, Taylor polynomial of e^r (its remainder is below half an ulp).
+ * n is rounded by adding 1.5 * 2^mantissa; 2^(n-1) is built in the exponent bits and doubled at
+ * the end, so that results up to the largest finite number come out. Below EXP_LOW the result
+ * would be denormal and is 0. A NaN passes through: every comparison is false for it. */
+#ifdef XL_REAL_F64
+#define EXP_LOW (-707.0)
+#define EXP_HIGH 710.0
+#define EXP_ROUND 6755399441055744.0
+#define LN2_HIGH 6.93147180369123816490e-01
+#define LN2_LOW 1.90821492927058770002e-10
+#define EXP_BIAS 1022
+#define EXP_SHIFT 52
+#define EXP_TERMS 13
+#else
+#define EXP_LOW (-86.5f)
+#define EXP_HIGH 89.0f
+#define EXP_ROUND 12582912.0f
+#define LN2_HIGH 0.693359375f
+#define LN2_LOW (-2.12194440e-4f)
+#define EXP_BIAS 126
+#define EXP_SHIFT 23
+#define EXP_TERMS 7
+#endif
+/* 1/k! for k = 0 .. 13 */
+static const real XL_EXP_COEFF[14] = {(real)1,
+                                      (real)1,
+                                      (real)0.5,
+                                      (real)0.16666666666666666667,
+                                      (real)0.041666666666666666667,
+                                      (real)0.0083333333333333333333,
+                                      (real)0.0013888888888888888889,
+                                      (real)0.00019841269841269841270,
+                                      (real)2.4801587301587301587e-05,
+                                      (real)2.7557319223985890653e-06,
+                                      (real)2.7557319223985890653e-07,
+                                      (real)2.5052108385441718775e-08,
+                                      (real)2.0876756987868098979e-09,
+                                      (real)1.6059043836821614599e-10};
+
+INLINE vec vexp(vec x) {
+    ivec tiny = x < (real)EXP_LOW;
+    x = select(tiny, splat((real)EXP_LOW), x);
+    x = select(x > (real)EXP_HIGH, splat((real)EXP_HIGH), x);
+    vec shifted = x * (real)1.44269504088896340736 + (real)EXP_ROUND;
+    vec n = shifted - (real)EXP_ROUND;
+    vec r = x - n * (real)LN2_HIGH - n * (real)LN2_LOW;
+    vec p = splat(XL_EXP_COEFF[EXP_TERMS]);
+    for (int j = EXP_TERMS - 1; j >= 0; j--) p = p * r + XL_EXP_COEFF[j];
+    ivec bits = ((ivec)shifted - (ivec)splat((real)EXP_ROUND) + EXP_BIAS) << EXP_SHIFT;
+    vec y = p * (vec)bits * (real)2;
+    return select(tiny, (vec){0}, y);
+}
+
+/* The last, partial vector of a row, filled up with zeros. */
+INLINE vec load_part(const real *p, ptrdiff_t n) {
+    vec x = {0};
+    for (ptrdiff_t l = 0; l < n; l++) x[l] = p[l];
+    return x;
+}
+INLINE void store_part(real *p, ptrdiff_t n, vec x) {
+    for (ptrdiff_t l = 0; l < n; l++) p[l] = x[l];
+}
+
+static real exp_sum(ptrdiff_t n, const real *x, real shift, real *y) {
+    vec s = {0};
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        vec e = vexp(load(x + i) - shift);
+        store(y + i, e);
+        s += e;
+    }
+    if (i < n) {
+        vec e = vexp(load_part(x + i, n - i) - shift);
+        store_part(y + i, n - i, e);
+        for (ptrdiff_t l = 0; l < n - i; l++) s[l] += e[l];
+    }
+    return lanes_sum(s);
+}
+
+static void exp_rows(ptrdiff_t n, const real *x, real *y) {
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) store(y + i, vexp(load(x + i)));
+    if (i < n) store_part(y + i, n - i, vexp(load_part(x + i, n - i)));
+}
+
+INLINE vec vsigmoid(vec x) { return (real)1 / ((real)1 + vexp(-x)); }
+
+static void sigmoid(ptrdiff_t n, const real *x, real *y) {
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) store(y + i, vsigmoid(load(x + i)));
+    if (i < n) store_part(y + i, n - i, vsigmoid(load_part(x + i, n - i)));
+}
+
+/* Scalar: gates are few (one per head and step). min(x, 0) - log(1 + exp(-|x|)) never overflows. */
+static void logsigmoid(ptrdiff_t n, const real *x, real *y) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        double v = (double)x[i];
+        y[i] = (real)((v < 0 ? v : 0 * v) - log1p(exp(-fabs(v))));
+    }
+}
+
+/* ---- rows of the model -------------------------------------------------------------------- */
+
+static real rmsnorm(ptrdiff_t n, const real *x, const real *w, real eps, real *y) {
+    real rstd = 1 / SQRT(dot(n, x, x) / (real)n + eps);
+    for (ptrdiff_t i = 0; i < n; i++) y[i] = x[i] * rstd * w[i];
+    return rstd;
+}
+
+static void swiglu(ptrdiff_t n, const real *g, const real *u, real *y) {
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        vec x = load(g + i);
+        store(y + i, x * vsigmoid(x) * load(u + i));
+    }
+    if (i < n) {
+        vec x = load_part(g + i, n - i);
+        store_part(y + i, n - i, x * vsigmoid(x) * load_part(u + i, n - i));
+    }
+}
+
+/* y = g s u, s = sigmoid(g): du = dy g s; dg = dy u s (1 + g (1 - s)) */
+static void swiglu_backward(ptrdiff_t n, const real *dy, const real *g, const real *u, real *dg,
+                            real *du) {
+    for (ptrdiff_t i = 0; i < n; i += VL) {
+        ptrdiff_t w = xl_min(VL, n - i);
+        int full = w == VL;
+        vec d = full ? load(dy + i) : load_part(dy + i, w);
+        vec x = full ? load(g + i) : load_part(g + i, w);
+        vec up = full ? load(u + i) : load_part(u + i, w);
+        vec s = vsigmoid(x);
+        vec a = d * up * s * ((real)1 + x * ((real)1 - s)), b = d * x * s;
+        if (full) {
+            store(dg + i, a);
+            store(du + i, b);
+        } else {
+            store_part(dg + i, w, a);
+            store_part(du + i, w, b);
+        }
+    }
+}
+
+static void adamw(ptrdiff_t n, real *p, const real *g, real *m, real *v, real lr, real beta1,
+                  real beta2, real eps, real decay, real c1, real c2, real gscale) {
+    real keep = 1 - lr * decay, step = lr / c1, root = 1 / c2;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        real d = g[i] * gscale;
+        m[i] = beta1 * m[i] + (1 - beta1) * d;
+        v[i] = beta2 * v[i] + (1 - beta2) * d * d;
+        p[i] = keep * p[i] - step * m[i] / (SQRT(v[i] * root) + eps);
+    }
+}
+
+#define XL_PASTE2(a, b) a##b
+#define XL_PASTE(a, b) XL_PASTE2(a, b)
+#define XL_STRING2(a) #a
+#define XL_STRING(a) XL_STRING2(a)
+
+const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
+    .name = XL_STRING(XL_ISA),
+    .mr = XL_MR,
+    .nr = (int)NR,
+    .gemm = gemm,
+    .pack_b = pack_b,
+    .pack_b_bf16 = pack_b_bf16,
+    .gemm_packed = gemm_packed,
+    .dots = dots,
+    .dots_bf16 = dots_bf16,
+    .dot = dot,
+    .sum = sum,
+    .max = max,
+    .sumsq = sumsq,
+    .axpy = axpy,
+    .scale = scale,
+    .add = add,
+    .mul_add = mul_add,
+    .exp_sum = exp_sum,
+    .exp = exp_rows,
+    .sigmoid = sigmoid,
+    .logsigmoid = logsigmoid,
+    .rmsnorm = rmsnorm,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+    .adamw = adamw,
+};

@@ -1,0 +1,85 @@
+/* Kernels: one thread, one instruction set, no failure, no memory of their own.
+ *
+ * `body.inc.h` holds every body once, in GCC/Clang vector extensions; generic.c, avx2.c and avx512.c
+ * instantiate it under a target pragma; select.c picks a table at run time. All arrays have unit
+ * stride unless strides are given; x and y may be the same array where a comment says "in place". */
+#ifndef XL_KERNELS_H
+#define XL_KERNELS_H
+
+#include "base/real.h"
+
+/* gemm: rows of B packed per pass (KC) and columns (NC). A panel of KC x NC stays in L2. */
+#define XL_GEMM_KC 256
+#define XL_GEMM_NC 512
+#define XL_GEMM_MR_MAX 16
+/* reals of scratch that `gemm` needs */
+#define XL_GEMM_PACK (XL_GEMM_KC * XL_GEMM_NC + XL_GEMM_KC * XL_GEMM_MR_MAX + 64)
+
+typedef struct xl_kernels {
+    const char *name; /* "generic", "avx2", "avx512" */
+    int mr, nr;       /* register tile of the matrix product */
+
+    /* C[m,n] = beta*C + alpha * sum_k A(m,k) B(k,n), A(m,k) = a[m*rsa + k*csa],
+     * B(k,n) = b[k*rsb + n*csb], C row-major with row stride ldc; beta = 0 does not read C.
+     * The sum over k runs upwards in one order that depends on k alone: an element of C does not
+     * depend on m, n or on the other rows. pack: XL_GEMM_PACK reals. */
+    void (*gemm)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *a, ptrdiff_t rsa,
+                 ptrdiff_t csa, const real *b, ptrdiff_t rsb, ptrdiff_t csb, real beta, real *c,
+                 ptrdiff_t ldc, real *pack);
+
+    /* The two halves of gemm, for ops that share a packed B between threads.
+     * pack_b: B(k,n) for k < kc, n < n into panels of nr columns: out[panel][k][nr], zero padded.
+     * gemm_packed: C = beta*C + alpha * A * packed, one slice kc <= XL_GEMM_KC of the sum;
+     * apack: XL_GEMM_KC * XL_GEMM_MR_MAX reals. */
+    void (*pack_b)(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
+                   real *out);
+    void (*pack_b_bf16)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb, ptrdiff_t csb,
+                        real *out);
+    void (*gemm_packed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const real *a,
+                        ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
+                        ptrdiff_t ldc, real *apack);
+
+    /* y[r] = x_r . w for r < rows <= 8, x_r = x + r*ldx: one pass over w. */
+    void (*dots)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const real *w, real *y);
+    void (*dots_bf16)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const xl_bf16 *w,
+                      real *y);
+
+    real (*dot)(ptrdiff_t n, const real *x, const real *y);
+    real (*sum)(ptrdiff_t n, const real *x);
+    real (*max)(ptrdiff_t n, const real *x); /* -INFINITY for n = 0; NaN if any x is NaN */
+    double (*sumsq)(ptrdiff_t n, const real *x);
+    void (*axpy)(ptrdiff_t n, real a, const real *x, real *y); /* y += a x */
+    void (*scale)(ptrdiff_t n, real a, real *x);               /* x *= a */
+    void (*add)(ptrdiff_t n, const real *x, real *y);          /* y += x */
+    void (*mul_add)(ptrdiff_t n, const real *x, const real *y, real *z); /* z += x*y elementwise */
+
+    /* y = exp(x - shift), returns the sum of y; in place allowed; x = -INFINITY gives 0. Relative
+     * error of each exp <= 2 ulp; 0 below -86.5 (float) and -707 (double). */
+    real (*exp_sum)(ptrdiff_t n, const real *x, real shift, real *y);
+    void (*exp)(ptrdiff_t n, const real *x, real *y);        /* in place allowed */
+    void (*sigmoid)(ptrdiff_t n, const real *x, real *y);    /* in place allowed */
+    void (*logsigmoid)(ptrdiff_t n, const real *x, real *y); /* in place allowed */
+
+    /* y = x * rstd * w, rstd = 1/sqrt(mean x^2 + eps) */
+    real (*rmsnorm)(ptrdiff_t n, const real *x, const real *w, real eps, real *y);
+    /* y = silu(g) * u */
+    void (*swiglu)(ptrdiff_t n, const real *g, const real *u, real *y);
+    /* dg, du written (not added); dg may be g, du may be u */
+    void (*swiglu_backward)(ptrdiff_t n, const real *dy, const real *g, const real *u, real *dg,
+                            real *du);
+    /* decoupled weight decay, bias correction c1 = 1 - beta1^t, c2 = 1 - beta2^t */
+    void (*adamw)(ptrdiff_t n, real *p, const real *g, real *m, real *v, real lr, real beta1,
+                  real beta2, real eps, real decay, real c1, real c2, real gscale);
+} xl_kernels;
+
+extern const xl_kernels xl_kernels_generic;
+#ifdef __x86_64__
+extern const xl_kernels xl_kernels_avx2;
+extern const xl_kernels xl_kernels_avx512;
+#endif
+
+/* The table called `name`, or NULL if unknown or not supported by this processor;
+ * name NULL: the best one. */
+const xl_kernels *xl_select_kernels(const char *name);
+
+#endif

@@ -1,0 +1,49 @@
+/* What a model is, in numbers: switches per layer, never a family's name. */
+#ifndef XL_CONFIG_H
+#define XL_CONFIG_H
+
+#include "base/plan.h"
+#include "ops/cells.h"
+
+#define XL_MAX_LAYERS 256
+#define XL_MAX_HEAD_WIDTH 512
+
+typedef enum {
+    XL_MIX_ATTENTION, /* the teacher's softmax attention */
+    XL_MIX_WINDOW,    /* window + sinks alone (the control) */
+    XL_MIX_LINEAR,    /* mLSTM without gates: i = f = 1 */
+    XL_MIX_MLSTM,     /* mLSTM alone */
+    XL_MIX_HYBRID,    /* o mLSTM + (1 - o) window attention, paper.md (11) */
+} xl_mixer_kind;
+
+typedef struct {
+    xl_mixer_kind kind;
+    ptrdiff_t window; /* 0: unlimited */
+    ptrdiff_t sinks;
+    int gate_fixed; /* the output gate is its bias alone */
+    xl_normalizer normalizer;
+} xl_mixer;
+
+typedef struct {
+    ptrdiff_t layers, d, H, G, D, F, V;
+    double eps;
+    int tied, attention_bias;
+    xl_dtype weights; /* of matrices: XL_DT_REAL, or XL_DT_BF16 for inference */
+    double inv_freq[XL_MAX_HEAD_WIDTH / 2];
+    xl_mixer mixer[XL_MAX_LAYERS];
+} xl_config;
+
+static inline int xl_has_attention(const xl_mixer *m) {
+    return m->kind == XL_MIX_ATTENTION || m->kind == XL_MIX_WINDOW || m->kind == XL_MIX_HYBRID;
+}
+static inline int xl_has_mlstm(const xl_mixer *m) {
+    return m->kind == XL_MIX_LINEAR || m->kind == XL_MIX_MLSTM || m->kind == XL_MIX_HYBRID;
+}
+static inline int xl_has_gates(const xl_mixer *m) {
+    return m->kind == XL_MIX_MLSTM || m->kind == XL_MIX_HYBRID;
+}
+
+/* Refuses sizes that contradict each other; names the value. */
+xl_status xl_config_check(xl_ctx *ctx, const xl_config *c);
+
+#endif

@@ -1,0 +1,31 @@
+/* The whole model: forward with and without state, training (stage II), alignment (stage I).
+ * Every function has a *_scratch twin in bytes; parameters, gradients and states are flat buffers
+ * laid out by their plans. */
+#ifndef XL_MODEL_H
+#define XL_MODEL_H
+
+#include "model/block.h"
+
+/* hidden [B, T, d]: after the last norm. states (NULL or one per layer) are read and advanced, their
+ * positions are the caller's. o_gates (NULL or [layers, B, T, H]): pre-activations of the output
+ * gates, NaN where a layer has none. batch->rope is made here. */
+xl_status xl_model_forward(xl_ctx *ctx, const xl_config *c, const xl_params *p, xl_batch *b,
+                           xl_layer_state *states, real *hidden, real *o_gates, void *scratch);
+ptrdiff_t xl_model_forward_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b);
+
+/* Stage II (paper.md (13)): adds gradients into g, sums[3] as xl_head_loss. g NULL: loss only. */
+xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, const xl_params *g,
+                         xl_batch *b, const xl_head *head, double *sums, const int32_t *labels,
+                         const int32_t *target_ids, const real *target_logp, void *scratch);
+ptrdiff_t xl_model_train_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b,
+                                 const xl_head *head);
+
+/* Stage I (paper.md (12)). The stream is the teacher's: full attention in every layer, whose input
+ * each layer's mixer also gets. sums [layers, 2]: sum (h - h_teacher)^2 and sum h_teacher^2; adds
+ * the gradient of scale * sum of the first into the mixers' own parameters in g (NULL: loss only).
+ * One layer's activations are held at a time. */
+xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, const xl_params *g,
+                         xl_batch *b, double scale, double *sums, void *scratch);
+ptrdiff_t xl_model_align_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b);
+
+#endif

@@ -1,0 +1,162 @@
+/* The sequence ops: attention (window + sinks), feature map, mLSTM, sLSTM, output gate.
+ *
+ * Head tensors are views with strides (in reals) over batch, head and time and unit last stride, so
+ * that the model passes [B, T, H, D] and xd.ops [B, H, T, D] without a copy. `rep` = H / G repeats
+ * key/value heads: query head h reads key/value head h / rep.
+ *
+ * Masks. pos[b*T + t] is the position of a token in its own document (0 where a document starts);
+ * tokens t - pos .. t are one document. lengths (NULL: all T) gives the valid steps of each row:
+ * steps behind are padding, outputs there are zeros and they touch no state.
+ *
+ * Forward writes its outputs. Backward ADDS into gradients; a NULL gradient is not wanted.
+ * Results are bitwise independent of ctx->threads and of B and H. */
+#ifndef XL_CELLS_H
+#define XL_CELLS_H
+
+#include "base/plan.h"
+#include "base/real.h"
+#include "base/status.h"
+
+typedef struct {
+    real *p;              /* NULL: absent */
+    ptrdiff_t sb, sh, st; /* strides of batch, head, time */
+} xl_heads;
+
+static inline real *xl_at(xl_heads x, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t) {
+    return x.p + b * x.sb + h * x.sh + t * x.st;
+}
+
+/* ---- attention.c -------------------------------------------------------------------------- */
+
+/* Keys and values of earlier tokens of each row's current document, for decoding and prefill.
+ * k and v: [B, slots, G, D], contiguous; keys are stored after RoPE. Position p of the document
+ * lies in slot p for p < sinks, else in slot sinks + (p - sinks) % (slots - sinks): a ring of the
+ * last window. pos [B]: tokens already seen of the current document. window = slots - sinks. */
+typedef struct {
+    real *k, *v;
+    ptrdiff_t slots;
+    const int32_t *pos;
+} xl_kv;
+
+typedef struct {
+    ptrdiff_t B, H, G, T, D;
+    ptrdiff_t window; /* >= 1; >= T (+ past) is full attention */
+    ptrdiff_t sinks;  /* >= 0 */
+    const int32_t *pos;     /* [B, T] */
+    const int32_t *lengths; /* [B] or NULL */
+} xl_attn;
+
+/* o = softmax(q k^T / sqrt(D)) v over {s <= t, same document, t - s < window or pos_s < sinks}.
+ * lse (NULL or [B, H, T]) receives the logsumexp of each row's scaled scores, for the backward.
+ * past (NULL or cache): tokens with pos[t] > t also see the cache of their row.
+ * Cost is linear in T for a fixed window. paper.md 1.1. */
+xl_status xl_attention_forward(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *lse, xl_heads q,
+                               xl_heads k, xl_heads v, const xl_kv *past, void *scratch);
+/* No past. o and lse are those of the forward. */
+xl_status xl_attention_backward(xl_ctx *ctx, const xl_attn *a, xl_heads dq, xl_heads dk,
+                                xl_heads dv, xl_heads dout, xl_heads q, xl_heads k, xl_heads v,
+                                xl_heads o, const real *lse, void *scratch);
+/* Bytes of scratch for either call (with ctx->threads threads; past_slots 0 without past). */
+ptrdiff_t xl_attention_scratch(const xl_ctx *ctx, const xl_attn *a, ptrdiff_t past_slots);
+/* Writes the keys and values of this segment into the cache (only the last document of each row,
+ * only what stays visible). Does not change pos; the caller then sets
+ * pos[b] = a->pos[b, lengths[b]-1] + 1. */
+xl_status xl_attention_append(xl_ctx *ctx, const xl_attn *a, xl_heads k, xl_heads v, xl_kv *past);
+/* One decoding step, T = 1: appends k, v at position past->pos[b] and attends over the cache.
+ * scratch: xl_attention_scratch with T = 1 and past_slots = slots. */
+xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_heads q, xl_heads k,
+                            xl_heads v, xl_kv *past, void *scratch);
+
+/* ---- feature_map.c ------------------------------------------------------------------------ */
+
+/* z = x_g w_h (z_j = sum_i x_i w[h,i,j]), p = softmax(z), phi = (p + 1e-6/D) / (1 + 1e-6).
+ * x: G heads, phi: H heads, w [H, D, D]. paper.md 1.2, numerics.md. */
+typedef struct {
+    ptrdiff_t B, H, G, T, D;
+} xl_fmap;
+xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl_heads x,
+                                 const real *w, void *scratch);
+/* dx (G heads, added over the rep query heads in order), dw [H, D, D]; phi of the forward. */
+xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, real *dw,
+                                  xl_heads dphi, xl_heads phi, xl_heads x, const real *w,
+                                  void *scratch);
+ptrdiff_t xl_feature_map_scratch(const xl_ctx *ctx, const xl_fmap *a);
+
+/* ---- mlstm.c ------------------------------------------------------------------------------ */
+
+typedef enum { XL_RATIO = 0, XL_MAX = 1 } xl_normalizer;
+typedef enum { XL_CHUNKWISE = 0, XL_PARALLEL = 1, XL_RECURRENT = 2 } xl_form;
+
+typedef struct {
+    ptrdiff_t B, H, T, D, E;
+    ptrdiff_t v_rep;          /* v has H / v_rep heads (gradient dv always has H heads) */
+    real scale;               /* multiplies q */
+    xl_normalizer normalizer;
+    xl_form form;             /* of the forward; the backward is chunkwise */
+    ptrdiff_t chunk;          /* >= 1 */
+    const uint8_t *reset;     /* [B, T] or NULL: a document starts here, the state is forgotten */
+    const int32_t *lengths;   /* [B] or NULL */
+} xl_mlstm;
+
+/* State: C [B, H, D, E], n [B, H, D], m [B, H], contiguous; C and n are scaled by exp(-m).
+ * All NULL: no state, m = -inf exactly like a reset. */
+typedef struct {
+    real *c, *n, *m;
+} xl_mlstm_state;
+
+/* i, f: gate pre-activations, read through strides (D stride unused): i at i.p + b*sb + h*sh + t*st.
+ * h = num / den as numerics.md, eps-free. `last` may be the same memory as `first`;
+ * last all NULL: not wanted. den (NULL or [B, H, T]) and h are what the backward wants to see again. */
+xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_state last,
+                           xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
+                           xl_mlstm_state first, void *scratch);
+/* dlast: gradient on the last state at fixed m (c, n; m ignored), or all NULL. dfirst: likewise,
+ * written gradient of the start state (c, n added; m written 0 if given). Recomputes chunk states. */
+xl_status xl_mlstm_backward(xl_ctx *ctx, const xl_mlstm *a, xl_heads dq, xl_heads dk, xl_heads dv,
+                            xl_heads di, xl_heads df, xl_mlstm_state dfirst, xl_heads dh,
+                            xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
+                            xl_mlstm_state first, xl_mlstm_state dlast, void *scratch);
+ptrdiff_t xl_mlstm_scratch(const xl_ctx *ctx, const xl_mlstm *a);
+
+/* ---- slstm.c ------------------------------------------------------------------------------ */
+
+/* x: pre-activations W x + b, [B, H, T, 4, D] contiguous, gates in the order i, f, z, o;
+ * r [H, 4, D(in), D(out)]: raw_t[g] = x_t[g] + y_{t-1} r[h, g]. State y, c, n, m: each [B, H, D];
+ * NULL y: no state (first step: m' = i). tape: [B, H, T, 8, D] or NULL when no backward follows. */
+typedef struct {
+    ptrdiff_t B, H, T, D;
+    const uint8_t *reset;
+} xl_slstm;
+typedef struct {
+    real *y, *c, *n, *m;
+} xl_slstm_state;
+xl_status xl_slstm_forward(xl_ctx *ctx, const xl_slstm *a, real *y, xl_slstm_state last,
+                           const real *x, const real *r, xl_slstm_state first, real *tape,
+                           void *scratch);
+xl_status xl_slstm_backward(xl_ctx *ctx, const xl_slstm *a, real *dx, real *dr,
+                            xl_slstm_state dfirst, const real *dy, const real *y, const real *r,
+                            xl_slstm_state first, xl_slstm_state dlast, const real *tape,
+                            void *scratch);
+ptrdiff_t xl_slstm_scratch(const xl_ctx *ctx, const xl_slstm *a);
+
+/* ---- gates.c ------------------------------------------------------------------------------ */
+
+/* a[b,h,t] = [q_t k_t v_t] w_h + b_h, w [H, 3D], from pre-RoPE q, k, v. The three parts are read
+ * from G-head k and v. a is [B, H, T]-strided (unit stride unused, like mLSTM gates). paper.md 1.2. */
+typedef struct {
+    ptrdiff_t B, H, G, T, D;
+} xl_gate;
+xl_status xl_output_gate_forward(xl_ctx *ctx, const xl_gate *g, xl_heads a, xl_heads q, xl_heads k,
+                                 xl_heads v, const real *w, const real *bias);
+xl_status xl_output_gate_backward(xl_ctx *ctx, const xl_gate *g, xl_heads dq, xl_heads dk,
+                                  xl_heads dv, real *dw, real *dbias, xl_heads da, xl_heads q,
+                                  xl_heads k, xl_heads v, const real *w, void *scratch);
+ptrdiff_t xl_output_gate_scratch(const xl_ctx *ctx, const xl_gate *g);
+/* h = o hm + (1 - o) hs, o = sigmoid(a). h may be hm or hs. */
+xl_status xl_mix_forward(xl_ctx *ctx, const xl_gate *g, xl_heads h, xl_heads hm, xl_heads hs,
+                         xl_heads a);
+/* dhm, dhs, da added. */
+xl_status xl_mix_backward(xl_ctx *ctx, const xl_gate *g, xl_heads dhm, xl_heads dhs, xl_heads da,
+                          xl_heads dh, xl_heads hm, xl_heads hs, xl_heads a);
+
+#endif

@@ -1,0 +1,98 @@
+"""Directories that appear whole or not at all.
+
+The new contents are written under a temporary name beside the target, synced to disk and put in
+place by one rename. A kill or a full disk at any moment leaves the old directory as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def atomic_directory(target: Path | str, marker: str) -> Iterator[Path]:
+    """Yield an empty directory that becomes `target` when the block ends without an exception.
+
+    An existing `target` is replaced as a whole, but only if it is empty or holds the file
+    `marker`, which shows that it is of the same kind: nobody's other files are deleted. An OSError
+    inside the block (a full disk) or in putting it in place becomes a `UserError`; the temporary
+    directory is removed and `target` is untouched.
+    """
+    place = Path(os.path.realpath(target))
+    _refuse_foreign(place, marker)
+    work = place.with_name(f".{place.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+        yield work
+        _sync_tree(work)
+        _put_in_place(work, place)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{target}: cannot write: {reason}; nothing was changed") from error
+    finally:
+        # After an exchange this name holds the old contents, after a failure the unfinished ones.
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_foreign(place: Path, marker: str) -> None:
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise UserError(f"{place}: exists and is not a directory; choose another place")
+    if any(place.iterdir()) and not (place / marker).is_file():
+        raise UserError(
+            f"{place}: exists and holds other files (no {marker}); choose another place"
+        )
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(work: Path, place: Path) -> None:
+    if not place.exists():
+        os.rename(work, place)
+    elif not _exchange(work, place):
+        # No atomic exchange on this file system: keep the old contents until the new ones stand.
+        old = place.with_name(f".{place.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
+        os.rename(place, old)
+        try:
+            os.rename(work, place)
+        except OSError:
+            os.rename(old, place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(place.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux renameat2); False where that is not available."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    status: int = rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    return status == 0

@@ -1,0 +1,42 @@
+"""Model checkpoints: GGUF files and Hugging Face directories in, directories out.
+
+`load` opens what a user names; `save` writes a model directory. Both account for every tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..packages import resolve
+from . import directory, gguf
+from .checkpoint import Checkpoint, LazyTensors, TensorSource, check_tensors, fingerprint
+from .directory import save
+
+__all__ = [
+    "Checkpoint",
+    "LazyTensors",
+    "TensorSource",
+    "check_tensors",
+    "fingerprint",
+    "load",
+    "save",
+]
+
+
+def load(path_or_name: str | Path) -> Checkpoint:
+    """Open a model directory, a GGUF file or a name that `xlstm-distill fetch` knows.
+
+    Tensors are read when they are asked for. Raises `UserError` for anything that is not a
+    complete, supported model.
+    """
+    path = resolve(path_or_name)
+    if not path.is_dir():
+        return gguf.load(path)
+    if (path / directory.CONFIG).is_file():
+        return directory.load(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return gguf.load(files[0])
+    what = "several .gguf files: name one" if files else "neither config.json nor a .gguf file"
+    raise UserError(f"{path}: holds {what}")

@@ -1,0 +1,138 @@
+"""Sampling: ragged prompts in one batch, rows that stop leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .model import Model
+
+_COMPACT_BELOW = 0.75
+"""Finished rows are dropped from the batch once fewer than this share of its rows is running."""
+
+
+def sample(
+    logits: NDArray[Any], temperature: float, top_p: float, uniform: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """One token a row, [B, V] -> [B], by inverting the distribution function at `uniform` [B].
+
+    temperature 0 takes the most probable token. top_p < 1 keeps the smallest set of most probable
+    tokens whose mass reaches top_p.
+    """
+    if temperature == 0:
+        return np.argmax(logits, axis=1)
+    p = np.exp((logits - logits.max(axis=1, keepdims=True)) / np.float32(temperature))
+    if top_p < 1:
+        order = np.argsort(-p, axis=1, kind="stable")
+        ranked = np.take_along_axis(p, order, axis=1)
+        before = np.cumsum(ranked, axis=1, dtype=np.float64) - ranked
+        ranked[before >= top_p * p.sum(axis=1, dtype=np.float64)[:, None]] = 0
+        np.put_along_axis(p, order, ranked, axis=1)
+    chosen = np.empty(len(p), dtype=np.int64)
+    for row, u in enumerate(uniform):
+        total = np.cumsum(p[row], dtype=np.float64)
+        chosen[row] = min(int(np.searchsorted(total, u * total[-1], side="right")), len(total) - 1)
+    return chosen
+
+
+def _check(temperature: float, top_p: float, max_new_tokens: int) -> None:
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}, expected 0 or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}, expected more than 0 and at most 1")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+
+
+def generate_batch(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Iterable[int] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt by up to `max_new_tokens` tokens; returns the new tokens of each.
+
+    Rows have their own lengths, positions, random streams (seed, row) and stops: a token of
+    `stop_ids` (None: the model's end-of-sequence tokens) ends its row and is not returned.
+    on_tokens(n) hears of n new tokens after each step.
+    """
+    _check(temperature, top_p, max_new_tokens)
+    if not all(len(p) for p in prompts):
+        raise UserError("a prompt is empty; begin with the model's bos or eos token")
+    stops = set(model.config.eos_token_ids if stop_ids is None else stop_ids)
+    streams = [np.random.Generator(np.random.Philox(key=[seed, row])) for row in range(len(prompts))]
+    lengths = np.array([len(p) for p in prompts], dtype=np.int32)
+    ids = np.zeros((len(prompts), int(lengths.max(initial=1))), dtype=np.int32)
+    for row, p in enumerate(prompts):
+        ids[row, : len(p)] = p
+    logits, state = model.prefill(ids, lengths=lengths)
+    out: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # the prompt of each row of the batch
+    running = set(rows)
+    while True:
+        uniform = np.array([streams[row].random() for row in rows])
+        tokens = sample(logits, temperature, top_p, uniform)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row not in running:
+                continue
+            if token in stops:
+                running.discard(row)
+                continue
+            out[row].append(token)
+            if len(out[row]) >= max_new_tokens:
+                running.discard(row)
+        if on_tokens is not None:
+            on_tokens(len(running))
+        if not running:
+            return out
+        if len(running) < _COMPACT_BELOW * len(rows):
+            keep = [i for i, row in enumerate(rows) if row in running]
+            state = model.fork(state, keep)
+            rows, tokens = [rows[i] for i in keep], tokens[keep]
+        logits, state = model.step(tokens, state)
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[int],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: Callable[[str], None] | None = None,
+) -> str:
+    """Continue one prompt and return the new text; `stream` hears each piece as it is decoded."""
+    if model.tokenizer is None:
+        raise UserError("this model has no tokenizer: use generate_batch with token ids")
+    _check(temperature, top_p, max_new_tokens)
+    tokenizer = model.tokenizer
+    ids = list(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+    if not ids:
+        raise UserError("the prompt is empty")
+    random = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    logits, state = model.prefill(np.array([ids]))
+    new: list[int] = []
+    shown = ""
+    while len(new) < max_new_tokens:
+        token = int(sample(logits, temperature, top_p, random.random(1))[0])
+        if token in model.config.eos_token_ids:
+            break
+        new.append(token)
+        if stream is not None:
+            text = tokenizer.decode(new)
+            if not text.endswith("\ufffd"):  # a character may need several tokens
+                stream(text[len(shown) :])
+                shown = text
+        if len(new) < max_new_tokens:
+            logits, state = model.step([token], state)
+    return tokenizer.decode(new)

@@ -1,0 +1,590 @@
+"""`Model`: a teacher or a student, its parameters, and every call into the core's model layer.
+
+A teacher is a model whose layers all mix by full attention; a student differs in `config.mixers`
+alone. Arrays of token ids are int32 [B, T]; rows may have their own `lengths` (right padded).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import checkpoints
+from .config import MixerConfig, ModelConfig
+from .errors import UserError
+from .parameters import Parameters, aligned_bytes
+from .runtime import core
+from .state import DecodeState, state_capacity
+from .tokenizer import Tokenizer
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+Compute = Literal["f32", "bf16"]
+KlForm = Literal["renormalised", "tail", "sampled"]
+
+_KINDS = {"attention": 0, "window": 1, "linear": 2, "mlstm": 3, "hybrid": 4}
+_KL_FORMS = {"renormalised": 0, "tail": 1, "sampled": 2}
+_FORWARD, _TRAIN, _ALIGN, _HEAD = range(4)
+_TOKENS_AT_ONCE = 8192
+"""Most tokens of one call into the core; bounds the activations of an inference call."""
+_PREFILL_STEP = 2048
+"""Steps of a long prefill that are taken at once."""
+_OWN_GATE = -1.0
+
+
+def _mixer_row(m: MixerConfig) -> list[int]:
+    window = 0 if m.window is None else m.window
+    return [_KINDS[m.mixer], window, m.sinks, m.gate == "fixed", m.normalizer == "max"]
+
+
+class Model:
+    """Parameters and configuration, ready to run. Made by `load`, `linearize`, `from_tensors`.
+
+    `params` holds everything in one flat buffer. `compute` is "f32" (trainable) or "bf16" (matrices
+    stored as bf16, products accumulated in float32; for inference). dtype float64 exists for
+    gradient checks.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None = None,
+        *,
+        compute: Compute = "f32",
+        dtype: DTypeLike = np.float32,
+        provenance: Mapping[str, Any] | None = None,
+        source: str = "",
+    ) -> None:
+        if compute not in ("f32", "bf16"):
+            raise UserError(f"compute {compute!r} is not known: f32 or bf16")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.compute: Compute = compute
+        self.dtype = np.dtype(dtype)
+        self.provenance: dict[str, Any] = dict(provenance or {})
+        self.source = source
+        self.core = core(self.dtype)
+        c = config
+        sizes = [
+            c.hidden_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.intermediate_size,
+            c.vocab_size,
+            c.tie_word_embeddings,
+            c.attention_bias,
+            compute == "bf16",
+        ]
+        self.capsule = self.core.config_new(
+            np.array(sizes, dtype=np.int32),
+            c.rms_norm_eps,
+            np.ascontiguousarray(c.inv_freq(), dtype=np.float64),
+            np.array([_mixer_row(m) for m in c.mixers], dtype=np.int32).reshape(-1, 5),
+        )
+        self.params = Parameters(*self.core.plan_list(self.capsule, 0, 0), dtype=self.dtype)
+        self._work = aligned_bytes(0)
+        self._lock = threading.RLock()
+
+    # ---- making and saving --------------------------------------------------------------------
+
+    def fill(self, tensors: Mapping[str, NDArray[Any]]) -> Model:
+        """Set every parameter from `tensors`; a missing or an unused tensor is an error."""
+        names = set(self.params.names())
+        if missing := names - set(tensors):
+            raise UserError(f"{self.source or 'checkpoint'}: tensor {min(missing)} is missing")
+        if extra := set(tensors) - names:
+            raise UserError(f"{self.source or 'checkpoint'}: tensor {min(extra)} is not known")
+        for name in self.params.names():
+            value = tensors[name]
+            expected = self.params.entries[self.params.names().index(name)].shape
+            if value.shape != expected:
+                raise UserError(
+                    f"{self.source or 'checkpoint'}: tensor {name} has shape {value.shape}, "
+                    f"expected {expected}"
+                )
+            self.params[name] = value
+        return self
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All parameters by name (views, or float32 copies of bf16)."""
+        return {name: self.params[name] for name in self.params.names()}
+
+    def copy(self, *, compute: Compute | None = None, dtype: DTypeLike | None = None) -> Model:
+        """A deep copy, possibly in another compute mode."""
+        other = Model(
+            self.config,
+            self.tokenizer,
+            compute=compute or self.compute,
+            dtype=self.dtype if dtype is None else dtype,
+            provenance=self.provenance,
+            source=self.source,
+        )
+        return other.fill(self.tensors())
+
+    def fingerprint(self) -> str:
+        """sha256 over configuration and parameters."""
+        import hashlib
+
+        text = self.config.model_dump_json() + self.params.digest()
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def save(self, directory: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write a Hugging Face layout directory (atomic: a reader sees the old or the new one)."""
+        if self.tokenizer is None:
+            raise UserError(f"{directory}: a model without a tokenizer cannot be saved")
+        checkpoints.save(
+            directory,
+            config=self.config,
+            tensors=self.tensors(),
+            tokenizer=self.tokenizer,
+            provenance={**self.provenance, **(provenance or {})},
+        )
+
+    # ---- calls into the core ------------------------------------------------------------------
+
+    def _workspace(self, need: int) -> NDArray[np.uint8]:
+        if need > self._work.nbytes:
+            self._work = aligned_bytes(0)  # free the old one first
+            self._work = aligned_bytes(need)
+        return self._work
+
+    def _need(self, what: int, rows: int, steps: int, k: int = 0, capacity: int = 0) -> int:
+        return int(self.core.work_bytes(what, self.capsule, rows, steps, k, capacity))
+
+    def _ids(self, ids: ArrayLike) -> IntArray:
+        a = np.asarray(ids)
+        if a.ndim == 1:
+            a = a[None]
+        if a.ndim != 2 or a.dtype.kind not in "iu":
+            raise ValueError(f"ids have shape {a.shape} and dtype {a.dtype}, expected integers [B, T]")
+        if a.size and (a.min() < 0 or a.max() >= self.config.vocab_size):
+            bad = int(a.min()) if a.min() < 0 else int(a.max())
+            raise UserError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}")
+        return np.ascontiguousarray(a, dtype=np.int32)
+
+    @staticmethod
+    def _lengths(lengths: ArrayLike | None, ids: IntArray) -> IntArray | None:
+        if lengths is None:
+            return None
+        n = np.ascontiguousarray(lengths, dtype=np.int32)
+        if n.shape != ids.shape[:1] or (n < 0).any() or (n > ids.shape[1]).any():
+            raise ValueError(f"lengths {n.tolist()} do not fit ids of shape {ids.shape}")
+        return n
+
+    @staticmethod
+    def _reset(reset: ArrayLike | None, ids: IntArray) -> NDArray[np.bool_] | None:
+        if reset is None:
+            return None
+        r = np.ascontiguousarray(reset, dtype=np.bool_)
+        if r.shape != ids.shape:
+            raise ValueError(f"reset has shape {r.shape}, ids have {ids.shape}")
+        return r
+
+    @staticmethod
+    def _positions(
+        ids: IntArray, reset: NDArray[np.bool_] | None, past: IntArray | None
+    ) -> IntArray:
+        """Position of every token in its own document, [B, T]."""
+        steps = np.arange(ids.shape[1], dtype=np.int32)[None]
+        start = np.zeros((len(ids), 1), dtype=np.int32) if past is None else -past[:, None]
+        if reset is None:
+            return np.ascontiguousarray(steps - start, dtype=np.int32)
+        starts = np.where(reset, steps, np.iinfo(np.int32).min)
+        latest = np.maximum(np.maximum.accumulate(starts, axis=1), start)
+        return np.ascontiguousarray(steps - latest, dtype=np.int32)
+
+    def _forward(
+        self,
+        ids: IntArray,
+        *,
+        gate: float | None = None,
+        reset: NDArray[np.bool_] | None = None,
+        lengths: IntArray | None = None,
+        state: DecodeState | None = None,
+        o_gates: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
+        """One call of the core: hidden states after the last norm, [B, T, d]. Advances `state`."""
+        if gate is not None and not 0 <= gate <= 1:
+            raise ValueError(f"gate is {gate}, expected 0 to 1")
+        rows, steps = ids.shape
+        hidden = np.empty((rows, steps, self.config.hidden_size), dtype=self.dtype)
+        if hidden.size == 0:
+            return hidden
+        capacity = 0 if state is None else state.capacity
+        past = None if state is None else state.lengths
+        pos = self._positions(ids, reset, past)
+        with self._lock:
+            work = self._workspace(self._need(_FORWARD, rows, steps, capacity=capacity))
+            self.core.model_forward(
+                self.capsule,
+                self.params.raw,
+                ids,
+                pos,
+                reset,
+                lengths,
+                past,
+                None if state is None else state.tensors.raw,
+                capacity,
+                _OWN_GATE if gate is None else float(gate),
+                hidden,
+                o_gates,
+                work,
+            )
+        if state is not None:
+            valid = np.full(rows, steps, dtype=np.int32) if lengths is None else lengths
+            last = pos[np.arange(rows), np.maximum(valid - 1, 0)] + 1
+            state.lengths[:] = np.where(valid > 0, last, state.lengths)
+        return hidden
+
+    def _groups(self, ids: IntArray) -> Iterable[slice]:
+        """Slices of rows of at most _TOKENS_AT_ONCE tokens."""
+        step = max(1, _TOKENS_AT_ONCE // max(1, ids.shape[1]))
+        return (slice(i, i + step) for i in range(0, len(ids), step))
+
+    def hidden(
+        self,
+        ids: ArrayLike,
+        gate: float | None = None,
+        reset: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> NDArray[Any]:
+        """Hidden states after the last norm, [B, T, d]."""
+        tokens = self._ids(ids)
+        r, n = self._reset(reset, tokens), self._lengths(lengths, tokens)
+        parts = [
+            self._forward(
+                tokens[s],
+                gate=gate,
+                reset=None if r is None else r[s],
+                lengths=None if n is None else n[s],
+            )
+            for s in self._groups(tokens)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _logits(self, hidden: NDArray[Any]) -> NDArray[Any]:
+        """[N, d] -> [N, V]"""
+        out = np.empty((len(hidden), self.config.vocab_size), dtype=self.dtype)
+        self.core.model_logits(self.capsule, self.params.raw, np.ascontiguousarray(hidden), out)
+        return out
+
+    def _nll(self, hidden: NDArray[Any], labels: IntArray) -> NDArray[Any]:
+        """-log p(label), 0 where the label is -1; hidden [..., d], labels [...]."""
+        flat = np.ascontiguousarray(hidden).reshape(-1, self.config.hidden_size)
+        wanted = np.ascontiguousarray(labels, dtype=np.int32).reshape(-1)
+        out = np.zeros(len(flat), dtype=self.dtype)
+        with self._lock:
+            work = self._workspace(self._need(_HEAD, 1, len(flat)))
+            self.core.model_score(self.capsule, self.params.raw, flat, wanted, out, work)
+        return out.reshape(labels.shape)
+
+    # ---- inference ----------------------------------------------------------------------------
+
+    def logits(
+        self,
+        ids: ArrayLike,
+        gate: float | None = None,
+        reset: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> NDArray[Any]:
+        """Logits [B, T, V].
+
+        ids: int [B, T] (or [T]); gate: 0.0 forces every output gate to attention, 1.0 to the mLSTM;
+        reset: bool [B, T], a document starts here; lengths: int [B], valid steps of each row.
+        Raises UserError for a token id outside the vocabulary.
+        """
+        hidden = self.hidden(ids, gate, reset, lengths)
+        return self._logits(hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
+
+    def score(
+        self,
+        ids: ArrayLike,
+        reset: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> NDArray[Any]:
+        """log p(ids[:, t+1] | ids[:, :t+1]), [B, T-1]; 0 behind a row's length.
+
+        Logits exist for a block of rows at a time only.
+        """
+        tokens = self._ids(ids)
+        labels = self._next_tokens(tokens, self._lengths(lengths, tokens))
+        return -self._nll(self.hidden(tokens, None, reset, lengths), labels)[:, :-1]
+
+    @staticmethod
+    def _next_tokens(tokens: IntArray, lengths: IntArray | None) -> IntArray:
+        labels = np.full_like(tokens, -1)
+        labels[:, :-1] = tokens[:, 1:]
+        if lengths is not None:
+            steps = np.arange(tokens.shape[1])[None]
+            labels[steps + 1 >= lengths[:, None]] = -1
+        return labels
+
+    def new_state(self, rows: int, tokens: int = 0) -> DecodeState:
+        """An empty state for `rows` rows, with room for `tokens` tokens (it grows by itself)."""
+        return DecodeState(self, rows, state_capacity(self, tokens))
+
+    def _extend(
+        self, tokens: IntArray, state: DecodeState, lengths: IntArray | None
+    ) -> tuple[NDArray[Any], DecodeState]:
+        """Hidden states of a segment after `state`; long segments are taken in steps."""
+        state = state.grown(self, int(state.lengths.max(initial=0)) + tokens.shape[1])
+        parts = []
+        for t in range(0, tokens.shape[1], _PREFILL_STEP):
+            piece = np.ascontiguousarray(tokens[:, t : t + _PREFILL_STEP])
+            n = None if lengths is None else np.clip(lengths - t, 0, piece.shape[1])
+            n = None if n is None else n.astype(np.int32)
+            parts.append(self._forward(piece, lengths=n, state=state))
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)), state
+
+    def prefill(
+        self, ids: ArrayLike, state: DecodeState | None = None, lengths: ArrayLike | None = None
+    ) -> tuple[NDArray[Any], DecodeState]:
+        """Read a prompt: (logits [B, V] after each row's last token, state).
+
+        `state` continues earlier tokens (it is advanced in place or replaced by a larger one).
+        """
+        tokens = self._ids(ids)
+        n = self._lengths(lengths, tokens)
+        state = self.new_state(len(tokens), tokens.shape[1]) if state is None else state
+        if state.rows != len(tokens):
+            raise ValueError(f"the state has {state.rows} rows, ids have {len(tokens)}")
+        if tokens.shape[1] == 0 or (n is not None and (n == 0).any()):
+            raise ValueError("every row of a prefill needs at least one token")
+        hidden, state = self._extend(tokens, state, n)
+        last = np.full(len(tokens), tokens.shape[1]) if n is None else n
+        return self._logits(hidden[np.arange(len(tokens)), last - 1]), state
+
+    def step(self, tokens: ArrayLike, state: DecodeState) -> tuple[NDArray[Any], DecodeState]:
+        """One token a row: int [B] -> (logits [B, V], state)."""
+        return self.prefill(np.asarray(tokens).reshape(-1, 1), state)
+
+    def fork(self, state: DecodeState, rows: Sequence[int]) -> DecodeState:
+        """Rows of a state, gathered into a new one; repeats share a prefix."""
+        return state.fork(self, rows)
+
+    def score_continuations(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[NDArray[Any]]:
+        """Log-probability of every token of each continuation after one shared context.
+
+        The context is read once; its state is forked for the continuations.
+        """
+        if not context or not all(len(c) for c in continuations):
+            raise ValueError("context and continuations need at least one token each")
+        state = self.new_state(1, len(context) + max(map(len, continuations)))
+        if len(context) > 1:
+            _, state = self._extend(self._ids(np.array(context[:-1])), state, None)
+        state = state.fork(self, [0] * len(continuations))
+        lengths = np.array([len(c) for c in continuations], dtype=np.int32)
+        ids = np.zeros((len(continuations), int(lengths.max())), dtype=np.int64)
+        labels = np.full(ids.shape, -1, dtype=np.int32)
+        for row, c in enumerate(continuations):
+            ids[row, : len(c)] = [context[-1], *c[:-1]]
+            labels[row, : len(c)] = c
+        hidden, _ = self._extend(self._ids(ids), state, lengths)
+        nll = self._nll(hidden, labels)
+        return [-nll[row, :n] for row, n in enumerate(lengths)]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Iterable[int] | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue ragged prompts together (generate.py); new tokens only, stop token not included."""
+        from .generate import generate_batch
+
+        return generate_batch(
+            self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids, on_tokens
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stream: Callable[[str], None] | None = None,
+    ) -> str:
+        """Continue one prompt; returns the new text. temperature 0 is greedy."""
+        from .generate import generate
+
+        return generate(self, prompt, max_new_tokens, temperature, top_p, seed, stream)
+
+    # ---- measuring ----------------------------------------------------------------------------
+
+    def topk(
+        self, ids: ArrayLike, k: int, reset: ArrayLike | None = None
+    ) -> tuple[IntArray, NDArray[Any], NDArray[Any]]:
+        """The k most probable next tokens of every position: ids [B, T, k] (best first, ties to the
+        lower id), their log-probabilities under the full softmax, and their summed mass [B, T]."""
+        hidden = self.hidden(ids, None, reset)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        tid = np.empty((len(flat), k), dtype=np.int32)
+        logp, mass = np.empty((len(flat), k), self.dtype), np.empty(len(flat), self.dtype)
+        with self._lock:
+            work = self._workspace(self._need(_HEAD, 1, len(flat), k))
+            self.core.model_topk(self.capsule, self.params.raw, flat, tid, logp, mass, work)
+        shape = hidden.shape[:2]
+        return tid.reshape(*shape, k), logp.reshape(*shape, k), mass.reshape(shape)
+
+    def divergence(
+        self,
+        teacher: Model,
+        ids: ArrayLike,
+        reset: ArrayLike | None = None,
+        teacher_hidden: NDArray[Any] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Per position [B, T]: kl = KL(teacher || self) over the whole vocabulary, agree (1 where
+        the most probable tokens are the same), nll and teacher_nll of the next token (0 at the last
+        position). `teacher_hidden` = teacher.hidden(ids, reset=reset) saves its forward pass."""
+        tokens = self._ids(ids)
+        mine = self.hidden(tokens, None, reset)
+        theirs = teacher.hidden(tokens, None, reset) if teacher_hidden is None else teacher_hidden
+        labels = self._next_tokens(tokens, None).reshape(-1)
+        d, n = self.config.hidden_size, tokens.size
+        names = ("kl", "agree", "nll", "teacher_nll")
+        out = {name: np.zeros(n, dtype=self.dtype) for name in names}
+        with self._lock:
+            work = self._workspace(self._need(_HEAD, 1, n))
+            self.core.model_divergence(
+                self.capsule,
+                self.params.raw,
+                mine.reshape(n, d),
+                teacher.capsule,
+                teacher.params.raw,
+                np.ascontiguousarray(theirs).reshape(n, d),
+                labels,
+                *(out[name] for name in names),
+                work,
+            )
+        return {name: value.reshape(tokens.shape) for name, value in out.items()}
+
+    def gate_values(self, ids: ArrayLike, reset: ArrayLike | None = None) -> NDArray[Any]:
+        """Output gates o_t in (0, 1), [L, H, B*T]; NaN in layers without one."""
+        tokens = self._ids(ids)
+        c = self.config
+        shape = (c.num_hidden_layers, *tokens.shape, c.num_attention_heads)
+        pre = np.empty(shape, dtype=self.dtype)
+        self._forward(tokens, reset=self._reset(reset, tokens), o_gates=pre)
+        with np.errstate(over="ignore"):
+            o = 1 / (1 + np.exp(-pre))
+        return np.moveaxis(o, 3, 1).reshape(shape[0], shape[3], -1)
+
+    # ---- training -----------------------------------------------------------------------------
+
+    def loss_and_grad(
+        self,
+        ids: ArrayLike,
+        labels: ArrayLike,
+        targets: tuple[IntArray, NDArray[Any]] | None = None,
+        *,
+        ce_weight: float,
+        kl_weight: float,
+        kl_form: KlForm = "renormalised",
+        reset: ArrayLike | None = None,
+        grads: Parameters | None = None,
+        trainable: set[str] | None = None,
+        scale: float = 1.0,
+    ) -> dict[str, float]:
+        """Stage II loss of a batch (paper.md (13)): sums {"ce", "kl", "tokens"} over counted rows.
+
+        labels int [B, T]: the next token, -1 where a position counts nothing. targets: token ids
+        int32 [B, T, k] and teacher log-probabilities [B, T, k]. With `grads`, the gradient of
+        scale * (ce_weight * ce + kl_weight * kl) is added for the parameters named in `trainable`
+        (None: all).
+        """
+        tokens = self._ids(ids)
+        r = self._reset(reset, tokens)
+        wanted = np.ascontiguousarray(labels, dtype=np.int32)
+        tid = tlogp = None
+        if targets is not None:
+            tid = np.ascontiguousarray(targets[0], dtype=np.int32)
+            tlogp = np.ascontiguousarray(targets[1], dtype=self.dtype)
+        weights = np.array([ce_weight, kl_weight, scale], dtype=np.float64)
+        sums = np.zeros(3)
+        k = 0 if tid is None else tid.shape[-1]
+        with self._lock:
+            work = self._workspace(self._need(_TRAIN, *tokens.shape, k))
+            self.core.model_train(
+                self.capsule,
+                self.params.raw,
+                tokens,
+                self._positions(tokens, r, None),
+                r,
+                None,
+                None if grads is None else grads.raw,
+                self.params.flags(trainable),
+                wanted,
+                tid,
+                tlogp,
+                weights,
+                _KL_FORMS[kl_form],
+                sums,
+                work,
+            )
+        return {"ce": float(sums[0]), "kl": float(sums[1]), "tokens": float(sums[2])}
+
+    def align_and_grad(
+        self,
+        ids: ArrayLike,
+        reset: ArrayLike | None = None,
+        grads: Parameters | None = None,
+        trainable: set[str] | None = None,
+        scale: float = 1.0,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+        """Stage I of a batch (paper.md (12)): per layer, sum ||h - h_T||^2 and sum ||h_T||^2, [L]
+        each, and the number of tokens. Each layer's mixer gets the teacher's own layer input; the
+        gradient of scale * (sum of the first) is added into the mixers' parameters in `grads`.
+
+        The weights that the student shares with its teacher must still be the teacher's."""
+        tokens = self._ids(ids)
+        r = self._reset(reset, tokens)
+        sums = np.zeros((self.config.num_hidden_layers, 2))
+        with self._lock:
+            work = self._workspace(self._need(_ALIGN, *tokens.shape))
+            self.core.model_align(
+                self.capsule,
+                self.params.raw,
+                tokens,
+                self._positions(tokens, r, None),
+                r,
+                None,
+                None if grads is None else grads.raw,
+                self.params.flags(trainable),
+                scale,
+                sums,
+                work,
+            )
+        return sums[:, 0], sums[:, 1], tokens.size
+
+
+def from_checkpoint(checkpoint: checkpoints.Checkpoint, compute: Compute = "f32") -> Model:
+    """A model from a loaded checkpoint; every tensor is consumed, every parameter filled."""
+    model = Model(
+        checkpoint.config,
+        checkpoint.tokenizer,
+        compute=compute,
+        provenance=checkpoint.provenance,
+        source=checkpoint.source,
+    )
+    return model.fill(checkpoint.tensors)
+
+
+def load(name_or_path: str | Path, compute: Compute = "f32") -> Model:
+    """Load a model directory, a `.gguf` file, or a fetched name such as "smollm2-135m-instruct".
+
+    Raises UserError with one line that names the file or tensor if anything does not fit.
+    """
+    return from_checkpoint(checkpoints.load(name_or_path), compute)

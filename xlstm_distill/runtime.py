@@ -1,0 +1,88 @@
+"""Which core runs, on how many threads, with which instruction set.
+
+The C sources are built twice (csrc/base/real.h): `_core_f32` does the work, `_core_f64` exists for
+sharp gradient checks. Everything else in the package asks `core(dtype)` and never names a module.
+
+Environment: ``XLSTM_DISTILL_THREADS`` and ``XLSTM_DISTILL_ISA`` override what is chosen.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from xlstm_distill import _core_f32, _core_f64
+
+_MODULES: tuple[ModuleType, ...] = (_core_f32, _core_f64)
+ISAS = ("avx512", "avx2", "generic")
+
+
+def core(dtype: Any = np.float32) -> Any:
+    """The extension module for a dtype: float64 → `_core_f64`, float32 → `_core_f32`."""
+    kind = np.dtype(dtype)
+    if kind == np.float32:
+        return _core_f32
+    if kind == np.float64:
+        return _core_f64
+    raise TypeError(f"dtype {kind} is not supported: float32 or float64")
+
+
+def set_threads(n: int) -> None:
+    """Number of threads of every later call (results do not depend on it, bit for bit)."""
+    for module in _MODULES:
+        module.set_threads(n)
+
+
+def threads() -> int:
+    """Number of threads in use."""
+    return int(_core_f32.threads())
+
+
+def set_isa(name: str) -> None:
+    """Choose the kernels: "avx512", "avx2" or "generic"; ValueError if the CPU lacks it."""
+    for module in _MODULES:
+        module.set_isa(name)
+
+
+def isa() -> str:
+    """Instruction set in use."""
+    return str(_core_f32.isa())
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this processor can run, best first."""
+    before, found = isa(), []
+    for name in ISAS:
+        try:
+            set_isa(name)
+        except ValueError:
+            continue
+        found.append(name)
+    set_isa(before)
+    return found
+
+
+def cpu_name() -> str:
+    """Model name of the processor as the operating system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return "unknown"
+
+
+def _configure() -> None:
+    set_threads(int(os.environ.get("XLSTM_DISTILL_THREADS", len(os.sched_getaffinity(0)))))
+    if wanted := os.environ.get("XLSTM_DISTILL_ISA"):
+        set_isa(wanted)
+    # libgomp's threads do not survive a fork: a child that used them would hang.
+    os.register_at_fork(after_in_child=lambda: set_threads(1))
+
+
+_configure()

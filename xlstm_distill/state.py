@@ -1,0 +1,113 @@
+"""Decode states: what a model remembers between steps, row by row.
+
+Window layers keep a ring of the last W keys and the S sinks, mLSTM layers a matrix per head: their
+memory does not grow. Full attention keeps every key; its part grows by doubling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UserError
+from .parameters import Parameters
+
+if TYPE_CHECKING:
+    from .model import Model
+
+FIRST_CAPACITY = 256
+STATE_CONVENTION = "q scaled, C and n scaled by exp(-m), keys after RoPE"
+
+
+def state_capacity(model: Model, tokens: int) -> int:
+    """Positions that a state must hold for `tokens` tokens; a constant without full attention."""
+    windows = [m.window for m in model.config.mixers if m.mixer in ("attention", "window", "hybrid")]
+    if not any(w is None for w in windows):
+        return 1 + max((w for w in windows if w is not None), default=0)
+    capacity = FIRST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    return capacity
+
+
+class DecodeState:
+    """State of B rows. `lengths` [B] int32: tokens seen by each row."""
+
+    def __init__(self, model: Model, rows: int, capacity: int) -> None:
+        self.model_config = model.config
+        self.capacity = capacity
+        plan, size = model.core.plan_list(model.capsule, rows, capacity)
+        self.tensors = Parameters(plan, size, model.dtype)
+        self.lengths: NDArray[np.int32] = np.zeros(rows, dtype=np.int32)
+        for e in self.tensors.entries:
+            if e.name.endswith(".m"):
+                self.tensors.view(e)[...] = -np.inf  # no state: exactly like a document's start
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state in bytes."""
+        return int(self.tensors.raw.nbytes)
+
+    def _take(self, model: Model, rows: Sequence[int] | NDArray[Any], capacity: int) -> DecodeState:
+        index = np.asarray(rows, dtype=np.int64)
+        other = DecodeState(model, len(index), capacity)
+        other.lengths[:] = self.lengths[index]
+        for mine, theirs in zip(self.tensors.entries, other.tensors.entries, strict=True):
+            source, target = self.tensors.view(mine), other.tensors.view(theirs)
+            if mine.shape[1:] == theirs.shape[1:]:
+                np.take(source, index, axis=0, out=target)
+            else:  # full attention that grows: position p lies in slot p before and after
+                target[:, : source.shape[1]] = source[index]
+        return other
+
+    def fork(self, model: Model, rows: Sequence[int]) -> DecodeState:
+        """A new state of the given rows; repeats share a prefix, missing rows are dropped."""
+        return self._take(model, rows, self.capacity)
+
+    def grown(self, model: Model, tokens: int) -> DecodeState:
+        """This state, or a copy with room for `tokens` tokens a row."""
+        capacity = state_capacity(model, tokens)
+        return self if capacity <= self.capacity else self._take(model, range(self.rows), capacity)
+
+    def save(self, path: str | Path) -> None:
+        """Write as .npz with its convention and configuration (written to the name given)."""
+        header = {
+            "convention": STATE_CONVENTION,
+            "capacity": self.capacity,
+            "config": self.model_config.model_dump(mode="json"),
+        }
+        arrays = {e.name: self.tensors.view(e) for e in self.tensors.entries}
+        with open(path, "wb") as f:
+            np.savez(f, header=np.array(json.dumps(header)), lengths=self.lengths, **arrays)
+
+
+def load_state(path: str | Path, model: Model) -> DecodeState:
+    """Read a state that `DecodeState.save` wrote; refused if the model's configuration differs."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+        header = json.loads(str(arrays.pop("header")))
+        lengths = arrays.pop("lengths")
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path}: not a saved state ({e})") from e
+    if header["convention"] != STATE_CONVENTION:
+        raise UserError(f"{path}: convention {header['convention']!r}, expected {STATE_CONVENTION!r}")
+    if header["config"] != model.config.model_dump(mode="json"):
+        raise UserError(f"{path}: the state belongs to a model of another configuration")
+    state = DecodeState(model, len(lengths), int(header["capacity"]))
+    state.lengths[:] = lengths
+    for name in state.tensors:
+        if name not in arrays:
+            raise UserError(f"{path}: tensor {name} is missing")
+        state.tensors[name] = arrays[name]
+    return state
