@@ -353,7 +353,7 @@ static void sigmoid(ptrdiff_t n, const real *x, real *y) {
 static void logsigmoid(ptrdiff_t n, const real *x, real *y) {
     for (ptrdiff_t i = 0; i < n; i++) {
         double v = (double)x[i];
-        y[i] = (real)((v < 0 ? v : 0 * v) - log1p(exp(-fabs(v))));
+        y[i] = (real)((v > 0 ? 0 : v) - log1p(exp(-fabs(v)))); /* a NaN takes the second arm */
     }
 }
 

@@ -1,0 +1,62 @@
+"""Small random models for the tests: two layers, odd sizes, randomised maps and gates."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xlstm_distill.config import MixerConfig, ModelConfig
+from xlstm_distill.model import Model
+
+TINY = {
+    "family": "llama",
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_ids": [2],
+    "pad_token_id": None,
+}
+
+MIXERS = {
+    "attention": MixerConfig(),
+    "window": MixerConfig(mixer="window", window=7, sinks=2),
+    "linear": MixerConfig(mixer="linear"),
+    "mlstm": MixerConfig(mixer="mlstm"),
+    "hybrid": MixerConfig(mixer="hybrid", window=7, sinks=2),
+    "hybrid without sinks": MixerConfig(mixer="hybrid", window=7),
+    "hybrid fixed gate": MixerConfig(mixer="hybrid", window=7, sinks=2, gate="fixed"),
+    "hybrid max": MixerConfig(mixer="hybrid", window=7, sinks=2, normalizer="max"),
+}
+
+
+def random_model(mixer: str = "attention", seed: int = 0, dtype=np.float32, **changes) -> Model:
+    """A model whose every parameter is random: maps are not the identity, gates are not zero."""
+    layers = changes.get("num_hidden_layers", TINY["num_hidden_layers"])
+    config = ModelConfig(**{**TINY, **changes, "mixers": [MIXERS[mixer]] * layers})
+    model = Model(config, dtype=dtype)
+    random = np.random.default_rng(seed)
+    for e in model.params.entries:
+        scale = {"norm": 0.1, "map": 0.5, "gate": 0.3, "bias": 0.5}.get(e.role, 0.15)
+        value = random.standard_normal(e.shape) * scale
+        model.params[e.name] = value + 1.0 if e.role == "norm" else value
+    return model
+
+
+def random_batch(model: Model, rows: int, steps: int, seed: int = 1):
+    """Token ids, document starts (bool) and next-token labels of a packed batch."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, model.config.vocab_size, (rows, steps), dtype=np.int32)
+    reset = random.random((rows, steps)) < 0.06
+    reset[:, 0] = True
+    labels = np.full_like(ids, -1)
+    labels[:, :-1] = np.where(reset[:, 1:], -1, ids[:, 1:])
+    return ids, reset, labels
