@@ -1,18 +1,23 @@
-"""Directories that appear whole or not at all.
+"""Directories and files that appear whole or not at all.
 
 The new contents are written under a temporary name beside the target, synced to disk and put in
-place by one rename. A kill or a full disk at any moment leaves the old directory as it was.
+place by one rename. A kill or a full disk at any moment leaves the old directory as it was; what a
+killed writer left under its temporary name is removed by the next writer of the same target.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import glob
+import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import UserError
 
@@ -31,10 +36,15 @@ def atomic_directory(target: Path | str, marker: str) -> Iterator[Path]:
     """
     place = Path(os.path.realpath(target))
     _refuse_foreign(place, marker)
-    work = place.with_name(f".{place.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    work = place.with_name(f".{place.name}.tmp-{secrets.token_hex(8)}")
+    lock = -1
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(place)
         work.mkdir()
+        # Held while this process lives: tells work in progress from leftovers.
+        lock = os.open(work, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield work
         _sync_tree(work)
         _put_in_place(work, place)
@@ -44,6 +54,25 @@ def atomic_directory(target: Path | str, marker: str) -> Iterator[Path]:
     finally:
         # After an exchange this name holds the old contents, after a failure the unfinished ones.
         shutil.rmtree(work, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Remove what killed writers of `place` left: temporary directories that nobody holds."""
+    for leftover in place.parent.glob(f".{glob.escape(place.name)}.tmp-*"):
+        # A name without contents may be a writer that is just starting; it costs nothing.
+        if not leftover.is_dir() or not any(leftover.iterdir()):
+            continue
+        handle = os.open(leftover, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            os.close(handle)
 
 
 def _refuse_foreign(place: Path, marker: str) -> None:
@@ -77,7 +106,7 @@ def _put_in_place(work: Path, place: Path) -> None:
         os.rename(work, place)
     elif not _exchange(work, place):
         # No atomic exchange on this file system: keep the old contents until the new ones stand.
-        old = place.with_name(f".{place.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
+        old = place.with_name(f".{place.name}.old-{secrets.token_hex(8)}")
         os.rename(place, old)
         try:
             os.rename(work, place)
@@ -96,3 +125,41 @@ def _exchange(first: Path, second: Path) -> bool:
     paths = os.fsencode(first), os.fsencode(second)
     status: int = rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
     return status == 0
+
+
+@contextmanager
+def atomic_file(target: Path | str) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes `target` when the block ends without an exception.
+
+    A reader sees the old contents or the new ones, never a part. An OSError inside the block or in
+    putting the file in place (a full disk) becomes a `UserError` that names `target`, which is then
+    untouched. One writer per target at a time: the temporary name is fixed, so that what a killed
+    writer left is simply written over.
+    """
+    place = Path(os.path.realpath(target))
+    work = place.with_name(f".{place.name}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with work.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(work, place)
+        _sync(place.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{target}: cannot write: {reason}; nothing was changed") from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_text(target: Path | str, text: str) -> None:
+    """Write a UTF-8 text file with `atomic_file`."""
+    with atomic_file(target) as handle:
+        handle.write(text.encode("utf-8"))
+
+
+def sha256_of(path: Path | str) -> str:
+    """sha256 of a file's bytes as hexadecimal digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -59,6 +59,7 @@ real *xl_take_reals(xl_plan *plan, ptrdiff_t count);
 
 ptrdiff_t xl_dtype_size(xl_dtype dtype);
 
-#define XL_SHAPE(...) (const ptrdiff_t[]){__VA_ARGS__}
+#define XL_SHAPE(...)                                                                              \
+    (const ptrdiff_t[]) { __VA_ARGS__ }
 
 #endif

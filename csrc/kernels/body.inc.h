@@ -40,7 +40,8 @@ static void pack_b(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrd
         const real *p = b + j0 * csb;
         if (csb == 1 && w == NR) {
             for (ptrdiff_t k = 0; k < kc; k++)
-                for (ptrdiff_t j = 0; j < NR; j += VL) store(out + k * NR + j, load(p + k * rsb + j));
+                for (ptrdiff_t j = 0; j < NR; j += VL)
+                    store(out + k * NR + j, load(p + k * rsb + j));
             continue;
         }
         for (ptrdiff_t j = 0; j < w; j++)

@@ -48,9 +48,9 @@ typedef struct xl_kernels {
     real (*sum)(ptrdiff_t n, const real *x);
     real (*max)(ptrdiff_t n, const real *x); /* -INFINITY for n = 0; NaN if any x is NaN */
     double (*sumsq)(ptrdiff_t n, const real *x);
-    void (*axpy)(ptrdiff_t n, real a, const real *x, real *y); /* y += a x */
-    void (*scale)(ptrdiff_t n, real a, real *x);               /* x *= a */
-    void (*add)(ptrdiff_t n, const real *x, real *y);          /* y += x */
+    void (*axpy)(ptrdiff_t n, real a, const real *x, real *y);           /* y += a x */
+    void (*scale)(ptrdiff_t n, real a, real *x);                         /* x *= a */
+    void (*add)(ptrdiff_t n, const real *x, real *y);                    /* y += x */
     void (*mul_add)(ptrdiff_t n, const real *x, const real *y, real *z); /* z += x*y elementwise */
 
     /* y = exp(x - shift), returns the sum of y; in place allowed; x = -INFINITY gives 0. Relative

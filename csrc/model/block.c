@@ -52,8 +52,8 @@ xl_status xl_block_project(xl_ctx *ctx, const xl_config *c, const xl_layer *w, c
     workspace s;
     plan(ctx, c, b, 0, scratch, &s);
     XL_TRY(xl_poll(ctx));
-    XL_TRY(xl_rmsnorm_forward(ctx, N, c->d, t->xn_attn, t->rstd_attn, x, w->norm_attn,
-                              (real)c->eps));
+    XL_TRY(
+        xl_rmsnorm_forward(ctx, N, c->d, t->xn_attn, t->rstd_attn, x, w->norm_attn, (real)c->eps));
     XL_TRY(xl_linear_forward(ctx, N, c->d, q, t->mixer.q, t->xn_attn, w->wq, w->bq, s.mixer));
     XL_TRY(xl_linear_forward(ctx, N, c->d, kv, t->mixer.k, t->xn_attn, w->wk, w->bk, s.mixer));
     return xl_linear_forward(ctx, N, c->d, kv, t->mixer.v, t->xn_attn, w->wv, w->bv, s.mixer);
@@ -103,8 +103,8 @@ xl_status xl_block_backward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, co
                               w->w_gate, s.mixer));
     XL_TRY(xl_linear_backward(ctx, N, d, F, s.dxn, (real *)g->w_up.data, NULL, t->up, t->xn_mlp,
                               w->w_up, s.mixer));
-    XL_TRY(xl_rmsnorm_backward(ctx, N, d, dx, g->norm_mlp, s.dxn, t->mid, w->norm_mlp,
-                               t->rstd_mlp));
+    XL_TRY(
+        xl_rmsnorm_backward(ctx, N, d, dx, g->norm_mlp, s.dxn, t->mid, w->norm_mlp, t->rstd_mlp));
 
     memset(s.dh, 0, (size_t)(N * q) * sizeof(real));
     XL_TRY(xl_linear_backward(ctx, N, q, d, s.dh, (real *)g->wo.data, NULL, dx, t->mixer.h, w->wo,

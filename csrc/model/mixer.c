@@ -8,17 +8,30 @@ static xl_heads view(const real *p, ptrdiff_t T, ptrdiff_t heads, ptrdiff_t widt
 }
 
 static xl_attn attention_args(const xl_config *c, const xl_mixer *m, const xl_batch *b) {
-    xl_attn a = {.B = b->B, .H = c->H, .G = c->G, .T = b->T, .D = c->D, .pos = b->pos,
+    xl_attn a = {.B = b->B,
+                 .H = c->H,
+                 .G = c->G,
+                 .T = b->T,
+                 .D = c->D,
+                 .pos = b->pos,
                  .lengths = b->lengths};
     xl_attention_span(m, b->span, &a.window, &a.sinks);
     return a;
 }
 
 static xl_mlstm cell_args(const xl_config *c, const xl_mixer *m, const xl_batch *b, int stepping) {
-    return (xl_mlstm){.B = b->B, .H = c->H, .T = b->T, .D = c->D, .E = c->D, .v_rep = c->H / c->G,
+    return (xl_mlstm){.B = b->B,
+                      .H = c->H,
+                      .T = b->T,
+                      .D = c->D,
+                      .E = c->D,
+                      .v_rep = c->H / c->G,
                       .scale = m->normalizer == XL_RATIO ? 1 : (real)(1 / sqrt((double)c->D)),
-                      .normalizer = m->normalizer, .form = stepping ? XL_RECURRENT : XL_CHUNKWISE,
-                      .chunk = b->chunk, .reset = b->reset, .lengths = b->lengths};
+                      .normalizer = m->normalizer,
+                      .form = stepping ? XL_RECURRENT : XL_CHUNKWISE,
+                      .chunk = b->chunk,
+                      .reset = b->reset,
+                      .lengths = b->lengths};
 }
 
 static xl_fmap map_args(const xl_config *c, const xl_batch *b, ptrdiff_t G) {
@@ -203,9 +216,10 @@ static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer 
     xl_heads phi_q = view(t->phi_q, T, H, D), phi_k = view(t->phi_k, T, H, D);
     xl_heads dphi_q = view(s->dphi_q, T, H, D), dphi_k = view(s->dphi_k, T, H, D);
     XL_TRY(xl_mlstm_backward(ctx, &a, dphi_q, dphi_k, view(dv ? s->dvm : NULL, T, H, D),
-                             view(gates ? s->di : NULL, T, H, 1), view(gates ? s->df : NULL, T, H, 1),
-                             none, view(dhm, T, H, D), phi_q, phi_k, view(t->v, T, G, D),
-                             view(t->i, T, H, 1), view(t->f, T, H, 1), none, none, s->op));
+                             view(gates ? s->di : NULL, T, H, 1),
+                             view(gates ? s->df : NULL, T, H, 1), none, view(dhm, T, H, D), phi_q,
+                             phi_k, view(t->v, T, G, D), view(t->i, T, H, 1), view(t->f, T, H, 1),
+                             none, none, s->op));
     if (dv) add_groups(c, N, dv, s->dvm);
     xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, G);
     XL_TRY(xl_feature_map_backward(ctx, &mq, view(dq, T, H, D), g->map_q, dphi_q, phi_q,
@@ -257,8 +271,8 @@ xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, 
         xl_attn a = attention_args(c, m, b);
         XL_TRY(xl_attention_backward(ctx, &a, view(dq, T, H, D), view(dk, T, G, D),
                                      view(dv, T, G, D), view(dhs, T, H, D), view(t->q, T, H, D),
-                                     view(t->k, T, G, D), view(t->v, T, G, D),
-                                     view(t->hs, T, H, D), t->lse, s.op));
+                                     view(t->k, T, G, D), view(t->v, T, G, D), view(t->hs, T, H, D),
+                                     t->lse, s.op));
     }
     if (xl_has_mlstm(m))
         XL_TRY(mlstm_backward(ctx, c, m, w, g, b, t, dq, dk, dv, dxn, dhm, xn, &s));

@@ -11,21 +11,21 @@ typedef struct {
     const int32_t *pos;     /* [B, T] position in the document */
     const uint8_t *reset;   /* [B, T] or NULL: a document starts here */
     const int32_t *lengths; /* [B] or NULL: valid steps of each row */
-    const int32_t *past;    /* [B] tokens of the current document already in the state, with a state */
-    ptrdiff_t span;         /* positions that full attention can see: T, or the state's capacity */
-    double gate;            /* in [0, 1]: forces every output gate; < 0: the model's own */
-    ptrdiff_t chunk;        /* of the chunkwise mLSTM */
-    real *rope;             /* [N, D] table of this batch */
+    const int32_t *past; /* [B] tokens of the current document already in the state, with a state */
+    ptrdiff_t span;      /* positions that full attention can see: T, or the state's capacity */
+    double gate;         /* in [0, 1]: forces every output gate; < 0: the model's own */
+    ptrdiff_t chunk;     /* of the chunkwise mLSTM */
+    real *rope;          /* [N, D] table of this batch */
 } xl_batch;
 
 /* Everything that a layer's mixer leaves for its backward; [N, heads*D] unless said. */
 typedef struct {
-    real *q, *k, *v;         /* after RoPE; H, G, G heads */
-    real *phi_q, *phi_k;     /* H heads */
-    real *i, *f, *o;         /* [N, H] pre-activations */
-    real *hm, *hs;           /* outputs of the two branches */
-    real *lse;               /* [B, H, T] */
-    real *h;                 /* mixed */
+    real *q, *k, *v;     /* after RoPE; H, G, G heads */
+    real *phi_q, *phi_k; /* H heads */
+    real *i, *f, *o;     /* [N, H] pre-activations */
+    real *hm, *hs;       /* outputs of the two branches */
+    real *lse;           /* [B, H, T] */
+    real *h;             /* mixed */
 } xl_mixer_tape;
 
 void xl_mixer_tape_plan(xl_plan *plan, const xl_config *c, const xl_mixer *m, ptrdiff_t N,
@@ -36,8 +36,8 @@ ptrdiff_t xl_mixer_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch
 /* q, k, v (projections, before RoPE) of the tape -> h; xn [N, d] feeds the gates. State (or NULL)
  * is read and advanced, except its position. */
 xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
-                           const xl_batch *b, xl_mixer_tape *t, const real *xn, xl_layer_state *state,
-                           void *scratch);
+                           const xl_batch *b, xl_mixer_tape *t, const real *xn,
+                           xl_layer_state *state, void *scratch);
 /* dh -> dq, dk, dv (before RoPE) and dxn, added, each NULL if not wanted (then all are); gradients
  * of the mixer's own parameters into g. The tape's q and k are turned back by RoPE (dead after). */
 xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,

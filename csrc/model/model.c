@@ -80,7 +80,8 @@ typedef struct {
 static ptrdiff_t train_plan(const xl_ctx *ctx, const xl_config *c, const xl_batch *b,
                             const xl_head *head, char *base, train_work *w) {
     xl_plan p = {.base = base, .size = PTRDIFF_MAX};
-    ptrdiff_t N = rows(b), block = xl_block_scratch(ctx, c, b, 1), loss = xl_head_scratch(ctx, head);
+    ptrdiff_t N = rows(b), block = xl_block_scratch(ctx, c, b, 1),
+              loss = xl_head_scratch(ctx, head);
     w->rope = xl_take_reals(&p, N * c->D);
     w->stream = xl_take_reals(&p, (c->layers + 1) * N * c->d);
     w->xn = xl_take_reals(&p, N * c->d);
@@ -109,8 +110,8 @@ xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
     for (ptrdiff_t l = 0; l < L; l++)
         XL_TRY(xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape[l], w.stream + (l + 1) * row,
                                 w.stream + l * row, NULL, w.block));
-    XL_TRY(xl_rmsnorm_forward(ctx, N, c->d, w.xn, w.rstd, w.stream + L * row, p->norm,
-                              (real)c->eps));
+    XL_TRY(
+        xl_rmsnorm_forward(ctx, N, c->d, w.xn, w.rstd, w.stream + L * row, p->norm, (real)c->eps));
     memset(w.dxn, 0, (size_t)row * sizeof(real));
     XL_TRY(xl_head_loss(ctx, head, sums, NULL, g ? w.dxn : NULL, g ? (real *)g->head.data : NULL,
                         w.xn, p->head, labels, target_ids, target_logp, w.block));
@@ -129,8 +130,8 @@ xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
 
 typedef struct {
     real *rope, *x, *dh;
-    xl_block_tape tape;     /* the student's mixer and the MLP */
-    xl_mixer_tape teacher;  /* the teacher's attention on a copy of q, k, v */
+    xl_block_tape tape;    /* the student's mixer and the MLP */
+    xl_mixer_tape teacher; /* the teacher's attention on a copy of q, k, v */
     void *block, *sums;
 } align_work;
 

@@ -19,8 +19,9 @@ xl_status xl_config_check(xl_ctx *ctx, const xl_config *c) {
     XL_TRY(check(ctx, "vocab_size", c->V, 1, most));
     if (c->D % 2) return xl_fail(ctx, XL_VALUE, "head_dim is %td, RoPE needs an even one", c->D);
     if (c->H % c->G)
-        return xl_fail(ctx, XL_VALUE, "num_attention_heads %td is no multiple of num_key_value_heads %td",
-                       c->H, c->G);
+        return xl_fail(ctx, XL_VALUE,
+                       "num_attention_heads %td is no multiple of num_key_value_heads %td", c->H,
+                       c->G);
     for (ptrdiff_t l = 0; l < c->layers; l++) {
         XL_TRY(check(ctx, "window", c->mixer[l].window, 0, most));
         XL_TRY(check(ctx, "sinks", c->mixer[l].sinks, 0, most));
@@ -139,8 +140,8 @@ void xl_state_plan(xl_plan *plan, const xl_config *c, ptrdiff_t B, ptrdiff_t cap
             s->kv.v = xl_take(plan, "v", XL_ROLE_WORK, XL_DT_REAL, 4, shape);
         }
         if (xl_has_mlstm(m)) {
-            s->cell.c = xl_take(plan, "c", XL_ROLE_WORK, XL_DT_REAL, 4,
-                                XL_SHAPE(B, c->H, c->D, c->D));
+            s->cell.c =
+                xl_take(plan, "c", XL_ROLE_WORK, XL_DT_REAL, 4, XL_SHAPE(B, c->H, c->D, c->D));
             s->cell.n = xl_take(plan, "n", XL_ROLE_WORK, XL_DT_REAL, 3, XL_SHAPE(B, c->H, c->D));
             s->cell.m = xl_take(plan, "m", XL_ROLE_WORK, XL_DT_REAL, 2, XL_SHAPE(B, c->H));
         }

@@ -6,20 +6,20 @@
 #include "ops/basic.h"
 
 typedef struct {
-    real *norm_attn;                  /* [d] */
-    xl_mat wq, wk, wv, wo;            /* [H*D, d] [G*D, d] [G*D, d] [d, H*D] */
-    real *bq, *bk, *bv;               /* or NULL */
-    real *map_q, *map_k;              /* [H, D, D] */
-    real *wi, *bi, *wf, *bf;          /* [H, d] [H] */
-    real *w_og, *b_og;                /* [H, 3D] [H]; w_og NULL for a fixed gate */
-    real *norm_mlp;                   /* [d] */
-    xl_mat w_gate, w_up, w_down;      /* [F, d] [F, d] [d, F] */
+    real *norm_attn;             /* [d] */
+    xl_mat wq, wk, wv, wo;       /* [H*D, d] [G*D, d] [G*D, d] [d, H*D] */
+    real *bq, *bk, *bv;          /* or NULL */
+    real *map_q, *map_k;         /* [H, D, D] */
+    real *wi, *bi, *wf, *bf;     /* [H, d] [H] */
+    real *w_og, *b_og;           /* [H, 3D] [H]; w_og NULL for a fixed gate */
+    real *norm_mlp;              /* [d] */
+    xl_mat w_gate, w_up, w_down; /* [F, d] [F, d] [d, F] */
 } xl_layer;
 
 typedef struct {
     xl_mat embed; /* [V, d] */
     xl_layer layer[XL_MAX_LAYERS];
-    real *norm; /* [d] */
+    real *norm;  /* [d] */
     xl_mat head; /* [V, d]; the embedding when tied */
 } xl_params;
 

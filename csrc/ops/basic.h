@@ -90,9 +90,9 @@ typedef struct {
  * -INFINITY are padding. sums[3] receives CE, KL (sums over counted rows) and the count; row_ce
  * (NULL or [N]) the cross-entropy of each row, 0 where not counted. dx and dw get the gradient of
  * scale * (ce_weight CE + kl_weight KL). */
-xl_status xl_head_loss(xl_ctx *ctx, const xl_head *a, double *sums, real *row_ce, real *dx, real *dw,
-                       const real *x, xl_mat w, const int32_t *labels, const int32_t *target_ids,
-                       const real *target_logp, void *scratch);
+xl_status xl_head_loss(xl_ctx *ctx, const xl_head *a, double *sums, real *row_ce, real *dx,
+                       real *dw, const real *x, xl_mat w, const int32_t *labels,
+                       const int32_t *target_ids, const real *target_logp, void *scratch);
 /* The k most probable tokens of each row, best first, ties to the lower id: ids, logp (of the full
  * softmax) [N, k] and their summed probability mass [N]. */
 xl_status xl_head_topk(xl_ctx *ctx, const xl_head *a, int32_t *ids, real *logp, real *mass,

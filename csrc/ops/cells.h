@@ -40,9 +40,9 @@ typedef struct {
 
 typedef struct {
     ptrdiff_t B, H, G, T, D;
-    ptrdiff_t window; /* >= 1; >= T (+ past) is full attention */
-    ptrdiff_t sinks;  /* >= 0 */
-    const int32_t *pos;     /* [B, T] */
+    ptrdiff_t window;   /* >= 1; >= T (+ past) is full attention */
+    ptrdiff_t sinks;    /* >= 0 */
+    const int32_t *pos; /* [B, T]: counts up from 0, or from past->pos[b], or starts again at 0 */
     const int32_t *lengths; /* [B] or NULL */
 } xl_attn;
 
@@ -62,7 +62,8 @@ ptrdiff_t xl_attention_scratch(const xl_ctx *ctx, const xl_attn *a, ptrdiff_t pa
  * only what stays visible). Does not change pos; the caller then sets
  * pos[b] = a->pos[b, lengths[b]-1] + 1. */
 xl_status xl_attention_append(xl_ctx *ctx, const xl_attn *a, xl_heads k, xl_heads v, xl_kv *past);
-/* One decoding step, T = 1: appends k, v at position past->pos[b] and attends over the cache.
+/* One decoding step, T = 1: appends k, v at position a->pos[b] (past->pos[b], or 0 where a document
+ * starts) and attends over the cache; a row of length 0 gives zeros and leaves its cache alone.
  * scratch: xl_attention_scratch with T = 1 and past_slots = slots. */
 xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_heads q, xl_heads k,
                             xl_heads v, xl_kv *past, void *scratch);
@@ -89,13 +90,13 @@ typedef enum { XL_CHUNKWISE = 0, XL_PARALLEL = 1, XL_RECURRENT = 2 } xl_form;
 
 typedef struct {
     ptrdiff_t B, H, T, D, E;
-    ptrdiff_t v_rep;          /* v has H / v_rep heads (gradient dv always has H heads) */
-    real scale;               /* multiplies q */
+    ptrdiff_t v_rep; /* v has H / v_rep heads (gradient dv always has H heads) */
+    real scale;      /* multiplies q */
     xl_normalizer normalizer;
-    xl_form form;             /* of the forward; the backward is chunkwise */
-    ptrdiff_t chunk;          /* >= 1 */
-    const uint8_t *reset;     /* [B, T] or NULL: a document starts here, the state is forgotten */
-    const int32_t *lengths;   /* [B] or NULL */
+    xl_form form;           /* of the forward; the backward is chunkwise */
+    ptrdiff_t chunk;        /* >= 1 */
+    const uint8_t *reset;   /* [B, T] or NULL: a document starts here, the state is forgotten */
+    const int32_t *lengths; /* [B] or NULL */
 } xl_mlstm;
 
 /* State: C [B, H, D, E], n [B, H, D], m [B, H], contiguous; C and n are scaled by exp(-m).
@@ -104,14 +105,15 @@ typedef struct {
     real *c, *n, *m;
 } xl_mlstm_state;
 
-/* i, f: gate pre-activations, read through strides (D stride unused): i at i.p + b*sb + h*sh + t*st.
- * h = num / den as numerics.md, eps-free. `last` may be the same memory as `first`;
- * last all NULL: not wanted. den (NULL or [B, H, T]) and h are what the backward wants to see again. */
+/* i, f: gate pre-activations, read through strides: i at i.p + b*sb + h*sh + t*st. f = -inf at a step
+ * forgets the state as a reset does. h = num / den as in numerics.md, eps-free; 0 / 0 gives 0.
+ * `last` may be the same memory as `first`; last all NULL: not wanted. */
 xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_state last,
                            xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
                            xl_mlstm_state first, void *scratch);
-/* dlast: gradient on the last state at fixed m (c, n; m ignored), or all NULL. dfirst: likewise,
- * written gradient of the start state (c, n added; m written 0 if given). Recomputes chunk states. */
+/* dlast: gradient on the last state at fixed m (c, n; m is not read), or all NULL. dfirst: likewise on
+ * the start state (c, n added; m set to 0), all NULL where not wanted. The states of the chunks are
+ * computed again and kept in scratch. Always chunkwise, whatever a->form. */
 xl_status xl_mlstm_backward(xl_ctx *ctx, const xl_mlstm *a, xl_heads dq, xl_heads dk, xl_heads dv,
                             xl_heads di, xl_heads df, xl_mlstm_state dfirst, xl_heads dh,
                             xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
@@ -122,10 +124,11 @@ ptrdiff_t xl_mlstm_scratch(const xl_ctx *ctx, const xl_mlstm *a);
 
 /* x: pre-activations W x + b, [B, H, T, 4, D] contiguous, gates in the order i, f, z, o;
  * r [H, 4, D(in), D(out)]: raw_t[g] = x_t[g] + y_{t-1} r[h, g]. State y, c, n, m: each [B, H, D];
- * NULL y: no state (first step: m' = i). tape: [B, H, T, 8, D] or NULL when no backward follows. */
+ * all NULL: no state, m = -inf exactly like a reset (then m' = i). `last` may be the same memory as
+ * `first`. tape: [B, H, T, 7, D], NULL when no backward follows. One decoding step is T = 1. */
 typedef struct {
     ptrdiff_t B, H, T, D;
-    const uint8_t *reset;
+    const uint8_t *reset; /* [B, T] or NULL: a document starts here, the state is forgotten */
 } xl_slstm;
 typedef struct {
     real *y, *c, *n, *m;
@@ -133,6 +136,8 @@ typedef struct {
 xl_status xl_slstm_forward(xl_ctx *ctx, const xl_slstm *a, real *y, xl_slstm_state last,
                            const real *x, const real *r, xl_slstm_state first, real *tape,
                            void *scratch);
+/* y and tape are those of the forward. dlast: gradient on the last state at fixed m (m is not read),
+ * or all NULL; dfirst likewise (y, c, n added), all NULL where not wanted. */
 xl_status xl_slstm_backward(xl_ctx *ctx, const xl_slstm *a, real *dx, real *dr,
                             xl_slstm_state dfirst, const real *dy, const real *y, const real *r,
                             xl_slstm_state first, xl_slstm_state dlast, const real *tape,

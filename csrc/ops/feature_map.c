@@ -4,7 +4,7 @@
 
 #include <omp.h>
 
-#define BLOCK 128         /* steps of a task */
+#define BLOCK 126          /* steps of a task: whole tiles of every kernel */
 #define FLOOR ((real)1e-6) /* total of what is added to the features: phi(q).phi(k) is never 0 */
 
 typedef struct {
@@ -51,8 +51,8 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
             for (ptrdiff_t h = 0; h < a->H; h++)
                 for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK) {
                     ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
-                    k->gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1, 0,
-                            xl_at(phi, b, h, t0), phi.st, s.pack);
+                    k->gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1,
+                            0, xl_at(phi, b, h, t0), phi.st, s.pack);
                     for (ptrdiff_t t = t0; t < t0 + rows; t++) {
                         real *z = xl_at(phi, b, h, t);
                         real by = 1 / (k->exp_sum(D, z, k->max(D, z), z) * (1 + FLOOR));
@@ -65,22 +65,20 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
 }
 
 /* phi = (p + c/D)/(1 + c), p = softmax(z): dz = p o (dp - p.dp), dp = dphi/(1 + c). */
-static void softmax_backward(const xl_fmap *a, real *dz, xl_heads dphi, xl_heads phi, ptrdiff_t b,
-                             ptrdiff_t h, ptrdiff_t t0, ptrdiff_t rows) {
+static void softmax_backward(const xl_ctx *ctx, const xl_fmap *a, real *dz, xl_heads dphi,
+                             xl_heads phi, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t rows) {
     ptrdiff_t D = a->D;
     for (ptrdiff_t i = 0; i < rows; i++, dz += D) {
         const real *y = xl_at(phi, b, h, t0 + i), *dy = xl_at(dphi, b, h, t0 + i);
-        real dot = 0;
-        for (ptrdiff_t j = 0; j < D; j++) {
-            dz[j] = y[j] * (1 + FLOOR) - FLOOR / (real)D;
-            dot += dz[j] * dy[j];
-        }
-        for (ptrdiff_t j = 0; j < D; j++) dz[j] *= (dy[j] - dot) / (1 + FLOOR);
+        for (ptrdiff_t j = 0; j < D; j++) dz[j] = y[j] * (1 + FLOOR) - FLOOR / (real)D;
+        real dot = ctx->k->dot(D, dz, dy);
+        for (ptrdiff_t j = 0; j < D; j++) dz[j] *= (dy[j] - dot) * (1 / (1 + FLOOR));
     }
 }
 
-xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, real *dw, xl_heads dphi,
-                                  xl_heads phi, xl_heads x, const real *w, void *scratch) {
+xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, real *dw,
+                                  xl_heads dphi, xl_heads phi, xl_heads x, const real *w,
+                                  void *scratch) {
     XL_TRY(check(ctx, a));
     const xl_kernels *k = ctx->k;
     ptrdiff_t D = a->D, rep = a->H / a->G;
@@ -94,7 +92,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                     for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK)
                         for (ptrdiff_t h = g * rep; h < (g + 1) * rep; h++) {
                             ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
-                            softmax_backward(a, s.dz, dphi, phi, b, h, t0, rows);
+                            softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
                             k->gemm(rows, D, D, 1, s.dz, D, 1, w + h * D * D, 1, D, 1,
                                     xl_at(dx, b, g, t0), dx.st, s.pack);
                         }
@@ -105,7 +103,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                 for (ptrdiff_t b = 0; b < a->B; b++)
                     for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK) {
                         ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
-                        softmax_backward(a, s.dz, dphi, phi, b, h, t0, rows);
+                        softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
                         k->gemm(D, D, rows, 1, xl_at(x, b, h / rep, t0), 1, x.st, s.dz, D, 1, 1,
                                 dw + h * D * D, D, s.pack);
                     }

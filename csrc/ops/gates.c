@@ -84,7 +84,8 @@ xl_status xl_mix_backward(xl_ctx *ctx, const xl_gate *g, xl_heads dhm, xl_heads 
         for (ptrdiff_t t = 0; t < g->T; t++)
             for (ptrdiff_t n = 0; n < g->H; n++) {
                 real o = sigmoid(*xl_at(a, b, n, t)), dot = 0;
-                const real *m = xl_at(hm, b, n, t), *s = xl_at(hs, b, n, t), *d = xl_at(dh, b, n, t);
+                const real *m = xl_at(hm, b, n, t), *s = xl_at(hs, b, n, t),
+                           *d = xl_at(dh, b, n, t);
                 for (ptrdiff_t j = 0; j < g->D; j++) dot += d[j] * (m[j] - s[j]);
                 if (dhm.p) ctx->k->axpy(g->D, o, d, xl_at(dhm, b, n, t));
                 if (dhs.p) ctx->k->axpy(g->D, 1 - o, d, xl_at(dhs, b, n, t));

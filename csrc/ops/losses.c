@@ -11,8 +11,8 @@
 #include <omp.h>
 #include <string.h>
 
-#define ROWS 512              /* rows of logits held at a time */
-#define TAIL_FLOOR 1e-12      /* least teacher mass outside the targets: its logarithm stays finite */
+#define ROWS 512         /* rows of logits held at a time */
+#define TAIL_FLOOR 1e-12 /* least teacher mass outside the targets: its logarithm stays finite */
 
 typedef struct {
     real *logits, *other; /* [ROWS, V]; `other`: the teacher's, only for the divergence */
@@ -61,8 +61,8 @@ static xl_status check_labels(xl_ctx *ctx, const xl_head *a, const int32_t *labe
                               const int32_t *target_ids) {
     for (ptrdiff_t n = 0; n < a->N; n++)
         if (labels[n] < -1 || labels[n] >= a->V)
-            return xl_fail(ctx, XL_VALUE, "label %d at row %td is outside -1..%td", (int)labels[n], n,
-                           a->V - 1);
+            return xl_fail(ctx, XL_VALUE, "label %d at row %td is outside -1..%td", (int)labels[n],
+                           n, a->V - 1);
     for (ptrdiff_t i = 0; target_ids && i < a->N * a->k; i++)
         if (target_ids[i] < 0 || target_ids[i] >= a->V)
             return xl_fail(ctx, XL_VALUE, "target id %d of row %td is outside 0..%td",
@@ -102,8 +102,7 @@ static kl_row target_loss(const xl_head *a, const real *z, const real *e, double
     for (ptrdiff_t j = 0; j < a->k; j++) {
         double s = (double)z[ids[j]] - lse;
         g[j] = -t[j];
-        if (t[j] > 0)
-            r.value += (double)t[j] * (a->form == XL_KL_TAIL ? (double)logp[j] - s : -s);
+        if (t[j] > 0) r.value += (double)t[j] * (a->form == XL_KL_TAIL ? (double)logp[j] - s : -s);
     }
     r.full = mass;
     if (a->form == XL_KL_SAMPLED) return r;
@@ -127,7 +126,8 @@ static kl_row target_loss(const xl_head *a, const real *z, const real *e, double
     rest = fmax(rest, (double)XL_REAL_MIN);
     r.value += tail * (log(tail) - log(rest));
     r.full = mass + tail;
-    r.rest = tail / rest; /* gradient outside: full*e_j - rest*e_j; at a target the second is absent */
+    r.rest =
+        tail / rest; /* gradient outside: full*e_j - rest*e_j; at a target the second is absent */
     for (ptrdiff_t j = 0; j < a->k; j++)
         if (t[j] > 0) g[j] += (real)(r.rest * (double)e[ids[j]]);
     return r;
@@ -154,9 +154,9 @@ static void row_loss(const xl_ctx *ctx, const xl_head *a, double *sums, real *z,
     for (ptrdiff_t j = 0; j < a->k; j++) z[ids[j]] += (real)(wk * (double)g[j]);
 }
 
-xl_status xl_head_loss(xl_ctx *ctx, const xl_head *a, double *sums, real *row_ce, real *dx, real *dw,
-                       const real *x, xl_mat w, const int32_t *labels, const int32_t *target_ids,
-                       const real *target_logp, void *scratch) {
+xl_status xl_head_loss(xl_ctx *ctx, const xl_head *a, double *sums, real *row_ce, real *dx,
+                       real *dw, const real *x, xl_mat w, const int32_t *labels,
+                       const int32_t *target_ids, const real *target_logp, void *scratch) {
     XL_TRY(check_labels(ctx, a, labels, target_ids));
     workspace s;
     plan(ctx, a, scratch, &s);

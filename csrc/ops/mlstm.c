@@ -1,4 +1,4 @@
-/* mLSTM (paper.md 1.2, eqs. 8-10), stabilised, eps-free; docs/math/mlstm.md derives every line.
+/* mLSTM (arXiv:2603.15590, equations (8)-(10)), stabilised, eps-free; docs/math/mlstm.md derives every line.
  *
  * A row is cut into segments at document starts; a segment is walked in chunks from its own start, so
  * that a document's numbers do not depend on where it lies. Inside a chunk, with b = cumsum(log f),
@@ -6,65 +6,79 @@
  *     decay D_ts = exp(c_s - M_t)     carry w_t = exp(m - M_t)     stabiliser mu_t = b_t + M_t
  *     num_t = sum_s D_ts (q_t.k_s) v_s + w_t q_t C     den_t likewise with v = 1 and n
  * and the state behind the chunk is C' = w_S C + sum_s D_Ss k_s v_s^T, m' = mu_S. The parallel form
- * is one chunk as long as the segment; the recurrent form is written by itself. */
+ * is one chunk as long as the segment; the recurrent form is written by itself. Exponents are kept in
+ * double: b reaches some hundreds, and what is exponentiated are differences of such sums. */
 #include "kernels/kernels.h"
 #include "ops/cells.h"
 
 #include <omp.h>
 #include <string.h>
 
-/* Work of one thread. Chunk arrays have S = chunk rows. */
+#define EXP_BLOCK 16 /* rows of the decay are exponentiated in whole vectors */
+
+/* Work of one thread; S is the length of a chunk. */
 typedef struct {
-    double *lf, *c, *top, *b; /* [T]: log f; c, M and b inside the running chunk */
-    real *gate;               /* [T] */
-    real *C, *n;              /* running state */
-    real *q, *k, *v;          /* gathered chunk rows [S, D] [S, D] [S, E]; q is scaled */
-    real *decay, *P;          /* [S, S] */
-    real *w, *den;            /* [S] */
-    real *num;                /* [S, E] */
-    real *saved;              /* backward: states at the starts of the segment's chunks */
-    double *saved_m;
-    real *dC, *dn, *G, *e, *dP, *dq, *dk, *dv, *CT; /* backward */
-    double *x;                                      /* [T] */
-    real *pack;
+    double *lf;          /* [T]: log f */
+    double *b, *c, *top; /* [S]: b, c and M of the chunk in hand */
+    real *C, *n;         /* state before it */
+    real *q, *k, *v;     /* its rows [S, D] [S, D] [S, E]; q is scaled */
+    real *decay, *P;     /* [S, S]: D and (q k^T) o D, zeros above the diagonal */
+    real *w, *den, *num; /* [S] [S] [S, E] */
+    real *saved;         /* backward: C, n before each chunk of the segment */
+    double *saved_m, *x; /* [chunks]; [T]: x_t of the gate gradients */
+    real *G, *e;         /* dh / divisor [S, E]; gradient of den [S] */
+    real *dC, *dn, *dP;  /* of the state behind the chunk; [S, S] */
+    real *dq, *dk, *dv, *pack;
 } workspace;
 
+/* Everything a call works on. */
+typedef struct {
+    xl_heads h, dh, q, k, v, i, f, dq, dk, dv, di, df;
+    xl_mlstm_state first, last, dfirst, dlast;
+} arrays;
+
+static ptrdiff_t backward_chunk_length(const xl_mlstm *a) {
+    return xl_min(a->chunk, xl_max(1, a->T));
+}
+
 static ptrdiff_t chunk_length(const xl_mlstm *a) {
-    return a->form == XL_PARALLEL ? xl_max(1, a->T) : xl_min(a->chunk, xl_max(1, a->T));
+    return a->form == XL_PARALLEL ? xl_max(1, a->T) : backward_chunk_length(a);
 }
 
 static double *take_doubles(xl_plan *p, ptrdiff_t count) {
-    return xl_take(p, "", XL_ROLE_WORK, XL_DT_U8, 1, XL_SHAPE(count * (ptrdiff_t)sizeof(double)));
+    return xl_take(p, "", XL_ROLE_WORK, XL_DT_U8, 2, XL_SHAPE(count, (ptrdiff_t)sizeof(double)));
 }
 
+/* The parallel form needs [T, T] forward; the backward is chunkwise always and keeps one state for
+ * each chunk of the longest segment: (T / S) (D E + D) reals a thread. */
 static void plan_thread(xl_plan *p, const xl_mlstm *a, workspace *w) {
-    ptrdiff_t S = chunk_length(a), D = a->D, E = a->E, T = a->T, chunks = xl_ceil_div(T, S) + 1;
+    ptrdiff_t S = chunk_length(a), back = backward_chunk_length(a), D = a->D, E = a->E, T = a->T;
+    ptrdiff_t chunks = xl_ceil_div(T, back);
     w->lf = take_doubles(p, T);
+    w->b = take_doubles(p, S);
     w->c = take_doubles(p, S);
     w->top = take_doubles(p, S);
-    w->b = take_doubles(p, S);
-    w->x = take_doubles(p, T);
-    w->saved_m = take_doubles(p, chunks);
-    w->gate = xl_take_reals(p, xl_max(T, S));
     w->C = xl_take_reals(p, D * E);
     w->n = xl_take_reals(p, D);
     w->q = xl_take_reals(p, S * D);
     w->k = xl_take_reals(p, S * D);
     w->v = xl_take_reals(p, S * E);
-    w->decay = xl_take_reals(p, S * S);
-    w->P = xl_take_reals(p, S * S);
+    w->decay = xl_take(p, "", XL_ROLE_WORK, XL_DT_REAL, 2, XL_SHAPE(S, S));
+    w->P = xl_take(p, "", XL_ROLE_WORK, XL_DT_REAL, 2, XL_SHAPE(S, S));
     w->w = xl_take_reals(p, S);
     w->den = xl_take_reals(p, S);
     w->num = xl_take_reals(p, S * E);
-    w->saved = xl_take_reals(p, chunks * (D * E + D));
+    w->saved = xl_take(p, "", XL_ROLE_WORK, XL_DT_REAL, 3, XL_SHAPE(chunks, D, E + 1));
+    w->saved_m = take_doubles(p, chunks);
+    w->x = take_doubles(p, T);
+    w->G = xl_take_reals(p, back * E);
+    w->e = xl_take_reals(p, back);
     w->dC = xl_take_reals(p, D * E);
     w->dn = xl_take_reals(p, D);
-    w->G = xl_take_reals(p, S * E);
-    w->e = xl_take_reals(p, S);
-    w->dP = xl_take_reals(p, S * S);
-    w->dq = xl_take_reals(p, S * D);
-    w->dk = xl_take_reals(p, S * D);
-    w->dv = xl_take_reals(p, S * E);
+    w->dP = xl_take_reals(p, back * back);
+    w->dq = xl_take_reals(p, back * D);
+    w->dk = xl_take_reals(p, back * D);
+    w->dv = xl_take_reals(p, back * E);
     w->pack = xl_take_reals(p, XL_GEMM_PACK);
 }
 
@@ -86,117 +100,49 @@ ptrdiff_t xl_mlstm_scratch(const xl_ctx *ctx, const xl_mlstm *a) {
 }
 
 static xl_status check(xl_ctx *ctx, const xl_mlstm *a) {
+    if (a->D < 1 || a->E < 1)
+        return xl_fail(ctx, XL_VALUE, "head widths are %td and %td, expected 1 or more", a->D,
+                       a->E);
     if (a->chunk < 1) return xl_fail(ctx, XL_VALUE, "chunk is %td, expected 1 or more", a->chunk);
     if (a->v_rep < 1 || a->H % a->v_rep)
         return xl_fail(ctx, XL_VALUE, "%td heads cannot share v in groups of %td", a->H, a->v_rep);
     for (ptrdiff_t b = 0; a->lengths && b < a->B; b++)
         if (a->lengths[b] < 0 || a->lengths[b] > a->T)
-            return xl_fail(ctx, XL_VALUE, "lengths[%td] is %d, T is %td", b, (int)a->lengths[b], a->T);
+            return xl_fail(ctx, XL_VALUE, "lengths[%td] is %d, T is %td", b, (int)a->lengths[b],
+                           a->T);
     return XL_OK;
 }
+
+/* ---- a row, its segments, its chunks ------------------------------------------------------- */
 
 static ptrdiff_t row_length(const xl_mlstm *a, ptrdiff_t b) {
     return a->lengths ? a->lengths[b] : a->T;
 }
 
-/* End of the segment that begins at t: the next reset. */
-static ptrdiff_t segment_end(const xl_mlstm *a, ptrdiff_t b, ptrdiff_t t, ptrdiff_t T) {
-    for (t++; t < T; t++)
-        if (a->reset && a->reset[b * a->T + t]) break;
+/* log sigmoid(f) = min(f, 0) - log(1 + exp(-|f|)) never overflows; a NaN stays one. */
+static void log_forget(const arrays *r, ptrdiff_t T, ptrdiff_t b, ptrdiff_t h, workspace *w) {
+    for (ptrdiff_t t = 0; t < T; t++) {
+        double f = (double)*xl_at(r->f, b, h, t);
+        w->lf[t] = (f > 0 ? 0 : f) - log1p(exp(-fabs(f)));
+    }
+}
+
+/* The state is forgotten before step t: a document starts there, or f = -inf. */
+static int starts(const xl_mlstm *a, const workspace *w, ptrdiff_t b, ptrdiff_t t) {
+    return (a->reset && a->reset[b * a->T + t]) || w->lf[t] == -INFINITY;
+}
+
+static ptrdiff_t segment_end(const xl_mlstm *a, const workspace *w, ptrdiff_t b, ptrdiff_t t,
+                             ptrdiff_t T) {
+    for (t++; t < T && !starts(a, w, b, t);) t++;
     return t;
 }
 
-static void log_forget(const xl_kernels *k, ptrdiff_t T, xl_heads f, ptrdiff_t b, ptrdiff_t h,
-                       workspace *w) {
-    for (ptrdiff_t t = 0; t < T; t++) w->gate[t] = *xl_at(f, b, h, t);
-    k->logsigmoid(T, w->gate, w->gate);
-    for (ptrdiff_t t = 0; t < T; t++) w->lf[t] = (double)w->gate[t];
-}
-
-/* Rows t0 .. t0+S-1 of q (scaled), k, v; then decay, carry and P = (q k^T) o decay of the chunk. */
-static void chunk_scores(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, xl_heads q, xl_heads k,
-                         xl_heads v, xl_heads i, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S,
-                         double m, int need_scores) {
-    const xl_kernels *kn = ctx->k;
+/* Loads the start state; returns its m, -inf for none. */
+static double start_state(const xl_mlstm *a, workspace *w, xl_mlstm_state s, ptrdiff_t at,
+                          int forget) {
     ptrdiff_t D = a->D, E = a->E;
-    double sum = 0, top = m;
-    for (ptrdiff_t t = 0; t < S; t++) {
-        memcpy(w->k + t * D, xl_at(k, b, h, t0 + t), (size_t)D * sizeof(real));
-        memcpy(w->v + t * E, xl_at(v, b, h / a->v_rep, t0 + t), (size_t)E * sizeof(real));
-        sum += t ? w->lf[t0 + t] : 0; /* the decay of the first step acts on the carry alone */
-        w->b[t] = sum;
-        w->c[t] = (double)*xl_at(i, b, h, t0 + t) - sum;
-        top = w->c[t] > top ? w->c[t] : top;
-        w->top[t] = top;
-    }
-    for (ptrdiff_t t = need_scores ? 0 : S - 1; t < S; t++) {
-        real *row = w->decay + t * S;
-        for (ptrdiff_t s = 0; s <= t; s++)
-            row[s] = w->top[t] == -INFINITY ? -INFINITY : (real)(w->c[s] - w->top[t]);
-        kn->exp(t + 1, row, row);
-        w->w[t] = m == -INFINITY ? 0 : (real)exp(m - w->top[t]);
-    }
-    if (!need_scores) return;
-    for (ptrdiff_t t = 0; t < S; t++) {
-        const real *from = xl_at(q, b, h, t0 + t);
-        for (ptrdiff_t j = 0; j < D; j++) w->q[t * D + j] = a->scale * from[j];
-    }
-    kn->gemm(S, S, D, 1, w->q, D, 1, w->k, 1, D, 0, w->P, S, w->pack);
-    for (ptrdiff_t t = 0; t < S; t++) {
-        for (ptrdiff_t s = 0; s <= t; s++) w->P[t * S + s] *= w->decay[t * S + s];
-        for (ptrdiff_t s = t + 1; s < S; s++) w->P[t * S + s] = w->decay[t * S + s] = 0;
-    }
-}
-
-/* num, den (before the floor) of the chunk from P and the carried state. */
-static void chunk_output(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, ptrdiff_t S, double m) {
-    const xl_kernels *kn = ctx->k;
-    ptrdiff_t D = a->D, E = a->E;
-    for (ptrdiff_t t = 0; t < S; t++) w->den[t] = kn->sum(t + 1, w->P + t * S);
-    int carry = m != -INFINITY;
-    if (carry) {
-        kn->gemm(S, E, D, 1, w->q, D, 1, w->C, E, 1, 0, w->num, E, w->pack);
-        for (ptrdiff_t t = 0; t < S; t++) {
-            kn->scale(E, w->w[t], w->num + t * E);
-            w->den[t] += w->w[t] * kn->dot(D, w->q + t * D, w->n);
-        }
-    }
-    kn->gemm(S, E, S, 1, w->P, S, 1, w->v, E, 1, carry ? 1 : 0, w->num, E, w->pack);
-}
-
-/* The divisor of step t of the chunk; *slope is d divisor / d den. mu: exponent of the stabiliser. */
-static real divisor(const xl_mlstm *a, real den, double mu, real *slope) {
-    *slope = 1;
-    if (a->normalizer == XL_RATIO) return den;
-    real least = (real)exp(-mu), size = den < 0 ? -den : den;
-    *slope = size >= least ? (den < 0 ? (real)-1 : (real)1) : (real)0;
-    return size >= least || size != size ? size : least;
-}
-
-/* C, n behind the chunk; returns m behind it. m_in already contains the first step's decay. */
-static double chunk_state(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, ptrdiff_t S, double m) {
-    const xl_kernels *kn = ctx->k;
-    ptrdiff_t D = a->D, E = a->E;
-    const real *last = w->decay + (S - 1) * S;
-    real carry = w->w[S - 1];
-    if (m == -INFINITY) {
-        memset(w->n, 0, (size_t)D * sizeof(real));
-    } else {
-        kn->scale(D * E, carry, w->C);
-        kn->scale(D, carry, w->n);
-    }
-    for (ptrdiff_t s = 0; s < S; s++) {
-        kn->scale(D, last[s], w->k + s * D);
-        kn->add(D, w->k + s * D, w->n);
-    }
-    kn->gemm(D, E, S, 1, w->k, 1, D, w->v, E, 1, m == -INFINITY ? 0 : 1, w->C, E, w->pack);
-    return w->b[S - 1] + w->top[S - 1];
-}
-
-static double start_state(const xl_mlstm *a, workspace *w, xl_mlstm_state s, ptrdiff_t b,
-                          ptrdiff_t h, int keep) {
-    ptrdiff_t D = a->D, E = a->E, at = b * a->H + h;
-    double m = keep && s.c ? (double)s.m[at] : -INFINITY;
+    double m = forget || !s.c ? -INFINITY : (double)s.m[at];
     if (m == -INFINITY) {
         memset(w->C, 0, (size_t)(D * E) * sizeof(real));
         memset(w->n, 0, (size_t)D * sizeof(real));
@@ -207,249 +153,355 @@ static double start_state(const xl_mlstm *a, workspace *w, xl_mlstm_state s, ptr
     return m;
 }
 
-static void keep_state(const xl_mlstm *a, const workspace *w, xl_mlstm_state s, ptrdiff_t b,
-                       ptrdiff_t h, double m) {
-    ptrdiff_t D = a->D, E = a->E, at = b * a->H + h;
-    memcpy(s.c + at * D * E, w->C, (size_t)(D * E) * sizeof(real));
-    memcpy(s.n + at * D, w->n, (size_t)D * sizeof(real));
-    s.m[at] = (real)m;
+/* k, v and the exponents of steps t0 .. t0+S-1, and the last row of the decay. m is the stabiliser of
+ * the state with the first step's log f added: that decay acts on the carry alone, so b starts at 0
+ * and never meets the mask of a document start. */
+static void load_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                       ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S, double m) {
+    ptrdiff_t D = a->D, E = a->E;
+    double sum = 0, top = m;
+    for (ptrdiff_t t = 0; t < S; t++) {
+        memcpy(w->k + t * D, xl_at(r->k, b, h, t0 + t), (size_t)D * sizeof(real));
+        memcpy(w->v + t * E, xl_at(r->v, b, h / a->v_rep, t0 + t), (size_t)E * sizeof(real));
+        sum += t ? w->lf[t0 + t] : 0;
+        w->b[t] = sum;
+        w->c[t] = (double)*xl_at(r->i, b, h, t0 + t) - sum;
+        top = w->c[t] > top ? w->c[t] : top;
+        w->top[t] = top;
+    }
+    real *last = w->decay + (S - 1) * S;
+    for (ptrdiff_t s = 0; s < S; s++) last[s] = top == -INFINITY ? top : (real)(w->c[s] - top);
+    ctx->k->exp(S, last, last);
+    w->w[S - 1] = m == -INFINITY ? m : (real)(m - top);
+    ctx->k->exp(1, w->w + S - 1, w->w + S - 1);
+}
+
+/* The rest of the decay and the carry, q, and P = (q k^T) o decay; den = rowsum P + w q.n. */
+static void chunk_scores(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                         ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S, double m) {
+    const xl_kernels *kn = ctx->k;
+    ptrdiff_t D = a->D;
+    for (ptrdiff_t t = 0; t < S; t++) {
+        const real *from = xl_at(r->q, b, h, t0 + t);
+        for (ptrdiff_t j = 0; j < D; j++) w->q[t * D + j] = a->scale * from[j];
+    }
+    kn->gemm(S, S, D, 1, w->q, D, 1, w->k, 1, D, 0, w->P, S, w->pack);
+    for (ptrdiff_t t = 0; t < S; t++) {
+        real *row = w->decay + t * S, *p = w->P + t * S;
+        double top = w->top[t];
+        if (t < S - 1) {
+            ptrdiff_t width = xl_min(S, xl_round_up(t + 1, EXP_BLOCK));
+            for (ptrdiff_t s = 0; s <= t; s++)
+                row[s] = top == -INFINITY ? -INFINITY : (real)(w->c[s] - top);
+            for (ptrdiff_t s = t + 1; s < width; s++) row[s] = -INFINITY;
+            kn->exp(width, row, row);
+            for (ptrdiff_t s = width; s < S; s++) row[s] = 0;
+        }
+        for (ptrdiff_t s = 0; s <= t; s++) p[s] *= row[s];
+        for (ptrdiff_t s = t + 1; s < S; s++) p[s] = 0;
+        w->den[t] = kn->sum(S, p);
+    }
+    if (m == -INFINITY) return;
+    for (ptrdiff_t t = 0; t < S; t++) w->w[t] = (real)(m - w->top[t]);
+    kn->exp(S, w->w, w->w);
+    for (ptrdiff_t t = 0; t < S; t++) w->den[t] += w->w[t] * kn->dot(D, w->q + t * D, w->n);
+}
+
+/* C, n behind the chunk, returns their m. Scales the rows of w->k. */
+static double chunk_state(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, ptrdiff_t S,
+                          double m) {
+    const xl_kernels *kn = ctx->k;
+    ptrdiff_t D = a->D, E = a->E;
+    const real *last = w->decay + (S - 1) * S;
+    kn->scale(D * E, w->w[S - 1], w->C); /* zeros where there is no state */
+    kn->scale(D, w->w[S - 1], w->n);
+    for (ptrdiff_t s = 0; s < S; s++) {
+        kn->scale(D, last[s], w->k + s * D);
+        kn->add(D, w->k + s * D, w->n);
+    }
+    kn->gemm(D, E, S, 1, w->k, 1, D, w->v, E, 1, m == -INFINITY ? 0 : 1, w->C, E, w->pack);
+    return w->b[S - 1] + w->top[S - 1];
+}
+
+/* 1 / divisor of a step, 0 where the divisor is 0; *slope is d divisor / d den. mu is the exponent of
+ * the stabiliser: the floor 1 of the unscaled den is exp(-mu) here. */
+static real inverse_divisor(const xl_mlstm *a, real den, double mu, real *slope) {
+    *slope = 1;
+    if (a->normalizer == XL_MAX) {
+        real least = (real)exp(-mu);
+        *slope = den < 0 ? -1 : 1;
+        den = den < 0 ? -den : den;
+        if (den < least) den = least, *slope = 0; /* a NaN is not less */
+    }
+    return den == 0 ? 0 : 1 / den;
 }
 
 /* ---- forward ------------------------------------------------------------------------------ */
 
-static void write_outputs(const xl_mlstm *a, workspace *w, xl_heads out, ptrdiff_t b, ptrdiff_t h,
-                          ptrdiff_t t0, ptrdiff_t S) {
-    for (ptrdiff_t t = 0; t < S; t++) {
-        real slope, d = divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
-        real *o = xl_at(out, b, h, t0 + t), inverse = d == 0 ? 0 : 1 / d;
-        for (ptrdiff_t j = 0; j < a->E; j++) o[j] = w->num[t * a->E + j] * inverse;
-    }
-}
-
-static double forward_chunks(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, xl_heads out,
-                             xl_heads q, xl_heads k, xl_heads v, xl_heads i, ptrdiff_t b,
-                             ptrdiff_t h, ptrdiff_t start, ptrdiff_t end, double m) {
-    for (ptrdiff_t t = start; t < end; t += chunk_length(a)) {
-        ptrdiff_t S = xl_min(chunk_length(a), end - t);
-        m += m == -INFINITY ? 0 : w->lf[t];
-        chunk_scores(ctx, a, w, q, k, v, i, b, h, t, S, m, 1);
-        chunk_output(ctx, a, w, S, m);
-        write_outputs(a, w, out, b, h, t, S);
+static double forward_chunks(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                             ptrdiff_t b, ptrdiff_t h, ptrdiff_t start, ptrdiff_t end, double m) {
+    const xl_kernels *kn = ctx->k;
+    ptrdiff_t D = a->D, E = a->E;
+    for (ptrdiff_t t0 = start; t0 < end; t0 += chunk_length(a)) {
+        ptrdiff_t S = xl_min(chunk_length(a), end - t0);
+        if (m != -INFINITY) m += w->lf[t0];
+        load_chunk(ctx, a, w, r, b, h, t0, S, m);
+        chunk_scores(ctx, a, w, r, b, h, t0, S, m);
+        int carry = m != -INFINITY;
+        if (carry) {
+            kn->gemm(S, E, D, 1, w->q, D, 1, w->C, E, 1, 0, w->num, E, w->pack);
+            for (ptrdiff_t t = 0; t < S; t++) kn->scale(E, w->w[t], w->num + t * E);
+        }
+        kn->gemm(S, E, S, 1, w->P, S, 1, w->v, E, 1, carry, w->num, E, w->pack);
+        for (ptrdiff_t t = 0; t < S; t++) {
+            real slope, *out = xl_at(r->h, b, h, t0 + t);
+            real inverse = inverse_divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
+            for (ptrdiff_t j = 0; j < E; j++) out[j] = w->num[t * E + j] * inverse;
+        }
         m = chunk_state(ctx, a, w, S, m);
     }
     return m;
 }
 
-static double forward_steps(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, xl_heads out,
-                            xl_heads q, xl_heads k, xl_heads v, xl_heads i, ptrdiff_t b, ptrdiff_t h,
-                            ptrdiff_t start, ptrdiff_t end, double m) {
+static double forward_steps(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                            ptrdiff_t b, ptrdiff_t h, ptrdiff_t start, ptrdiff_t end, double m) {
     const xl_kernels *kn = ctx->k;
     ptrdiff_t D = a->D, E = a->E;
     for (ptrdiff_t t = start; t < end; t++) {
-        const real *kt = xl_at(k, b, h, t), *vt = xl_at(v, b, h / a->v_rep, t);
-        const real *qt = xl_at(q, b, h, t);
-        double it = (double)*xl_at(i, b, h, t), old = m == -INFINITY ? m : m + w->lf[t];
-        m = old > it ? old : it;
-        real F = old == -INFINITY ? 0 : (real)exp(old - m), I = m == -INFINITY ? 0 : (real)exp(it - m);
-        real *o = xl_at(out, b, h, t), den = 0;
-        memset(o, 0, (size_t)E * sizeof(real));
+        const real *k = xl_at(r->k, b, h, t), *v = xl_at(r->v, b, h / a->v_rep, t);
+        const real *q = xl_at(r->q, b, h, t);
+        double i = (double)*xl_at(r->i, b, h, t), old = m == -INFINITY ? m : m + w->lf[t];
+        m = old > i ? old : i;
+        real F = old == -INFINITY ? 0 : (real)exp(old - m);
+        real I = m == -INFINITY ? 0 : (real)exp(i - m);
+        real *out = xl_at(r->h, b, h, t), den = 0, slope;
+        memset(out, 0, (size_t)E * sizeof(real));
         for (ptrdiff_t d = 0; d < D; d++) {
-            real *row = w->C + d * E, qs = a->scale * qt[d];
+            real *row = w->C + d * E, qs = a->scale * q[d];
             kn->scale(E, F, row);
-            kn->axpy(E, I * kt[d], vt, row);
-            w->n[d] = F * w->n[d] + I * kt[d];
-            kn->axpy(E, qs, row, o);
+            kn->axpy(E, I * k[d], v, row);
+            kn->axpy(E, qs, row, out);
+            w->n[d] = F * w->n[d] + I * k[d];
             den += qs * w->n[d];
         }
-        real slope, by = divisor(a, den, m, &slope);
-        kn->scale(E, by == 0 ? 0 : 1 / by, o);
+        kn->scale(E, inverse_divisor(a, den, m, &slope), out);
     }
     return m;
 }
 
-xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_state last,
-                           xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
-                           xl_mlstm_state first, void *scratch) {
-    XL_TRY(check(ctx, a));
-#pragma omp parallel num_threads(ctx->threads)
-    {
-        workspace w = place_thread(a, scratch);
-#pragma omp for schedule(dynamic) collapse(2)
-        for (ptrdiff_t b = 0; b < a->B; b++)
-            for (ptrdiff_t n = 0; n < a->H; n++) {
-                ptrdiff_t T = row_length(a, b), t = 0;
-                int reset = a->reset && T > 0 && a->reset[b * a->T];
-                double m = start_state(a, &w, first, b, n, !reset);
-                log_forget(ctx->k, T, f, b, n, &w);
-                while (t < T) {
-                    ptrdiff_t end = segment_end(a, b, t, T);
-                    if (t) m = start_state(a, &w, first, b, n, 0);
-                    m = (a->form == XL_RECURRENT ? forward_steps : forward_chunks)(
-                        ctx, a, &w, h, q, k, v, i, b, n, t, end, m);
-                    t = end;
-                }
-                for (; t < a->T; t++)
-                    memset(xl_at(h, b, n, t), 0, (size_t)a->E * sizeof(real));
-                if (last.c) keep_state(a, &w, last, b, n, m);
-            }
+static void forward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                        ptrdiff_t b, ptrdiff_t h) {
+    ptrdiff_t T = row_length(a, b), D = a->D, E = a->E, at = b * a->H + h, t = 0;
+    log_forget(r, T, b, h, w);
+    double m = start_state(a, w, r->first, at, T && starts(a, w, b, 0));
+    while (t < T) {
+        ptrdiff_t end = segment_end(a, w, b, t, T);
+        if (t) m = start_state(a, w, r->first, at, 1);
+        m = (a->form == XL_RECURRENT ? forward_steps : forward_chunks)(ctx, a, w, r, b, h, t, end,
+                                                                       m);
+        t = end;
     }
-    return XL_OK;
+    for (; t < a->T; t++) memset(xl_at(r->h, b, h, t), 0, (size_t)E * sizeof(real));
+    if (!r->last.c) return;
+    memcpy(r->last.c + at * D * E, w->C, (size_t)(D * E) * sizeof(real));
+    memcpy(r->last.n + at * D, w->n, (size_t)D * sizeof(real));
+    r->last.m[at] = (real)m;
 }
 
 /* ---- backward ----------------------------------------------------------------------------- */
 
-static void add_rows(const xl_mlstm *a, xl_heads to, const real *from, ptrdiff_t width, real scale,
-                     ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
-    (void)a;
-    if (!to.p) return;
-    for (ptrdiff_t t = 0; t < S; t++) {
-        real *row = xl_at(to, b, h, t0 + t);
-        for (ptrdiff_t j = 0; j < width; j++) row[j] += scale * from[t * width + j];
-    }
-}
-
-/* Gradients of one chunk from dh and from dC, dn on the state behind it; leaves dC, dn on the state
- * before it and q.dq - k.dk, k.dk for the gates. C, n of w are the state before. */
-static void backward_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, xl_heads dh,
+/* Gradients of a chunk from dh and from dC, dn on the state behind it, which become those on the state
+ * before it. With G_t = dh_t / divisor and e_t the gradient of den_t:
+ *     e_t = -(d divisor / d den) / divisor * G_t.num_t,  G_t.num_t = P_t.(G v^T)_t + w_t q_t.(C G_t)
+ *     dS = (G v^T + e 1^T) o decay                       on the scores q k^T
+ *     dq = dS k + w (G C^T + e n^T)      dk = dS^T q + last (v dC^T + 1 dn^T)
+ *     dv = P^T G + last k dC             dC' = w_S dC + q^T (w G),  dn' = w_S dn + q^T (w e)
+ * where last is the last row of the decay. */
+static void backward_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
                            ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S, double m) {
     const xl_kernels *kn = ctx->k;
     ptrdiff_t D = a->D, E = a->E;
     const real *last = w->decay + (S - 1) * S;
     int carry = m != -INFINITY;
     for (ptrdiff_t t = 0; t < S; t++) {
-        real slope, d = divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
-        real inverse = d == 0 ? 0 : 1 / d;
-        const real *g = xl_at(dh, b, h, t0 + t);
+        real slope, inverse = inverse_divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
+        const real *g = xl_at(r->dh, b, h, t0 + t);
         for (ptrdiff_t j = 0; j < E; j++) w->G[t * E + j] = g[j] * inverse;
-        w->e[t] = -slope * inverse * kn->dot(E, w->G + t * E, w->num + t * E);
+        w->e[t] = -slope * inverse;
     }
     kn->gemm(S, S, E, 1, w->G, E, 1, w->v, 1, E, 0, w->dP, S, w->pack);
+    if (carry) kn->gemm(S, D, E, 1, w->G, E, 1, w->C, 1, E, 0, w->dq, D, w->pack);
     for (ptrdiff_t t = 0; t < S; t++) {
-        for (ptrdiff_t s = 0; s <= t; s++)
-            w->dP[t * S + s] = (w->dP[t * S + s] + w->e[t]) * w->decay[t * S + s];
-        for (ptrdiff_t s = t + 1; s < S; s++) w->dP[t * S + s] = 0;
+        real *row = w->dP + t * S, *dq = w->dq + t * D;
+        const real *decay = w->decay + t * S;
+        for (ptrdiff_t s = t + 1; s < S; s++) row[s] = 0;
+        real along = kn->dot(S, w->P + t * S, row);
+        if (carry) along += w->w[t] * kn->dot(D, w->q + t * D, dq);
+        real e = w->e[t] *= along;
+        for (ptrdiff_t s = 0; s <= t; s++) row[s] = (row[s] + e) * decay[s];
+        if (!carry) continue;
+        kn->axpy(D, e, w->n, dq);
+        kn->scale(D, w->w[t], dq);
     }
-    /* dv = P^T G + last_s k_s dC;  dk = dS^T q + last_s (dC v_s + dn);  state terms first */
-    kn->gemm(S, E, D, 1, w->k, D, 1, w->dC, E, 1, 0, w->dv, E, w->pack);
+    kn->gemm(S, D, S, 1, w->dP, S, 1, w->k, D, 1, carry, w->dq, D, w->pack);
     kn->gemm(S, D, E, 1, w->v, E, 1, w->dC, 1, E, 0, w->dk, D, w->pack);
+    kn->gemm(S, E, D, 1, w->k, D, 1, w->dC, E, 1, 0, w->dv, E, w->pack);
     for (ptrdiff_t s = 0; s < S; s++) {
-        kn->scale(E, last[s], w->dv + s * E);
         kn->add(D, w->dn, w->dk + s * D);
         kn->scale(D, last[s], w->dk + s * D);
+        kn->scale(E, last[s], w->dv + s * E);
     }
-    kn->gemm(S, E, S, 1, w->P, 1, S, w->G, E, 1, 1, w->dv, E, w->pack);
     kn->gemm(S, D, S, 1, w->dP, 1, S, w->q, D, 1, 1, w->dk, D, w->pack);
-    /* dq = dS k + w_t (G_t C^T + e_t n) */
-    kn->gemm(S, D, S, 1, w->dP, S, 1, w->k, D, 1, 0, w->dq, D, w->pack);
+    kn->gemm(S, E, S, 1, w->P, 1, S, w->G, E, 1, 1, w->dv, E, w->pack);
+    if (!carry) return; /* nothing is before it: dC, dn end here */
     kn->scale(D * E, w->w[S - 1], w->dC);
     kn->scale(D, w->w[S - 1], w->dn);
-    if (!carry) return;
     for (ptrdiff_t t = 0; t < S; t++) {
         kn->scale(E, w->w[t], w->G + t * E);
-        kn->axpy(D, w->w[t] * w->e[t], w->n, w->dq + t * D);
         kn->axpy(D, w->w[t] * w->e[t], w->q + t * D, w->dn);
     }
-    kn->gemm(S, D, E, 1, w->G, E, 1, w->C, 1, E, 1, w->dq, D, w->pack);
     kn->gemm(D, E, S, 1, w->q, 1, D, w->G, E, 1, 1, w->dC, E, w->pack);
 }
 
-typedef struct {
-    xl_heads dq, dk, dv, di, df, dh, q, k, v, i, f;
-} arrays;
-
-/* States at the starts of the chunks of a segment, then the chunks backwards. */
-static void backward_segment(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
-                             ptrdiff_t b, ptrdiff_t h, ptrdiff_t start, ptrdiff_t end, double m) {
-    const xl_kernels *kn = ctx->k;
-    ptrdiff_t S0 = chunk_length(a), D = a->D, E = a->E, size = D * E + D;
-    ptrdiff_t chunks = xl_ceil_div(end - start, S0);
-    for (ptrdiff_t j = 0; j < chunks; j++) {
-        ptrdiff_t t = start + j * S0, S = xl_min(S0, end - t);
-        memcpy(w->saved + j * size, w->C, (size_t)(D * E) * sizeof(real));
-        memcpy(w->saved + j * size + D * E, w->n, (size_t)D * sizeof(real));
-        m += m == -INFINITY ? 0 : w->lf[t];
-        w->saved_m[j] = m;
-        if (j == chunks - 1) break;
-        chunk_scores(ctx, a, w, r->q, r->k, r->v, r->i, b, h, t, S, m, 0);
-        m = chunk_state(ctx, a, w, S, m);
-    }
-    for (ptrdiff_t j = chunks; j-- > 0;) {
-        ptrdiff_t t = start + j * S0, S = xl_min(S0, end - t);
-        memcpy(w->C, w->saved + j * size, (size_t)(D * E) * sizeof(real));
-        memcpy(w->n, w->saved + j * size + D * E, (size_t)D * sizeof(real));
-        chunk_scores(ctx, a, w, r->q, r->k, r->v, r->i, b, h, t, S, w->saved_m[j], 1);
-        chunk_output(ctx, a, w, S, w->saved_m[j]);
-        backward_chunk(ctx, a, w, r->dh, b, h, t, S, w->saved_m[j]);
-        add_rows(a, r->dq, w->dq, D, a->scale, b, h, t, S);
-        add_rows(a, r->dk, w->dk, D, 1, b, h, t, S);
-        add_rows(a, r->dv, w->dv, E, 1, b, h, t, S);
-        for (ptrdiff_t s = 0; s < S; s++) {
-            real kdk = kn->dot(D, w->k + s * D, w->dk + s * D);
-            if (r->di.p) *xl_at(r->di, b, h, t + s) += kdk;
-            w->x[t + s] += (double)kn->dot(D, w->q + s * D, w->dq + s * D) - (double)kdk;
-        }
+static void add_rows(xl_heads to, const real *from, ptrdiff_t width, real scale, ptrdiff_t b,
+                     ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
+    for (ptrdiff_t t = 0; to.p && t < S; t++) {
+        real *row = xl_at(to, b, h, t0 + t);
+        for (ptrdiff_t j = 0; j < width; j++) row[j] += scale * from[t * width + j];
     }
 }
 
-xl_status xl_mlstm_backward(xl_ctx *ctx, const xl_mlstm *a, xl_heads dq, xl_heads dk, xl_heads dv,
-                            xl_heads di, xl_heads df, xl_mlstm_state dfirst, xl_heads dh, xl_heads q,
-                            xl_heads k, xl_heads v, xl_heads i, xl_heads f, xl_mlstm_state first,
-                            xl_mlstm_state dlast, void *scratch) {
+/* Adds the chunk's gradients, di_s = k_s.dk_s among them, and leaves x_t = q_t.dq_t - k_t.dk_t. */
+static void add_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                      ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
+    ptrdiff_t D = a->D;
+    add_rows(r->dq, w->dq, D, a->scale, b, h, t0, S);
+    add_rows(r->dk, w->dk, D, 1, b, h, t0, S);
+    add_rows(r->dv, w->dv, a->E, 1, b, h, t0, S);
+    for (ptrdiff_t s = 0; s < S; s++) {
+        real kdk = ctx->k->dot(D, w->k + s * D, w->dk + s * D);
+        if (r->di.p) *xl_at(r->di, b, h, t0 + s) += kdk;
+        w->x[t0 + s] = (double)ctx->k->dot(D, w->q + s * D, w->dq + s * D) - (double)kdk;
+    }
+}
+
+/* Steps start .. end-1: the states before the chunks, then the chunks backwards. With a gradient on
+ * the state behind the segment, dC and dn already hold it. */
+static void backward_segment(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                             ptrdiff_t b, ptrdiff_t h, ptrdiff_t start, ptrdiff_t end, double m,
+                             int has_dlast) {
+    ptrdiff_t S0 = backward_chunk_length(a), D = a->D, E = a->E, size = D * (E + 1);
+    ptrdiff_t chunks = xl_ceil_div(end - start, S0);
+    double behind = 0; /* <dC, C> + <dn, n> on the last state */
+    for (ptrdiff_t j = 0; j < chunks; j++) {
+        ptrdiff_t t0 = start + j * S0, S = xl_min(S0, end - t0);
+        memcpy(w->saved + j * size, w->C, (size_t)(D * E) * sizeof(real));
+        memcpy(w->saved + j * size + D * E, w->n, (size_t)D * sizeof(real));
+        if (m != -INFINITY) m += w->lf[t0];
+        w->saved_m[j] = m;
+        if (j == chunks - 1 && !has_dlast) break;
+        load_chunk(ctx, a, w, r, b, h, t0, S, m);
+        m = chunk_state(ctx, a, w, S, m);
+    }
+    if (has_dlast)
+        behind = (double)ctx->k->dot(D * E, w->dC, w->C) + (double)ctx->k->dot(D, w->dn, w->n);
+    for (ptrdiff_t j = chunks; j-- > 0;) {
+        ptrdiff_t t0 = start + j * S0, S = xl_min(S0, end - t0);
+        memcpy(w->C, w->saved + j * size, (size_t)(D * E) * sizeof(real));
+        memcpy(w->n, w->saved + j * size + D * E, (size_t)D * sizeof(real));
+        load_chunk(ctx, a, w, r, b, h, t0, S, w->saved_m[j]);
+        chunk_scores(ctx, a, w, r, b, h, t0, S, w->saved_m[j]);
+        backward_chunk(ctx, a, w, r, b, h, t0, S, w->saved_m[j]);
+        add_chunk(ctx, a, w, r, b, h, t0, S);
+    }
+    w->x[end - 1] += behind;
+}
+
+/* df_t = sigmoid(-f_t) * sum of x from t to the end of the segment; nothing at its first step when
+ * no state came in. */
+static void forget_gradient(const arrays *r, const workspace *w, ptrdiff_t b, ptrdiff_t h,
+                            ptrdiff_t start, ptrdiff_t end, int carried) {
+    double sum = 0;
+    for (ptrdiff_t t = end; r->df.p && t-- > start + !carried;) {
+        sum += w->x[t];
+        *xl_at(r->df, b, h, t) += (real)(sum / (1 + exp((double)*xl_at(r->f, b, h, t))));
+    }
+}
+
+static void backward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                         ptrdiff_t b, ptrdiff_t h) {
+    ptrdiff_t T = row_length(a, b), D = a->D, E = a->E, at = b * a->H + h, t = 0;
+    log_forget(r, T, b, h, w);
+    int fresh = T && starts(a, w, b, 0);
+    do { /* once for an empty row, which hands the gradient on its state through */
+        ptrdiff_t end = T ? segment_end(a, w, b, t, T) : 0;
+        int has_dlast = end == T && r->dlast.c;
+        if (has_dlast) {
+            memcpy(w->dC, r->dlast.c + at * D * E, (size_t)(D * E) * sizeof(real));
+            memcpy(w->dn, r->dlast.n + at * D, (size_t)D * sizeof(real));
+        } else {
+            memset(w->dC, 0, (size_t)(D * E) * sizeof(real));
+            memset(w->dn, 0, (size_t)D * sizeof(real));
+        }
+        double m = start_state(a, w, r->first, at, t || fresh);
+        if (T) backward_segment(ctx, a, w, r, b, h, t, end, m, has_dlast);
+        forget_gradient(r, w, b, h, t, end, m != -INFINITY);
+        if (!t && m != -INFINITY && r->dfirst.c) {
+            ctx->k->add(D * E, w->dC, r->dfirst.c + at * D * E);
+            ctx->k->add(D, w->dn, r->dfirst.n + at * D);
+        }
+        t = end;
+    } while (t < T);
+    if (r->dfirst.c) r->dfirst.m[at] = 0;
+}
+
+/* ---- rows over threads -------------------------------------------------------------------- */
+
+typedef void (*row_function)(const xl_ctx *, const xl_mlstm *, workspace *, const arrays *,
+                             ptrdiff_t, ptrdiff_t);
+
+/* Runs every (row, head); between blocks of them the caller may stop the work. */
+static xl_status run_rows(xl_ctx *ctx, const xl_mlstm *a, const arrays *r, void *scratch,
+                          row_function function) {
     XL_TRY(check(ctx, a));
-    const arrays r = {dq, dk, dv, di, df, dh, q, k, v, i, f};
-    ptrdiff_t D = a->D, E = a->E;
+    ptrdiff_t tasks = a->B * a->H, block = 16 * (ptrdiff_t)ctx->threads;
+    for (ptrdiff_t first = 0; first < tasks; first += block) {
+        ptrdiff_t end = xl_min(tasks, first + block);
+        XL_TRY(xl_poll(ctx));
 #pragma omp parallel num_threads(ctx->threads)
-    {
-        workspace w = place_thread(a, scratch);
-#pragma omp for schedule(dynamic) collapse(2)
-        for (ptrdiff_t b = 0; b < a->B; b++)
-            for (ptrdiff_t h = 0; h < a->H; h++) {
-                ptrdiff_t T = row_length(a, b), at = b * a->H + h, t = 0;
-                log_forget(ctx->k, T, f, b, h, &w);
-                memset(w.x, 0, (size_t)T * sizeof(double));
-                /* an empty row hands the gradient of its state through */
-                do {
-                    ptrdiff_t end = T ? segment_end(a, b, t, T) : 0;
-                    int fresh = t || !first.c || (T && a->reset && a->reset[b * a->T]);
-                    memset(w.dC, 0, (size_t)(D * E) * sizeof(real));
-                    memset(w.dn, 0, (size_t)D * sizeof(real));
-                    if (end == T && dlast.c) {
-                        memcpy(w.dC, dlast.c + at * D * E, (size_t)(D * E) * sizeof(real));
-                        memcpy(w.dn, dlast.n + at * D, (size_t)D * sizeof(real));
-                    }
-                    double m = start_state(a, &w, first, b, h, !fresh);
-                    double tail = 0;
-                    if (T) {
-                        backward_segment(ctx, a, &w, &r, b, h, t, end, m);
-                        if (end == T && dlast.c) tail = 1;
-                    }
-                    if (tail != 0) { /* <dC_T, C_T> + <dn_T, n_T>: the state behind the last chunk */
-                        ptrdiff_t S0 = chunk_length(a), t0 = t + (end - t - 1) / S0 * S0;
-                        ptrdiff_t j = (end - t - 1) / S0, size = D * E + D;
-                        ptrdiff_t S = end - t0;
-                        memcpy(w.C, w.saved + j * size, (size_t)(D * E) * sizeof(real));
-                        memcpy(w.n, w.saved + j * size + D * E, (size_t)D * sizeof(real));
-                        chunk_scores(ctx, a, &w, q, k, v, i, b, h, t0, S, w.saved_m[j], 0);
-                        chunk_state(ctx, a, &w, S, w.saved_m[j]);
-                        w.x[T - 1] += (double)ctx->k->dot(D * E, w.C, dlast.c + at * D * E) +
-                                      (double)ctx->k->dot(D, w.n, dlast.n + at * D);
-                    }
-                    double sum = 0;
-                    for (ptrdiff_t s = end; df.p && s-- > t;) {
-                        sum += w.x[s];
-                        if (s == t && (fresh || m == -INFINITY)) break; /* no state to forget */
-                        double gate = (double)*xl_at(f, b, h, s);
-                        *xl_at(df, b, h, s) += (real)(sum / (1 + exp(gate)));
-                    }
-                    if (t == 0 && !fresh && dfirst.c) {
-                        /* the carry of the first step: C enters as exp(lf + m) C */
-                        for (ptrdiff_t j = 0; j < D * E; j++) dfirst.c[at * D * E + j] += w.dC[j];
-                        for (ptrdiff_t j = 0; j < D; j++) dfirst.n[at * D + j] += w.dn[j];
-                    }
-                    t = end;
-                } while (t < T);
-                if (dfirst.m) dfirst.m[at] = 0;
-            }
+        {
+            workspace w = place_thread(a, scratch);
+#pragma omp for schedule(dynamic)
+            for (ptrdiff_t j = first; j < end; j++) function(ctx, a, &w, r, j / a->H, j % a->H);
+        }
     }
     return XL_OK;
+}
+
+xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_state last,
+                           xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
+                           xl_mlstm_state first, void *scratch) {
+    const arrays r = {.h = h, .q = q, .k = k, .v = v, .i = i, .f = f, .first = first, .last = last};
+    return run_rows(ctx, a, &r, scratch, forward_row);
+}
+
+xl_status xl_mlstm_backward(xl_ctx *ctx, const xl_mlstm *a, xl_heads dq, xl_heads dk, xl_heads dv,
+                            xl_heads di, xl_heads df, xl_mlstm_state dfirst, xl_heads dh,
+                            xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
+                            xl_mlstm_state first, xl_mlstm_state dlast, void *scratch) {
+    const arrays r = {.dh = dh,
+                      .q = q,
+                      .k = k,
+                      .v = v,
+                      .i = i,
+                      .f = f,
+                      .dq = dq,
+                      .dk = dk,
+                      .dv = dv,
+                      .di = di,
+                      .df = df,
+                      .first = first,
+                      .dfirst = dfirst,
+                      .dlast = dlast};
+    return run_rows(ctx, a, &r, scratch, backward_row);
 }

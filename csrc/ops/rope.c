@@ -2,7 +2,8 @@
 
 xl_status xl_rope_table(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t D, real *table, const int32_t *pos,
                         const double *inv_freq) {
-    if (D < 2 || D % 2) return xl_fail(ctx, XL_VALUE, "head width is %td, RoPE needs an even one", D);
+    if (D < 2 || D % 2)
+        return xl_fail(ctx, XL_VALUE, "head width is %td, RoPE needs an even one", D);
 #pragma omp parallel for num_threads(ctx->threads)
     for (ptrdiff_t n = 0; n < N; n++)
         for (ptrdiff_t j = 0; j < D / 2; j++) {

@@ -107,8 +107,9 @@ static void *take_array(xl_call *c, PyObject *obj, const char *name, const char 
         ptrdiff_t want = isdigit(letter) ? letter - '0' : c->dim[letter];
         if (want < 0) c->dim[letter] = want = found;
         if (want != found) {
-            PyErr_Format(PyExc_ValueError, "%.*s: size %zd in dimension %d (%c of [%s]), expected %zd",
-                         length, name, (Py_ssize_t)found, i, letter, letters, (Py_ssize_t)want);
+            PyErr_Format(PyExc_ValueError,
+                         "%.*s: size %zd in dimension %d (%c of [%s]), expected %zd", length, name,
+                         (Py_ssize_t)found, i, letter, letters, (Py_ssize_t)want);
             return fail(c), NULL;
         }
     }

@@ -4,6 +4,7 @@
 
 #include "base/plan.h"
 #include "ops/basic.h"
+#include "ops/peak.h"
 
 /* ---- products and rows -------------------------------------------------------------------- */
 
@@ -100,7 +101,8 @@ static PyObject *rmsnorm_backward(PyObject *module, PyObject *const *args, Py_ss
     const real *dy = xl_in(&c, args[2], "dy", "ND"), *x = xl_in(&c, args[3], "x", "ND");
     const real *w = xl_in(&c, args[4], "w", "D"), *rstd = xl_in(&c, args[5], "rstd", "N");
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_rmsnorm_backward(&c.ctx, xl_dim(&c, 'N'), xl_dim(&c, 'D'), dx, dw, dy, x, w, rstd));
+    XL_RUN(&c,
+           xl_rmsnorm_backward(&c.ctx, xl_dim(&c, 'N'), xl_dim(&c, 'D'), dx, dw, dy, x, w, rstd));
     return xl_end(&c, c.status);
 }
 
@@ -122,8 +124,9 @@ static PyObject *rope(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     if (c.failed) return xl_end(&c, XL_OK);
     const ptrdiff_t dims[4] = {xl_dim(&c, 'B'), xl_dim(&c, 'H'), xl_dim(&c, 'T'), xl_dim(&c, 'D')};
     if (xl_dim(&c, 'F') * 2 != dims[3])
-        return xl_end(&c, xl_fail(&c.ctx, XL_VALUE, "inv_freq has %td entries, head width %td "
-                                                    "needs half as many",
+        return xl_end(&c, xl_fail(&c.ctx, XL_VALUE,
+                                  "inv_freq has %td entries, head width %td "
+                                  "needs half as many",
                                   xl_dim(&c, 'F'), dims[3]));
     xl_plan plan = {0};
     xl_take(&plan, "", XL_ROLE_WORK, XL_DT_REAL, 3, XL_SHAPE(dims[0], dims[2], dims[3]));
@@ -152,7 +155,8 @@ static PyObject *swiglu_backward(PyObject *module, PyObject *const *args, Py_ssi
     const real *dy = xl_in(&c, args[2], "dy", "NF"), *gate = xl_in(&c, args[3], "gate", "NF");
     const real *up = xl_in(&c, args[4], "up", "NF");
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_swiglu_backward(&c.ctx, xl_dim(&c, 'N'), xl_dim(&c, 'F'), dgate, dup, dy, gate, up));
+    XL_RUN(&c,
+           xl_swiglu_backward(&c.ctx, xl_dim(&c, 'N'), xl_dim(&c, 'F'), dgate, dup, dy, gate, up));
     return xl_end(&c, c.status);
 }
 
@@ -160,7 +164,9 @@ static PyObject *swiglu_backward(PyObject *module, PyObject *const *args, Py_ssi
 
 /* Sizes of a head call from the letters bound so far; K absent: no targets. */
 static xl_head head_sizes(const xl_call *c) {
-    return (xl_head){.N = xl_dim(c, 'N'), .d = xl_dim(c, 'D'), .V = xl_dim(c, 'V'),
+    return (xl_head){.N = xl_dim(c, 'N'),
+                     .d = xl_dim(c, 'D'),
+                     .V = xl_dim(c, 'V'),
                      .k = xl_max(0, xl_dim(c, 'K'))};
 }
 
@@ -264,8 +270,8 @@ static PyObject *adamw_step(PyObject *module, PyObject *const *args, Py_ssize_t 
     ptrdiff_t step = xl_int(&c, args[9], "step", 1, PTRDIFF_MAX);
     double scale = xl_double(&c, args[10], "scale");
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_adamw_step(&c.ctx, xl_dim(&c, 'N'), p, g, m, v, lr, beta1, beta2, eps, decay, step,
-                             scale));
+    XL_RUN(&c, xl_adamw_step(&c.ctx, xl_dim(&c, 'N'), p, g, m, v, lr, beta1, beta2, eps, decay,
+                             step, scale));
     return xl_end(&c, c.status);
 }
 
@@ -296,6 +302,20 @@ static PyObject *merge_add(PyObject *module, PyObject *const *args, Py_ssize_t n
     return xl_end(&c, c.status);
 }
 
+/* peak(rounds) -> floating-point operations done by all threads; the caller takes the time */
+static PyObject *peak(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 1)) return NULL;
+    ptrdiff_t rounds = xl_int(&c, args[0], "rounds", 1, (ptrdiff_t)1 << 32);
+    if (c.failed) return xl_end(&c, XL_OK);
+    double flops = 0;
+    XL_RUN(&c, xl_peak(&c.ctx, rounds, &flops));
+    PyObject *none = xl_end(&c, c.status);
+    if (!none) return NULL;
+    Py_DECREF(none);
+    return PyFloat_FromDouble(flops);
+}
+
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 PyMethodDef xl_methods_basic[] = {
     METHOD(matmul),
@@ -316,5 +336,6 @@ PyMethodDef xl_methods_basic[] = {
     METHOD(adamw_step),
     METHOD(sumsq),
     METHOD(merge_add),
+    METHOD(peak),
     {NULL, NULL, 0, NULL},
 };

@@ -23,12 +23,23 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
     ptrdiff_t layers = xl_dim(&c, 'L');
     xl_config *config = PyMem_Calloc(1, sizeof *config);
     if (!config) return PyErr_NoMemory();
-    *config = (xl_config){.layers = layers, .d = s[0], .H = s[1], .G = s[2], .D = s[3], .F = s[4],
-                          .V = s[5], .tied = s[6], .attention_bias = s[7],
-                          .weights = s[8] ? XL_DT_BF16 : XL_DT_REAL, .eps = eps};
+    *config = (xl_config){.layers = layers,
+                          .d = s[0],
+                          .H = s[1],
+                          .G = s[2],
+                          .D = s[3],
+                          .F = s[4],
+                          .V = s[5],
+                          .tied = s[6],
+                          .attention_bias = s[7],
+                          .weights = s[8] ? XL_DT_BF16 : XL_DT_REAL,
+                          .eps = eps};
     for (ptrdiff_t l = 0; l < xl_min(layers, XL_MAX_LAYERS); l++, m += 5)
-        config->mixer[l] = (xl_mixer){.kind = (xl_mixer_kind)m[0], .window = m[1], .sinks = m[2],
-                                      .gate_fixed = m[3], .normalizer = (xl_normalizer)m[4]};
+        config->mixer[l] = (xl_mixer){.kind = (xl_mixer_kind)m[0],
+                                      .window = m[1],
+                                      .sinks = m[2],
+                                      .gate_fixed = m[3],
+                                      .normalizer = (xl_normalizer)m[4]};
     xl_status status = xl_config_check(&c.ctx, config);
     if (status == XL_OK && xl_dim(&c, 'F') != config->D / 2)
         status = xl_fail(&c.ctx, XL_VALUE, "inv_freq has %td entries, expected %td",
@@ -169,7 +180,11 @@ static PyObject *work_bytes(PyObject *module, PyObject *const *args, Py_ssize_t 
     ptrdiff_t capacity = xl_int(&c, args[5], "capacity", 0, INT32_MAX);
     if (c.failed) return xl_end(&c, XL_OK);
     static const int32_t some = 0;
-    xl_batch batch = {.B = B, .T = T, .span = capacity ? capacity : T, .gate = -1, .chunk = 64,
+    xl_batch batch = {.B = B,
+                      .T = T,
+                      .span = capacity ? capacity : T,
+                      .gate = -1,
+                      .chunk = 64,
                       .past = capacity ? &some : NULL};
     xl_head head = head_args(config, B * T, k);
     ptrdiff_t bytes = what == 0   ? xl_model_forward_scratch(&c.ctx, config, &batch)
@@ -331,8 +346,8 @@ static PyObject *model_score(PyObject *module, PyObject *const *args, Py_ssize_t
     void *work = take_work(&c, args[5], xl_head_scratch(&c.ctx, &head));
     if (c.failed) return xl_end(&c, XL_OK);
     double sums[3];
-    XL_RUN(&c, xl_head_loss(&c.ctx, &head, sums, nll, NULL, NULL, x, params.head, labels, NULL, NULL,
-                            work));
+    XL_RUN(&c, xl_head_loss(&c.ctx, &head, sums, nll, NULL, NULL, x, params.head, labels, NULL,
+                            NULL, work));
     return xl_end(&c, c.status);
 }
 
@@ -371,7 +386,8 @@ static PyObject *model_divergence(PyObject *module, PyObject *const *args, Py_ss
     const real *x = xl_in(&c, args[2], "x", "ND"), *tx = xl_in(&c, args[5], "teacher x", "ND");
     const int32_t *labels = xl_in_i32(&c, args[6], "labels", "N");
     real *kl = xl_inout(&c, args[7], "kl", "N"), *agree = xl_inout(&c, args[8], "agree", "N");
-    real *nll = xl_inout(&c, args[9], "nll", "N"), *tnll = xl_inout(&c, args[10], "teacher nll", "N");
+    real *nll = xl_inout(&c, args[9], "nll", "N"),
+         *tnll = xl_inout(&c, args[10], "teacher nll", "N");
     if (c.failed) return xl_end(&c, XL_OK);
     if (config->V != teacher->V || config->d != teacher->d) {
         PyErr_Format(PyExc_ValueError,
@@ -390,7 +406,7 @@ static PyObject *model_divergence(PyObject *module, PyObject *const *args, Py_ss
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 PyMethodDef xl_methods_model[] = {
-    METHOD(config_new),  METHOD(plan_list),   METHOD(work_bytes),      METHOD(model_forward),
-    METHOD(model_train), METHOD(model_align), METHOD(model_logits),    METHOD(model_score),
+    METHOD(config_new),  METHOD(plan_list),        METHOD(work_bytes),    METHOD(model_forward),
+    METHOD(model_train), METHOD(model_align),      METHOD(model_logits),  METHOD(model_score),
     METHOD(model_topk),  METHOD(model_divergence), {NULL, NULL, 0, NULL},
 };

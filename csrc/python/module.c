@@ -7,7 +7,8 @@
 static PyObject *set_threads(PyObject *module, PyObject *arg) {
     long n = PyLong_AsLong(arg);
     if (n == -1 && PyErr_Occurred()) return NULL;
-    if (n < 1 || n > 4096) return PyErr_Format(PyExc_ValueError, "threads is %ld, expected 1 to 4096", n);
+    if (n < 1 || n > 4096)
+        return PyErr_Format(PyExc_ValueError, "threads is %ld, expected 1 to 4096", n);
     ((xl_module_state *)PyModule_GetState(module))->threads = (int)n;
     Py_RETURN_NONE;
 }
@@ -22,7 +23,8 @@ static PyObject *set_isa(PyObject *module, PyObject *arg) {
     const xl_kernels *k = xl_select_kernels(name);
     if (!k)
         return PyErr_Format(PyExc_ValueError,
-                            "instruction set '%s' is unknown or not supported by this processor", name);
+                            "instruction set '%s' is unknown or not supported by this processor",
+                            name);
     ((xl_module_state *)PyModule_GetState(module))->kernels = k;
     Py_RETURN_NONE;
 }
@@ -62,11 +64,8 @@ static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec_module}, {0, NULL}};
 #endif
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = MODULE_NAME,
-    .m_size = sizeof(xl_module_state),
-    .m_methods = own_methods,
-    .m_slots = slots,
+    PyModuleDef_HEAD_INIT,    .m_name = MODULE_NAME, .m_size = sizeof(xl_module_state),
+    .m_methods = own_methods, .m_slots = slots,
 };
 
 PyMODINIT_FUNC MODULE_INIT(void) { return PyModuleDef_Init(&definition); }

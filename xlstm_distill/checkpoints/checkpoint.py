@@ -22,7 +22,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where one tensor comes from: `read` gives it as float32 of `shape`; `where` names the file."""
+    """Where a tensor comes from: `read` gives it as float32 of `shape`, `where` names the file."""
 
     shape: Shape
     read: Callable[[], Array]

@@ -1,4 +1,4 @@
-"""Model directories in Hugging Face's layout, read strictly and written as a whole or not at all."""
+"""Model directories in Hugging Face's layout: read strictly, written whole or not at all."""
 
 from __future__ import annotations
 

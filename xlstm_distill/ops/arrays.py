@@ -25,7 +25,7 @@ def floats(name: str, a: ArrayLike, ndim: int | None, dtype: Any) -> Array:
         raise TypeError(f"{name} has dtype {given.dtype}, expected real numbers")
     if ndim is not None and given.ndim != ndim:
         raise ValueError(f"{name} has {given.ndim} dimensions, expected {ndim}")
-    return np.require(given, dtype=dtype, requirements="CA")
+    return np.require(given, dtype=dtype, requirements=["C", "A"])
 
 
 def integers(name: str, a: ArrayLike, ndim: int) -> Array:
@@ -38,7 +38,7 @@ def integers(name: str, a: ArrayLike, ndim: int) -> Array:
     limits = np.iinfo(np.int32)
     if given.size and (given.min() < limits.min or given.max() > limits.max):
         raise ValueError(f"{name} holds values that do not fit in 32 bits")
-    return np.require(given, dtype=np.int32, requirements="CA")
+    return np.require(given, dtype=np.int32, requirements=["C", "A"])
 
 
 def same_shape(name: str, a: Array, shape: tuple[int, ...]) -> None:

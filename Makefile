@@ -1,0 +1,122 @@
+# Set-up, tests, checks and benchmarks. Everything runs in the virtual environment $(VENV), which is
+# made on first use and brought up to date only when pyproject.toml, setup.py or csrc/ changed.
+#
+#   VENV=.venv   PYTHON=python3 (3.11 or newer)   OUT=runs/quickstart   MINUTES=   SUITE=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/quickstart
+MINUTES ?=
+SUITE ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+C_SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h)
+# Formatting and type checks change between versions: these are the ones the code passes.
+LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+
+FAST := not slow and not real and not deep and not data
+TEST := not deep and not data
+
+.PHONY: help venv setup setup-test demo test fast deep asan isas lint bench clean
+
+help: ## this list
+	@echo "xlstm_distill: make TARGET"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "variables: VENV=.venv PYTHON=python3 MINUTES= OUT=runs/quickstart SUITE=gemm|mlstm|attention|train"
+
+# ---- set-up --------------------------------------------------------------------------------------
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) is older than 3.11: name a newer one, make PYTHON=python3.12 ..." >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "no C compiler: install gcc (apt-get install gcc)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "setuptools>=68" "numpy>=2.0"
+	@touch $@
+
+# The package is installed in place: tests and commands see the working tree. When only C changed, only
+# C is built.
+$(VENV)/.built: $(VENV)/.made pyproject.toml setup.py $(C_SOURCES)
+	@if [ $@ -nt pyproject.toml ]; then \
+	    set -x; $(PY) setup.py --quiet build_ext --inplace --force; \
+	else \
+	    set -x; $(PY) -m pip install --quiet --no-build-isolation -e .; fi
+	@touch $@
+
+# torch first and by its exact version: what depends on it must not bring another build of it.
+$(VENV)/.tested: $(VENV)/.made pyproject.toml Makefile
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet --no-build-isolation -e '.[test,lint]' $(LINTERS)
+	@touch $@ $(VENV)/.built
+
+venv: $(VENV)/.made ## an empty virtual environment
+
+setup: $(VENV)/.built ## build and install with what is needed at run time
+
+setup-test: $(VENV)/.tested $(VENV)/.built ## the same with what tests and lint need (torch among it)
+
+# ---- the demonstration ---------------------------------------------------------------------------
+
+demo: setup ## a real transformer becomes a hybrid xLSTM student, with a report (MINUTES=30)
+	$(BIN)/xlstm-distill quickstart --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES))
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+test: setup-test ## everything but deep tests; under 10 minutes on 2 cores
+	$(PY) -m pytest -m "$(TEST)" --durations=10
+
+fast: setup-test ## the mathematics on small sizes; under a minute
+	$(PY) -m pytest -q -m "$(FAST)"
+
+isas: setup-test ## the fast tests with every instruction set of this processor
+	for isa in $$($(PY) -c 'from xlstm_distill import runtime; print(*runtime.available_isas())'); do \
+	    echo "instruction set $$isa"; XLSTM_DISTILL_ISA=$$isa $(PY) -m pytest -q -m "$(FAST)"; done
+
+# The sanitizers are linked into our modules only, so they are loaded before Python. Leaks are not
+# looked for: the interpreter keeps memory on purpose. pytest is called as a script: `python -m`
+# would put the working tree, with the ordinary build, before the instrumented one.
+ASAN := build/asan
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
+$(ASAN)/.built: $(C_SOURCES) pyproject.toml setup.py $(wildcard xlstm_distill/*.py xlstm_distill/*/*.py)
+	rm -rf $(ASAN)/lib
+	XLSTM_DISTILL_CFLAGS="$(SANITIZE) -O1" XLSTM_DISTILL_LDFLAGS="$(SANITIZE)" \
+	    $(PY) setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
+	cd $(ASAN) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    PYTHONPATH=lib $(abspath $(PY)) -c 'from xlstm_distill import runtime as r; assert "asan" in r.__file__, r.__file__'
+	@touch $@
+
+asan: setup-test $(ASAN)/.built ## the fast tests under AddressSanitizer and UBSan
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/lib \
+	    $(BIN)/pytest -q -m "$(FAST)"
+
+deep: isas asan ## every instruction set, the sanitizers, fuzzing, notebooks, long runs
+	$(PY) -m pytest -m "deep"
+
+# ---- checks --------------------------------------------------------------------------------------
+
+lint: setup-test ## ruff, mypy, clang-format, all C with warnings as errors (gcc and clang)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+	@command -v clang >/dev/null || { echo "lint needs clang as the second compiler: apt-get install clang libomp-dev" >&2; exit 1; }
+	for cc in gcc clang; do \
+	    CC=$$cc XLSTM_DISTILL_CFLAGS="-Werror $$([ $$cc = gcc ] || echo -Werror=ignored-attributes)" \
+	    $(PY) setup.py --quiet build_ext --build-temp build/lint-$$cc --build-lib build/lint-$$cc/lib; done
+
+# ---- benchmarks ----------------------------------------------------------------------------------
+
+bench: setup-test ## speed against torch and transformers in the same run, JSON in runs/bench (SUITE=)
+	$(PY) benchmarks/bench.py $(SUITE) --out runs/bench
+
+clean: ## remove what was built, not the virtual environment and not runs/
+	rm -rf build dist *.egg-info xlstm_distill/*.so
+	rm -f $(VENV)/.built $(VENV)/.tested

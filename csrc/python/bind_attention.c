@@ -1,0 +1,236 @@
+/* Attention, feature map, output gate and mix for xlstm_distill/ops/attention.py. Letters: B batch,
+ * H query heads, G key/value heads, T steps, D head width, N slots of a cache. Outputs come first, as
+ * in C. Gradients are added. */
+#include "python/binding.h"
+
+#include "ops/cells.h"
+
+static xl_heads view(real *p, ptrdiff_t heads, ptrdiff_t T, ptrdiff_t D) {
+    return (xl_heads){p, heads * T * D, T * D, D};
+}
+
+/* ---- attention ---------------------------------------------------------------------------- */
+
+/* pos [B, T] and lengths? [B], window, sinks, after the arrays that bind the letters. */
+static xl_attn attention_sizes(xl_call *c, PyObject *pos, PyObject *lengths) {
+    xl_attn a = {.pos = xl_in_i32(c, pos, "pos", "BT"),
+                 .lengths = xl_in_i32(c, lengths, "lengths?", "B")};
+    a.B = xl_dim(c, 'B'), a.H = xl_dim(c, 'H'), a.G = xl_dim(c, 'G');
+    a.T = xl_dim(c, 'T'), a.D = xl_dim(c, 'D');
+    return a;
+}
+
+/* k?, v [B, N, G, D], tokens already seen [B]; only the append and the step write into it. */
+static xl_kv cache(xl_call *c, PyObject *const *args, int writeable) {
+    real *(*take)(xl_call *, PyObject *, const char *, const char *) = writeable ? xl_inout : xl_in;
+    xl_kv kv = {.k = take(c, args[0], writeable ? "past k" : "past k?", "BNGD")};
+    if (!kv.k) return kv;
+    kv.v = take(c, args[1], "past v", "BNGD");
+    kv.pos = xl_in_i32(c, args[2], "past pos", "B");
+    kv.slots = xl_dim(c, 'N');
+    return kv;
+}
+
+/* attention_forward(o [B,H,T,D], lse? [B,H,T], q [B,H,T,D], k, v [B,G,T,D], pos [B,T], lengths? [B],
+ *                   window, sinks, past k? [B,N,G,D], v, pos [B]) */
+static PyObject *attention_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 12)) return NULL;
+    real *q = xl_in(&c, args[2], "q", "BHTD");
+    real *k = xl_in(&c, args[3], "k", "BGTD"), *v = xl_in(&c, args[4], "v", "BGTD");
+    real *o = xl_inout(&c, args[0], "o", "BHTD"), *lse = xl_inout(&c, args[1], "lse?", "BHT");
+    xl_attn a = attention_sizes(&c, args[5], args[6]);
+    a.window = xl_int(&c, args[7], "window", 1, PTRDIFF_MAX);
+    a.sinks = xl_int(&c, args[8], "sinks", 0, PTRDIFF_MAX);
+    xl_kv past = cache(&c, args + 9, 0);
+    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, past.slots));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_attention_forward(&c.ctx, &a, view(o, a.H, a.T, a.D), lse, view(q, a.H, a.T, a.D),
+                                    view(k, a.G, a.T, a.D), view(v, a.G, a.T, a.D),
+                                    past.k ? &past : NULL, scratch));
+    return xl_end(&c, c.status);
+}
+
+/* attention_backward(dq? [B,H,T,D], dk?, dv? [B,G,T,D], do, q [B,H,T,D], k, v [B,G,T,D], o, lse,
+ *                    pos [B,T], lengths? [B], window, sinks) */
+static PyObject *attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 13)) return NULL;
+    real *q = xl_in(&c, args[4], "q", "BHTD"), *dout = xl_in(&c, args[3], "do", "BHTD");
+    real *k = xl_in(&c, args[5], "k", "BGTD"), *v = xl_in(&c, args[6], "v", "BGTD");
+    real *o = xl_in(&c, args[7], "o", "BHTD"), *lse = xl_in(&c, args[8], "lse", "BHT");
+    real *dq = xl_inout(&c, args[0], "dq?", "BHTD"), *dk = xl_inout(&c, args[1], "dk?", "BGTD");
+    real *dv = xl_inout(&c, args[2], "dv?", "BGTD");
+    xl_attn a = attention_sizes(&c, args[9], args[10]);
+    a.window = xl_int(&c, args[11], "window", 1, PTRDIFF_MAX);
+    a.sinks = xl_int(&c, args[12], "sinks", 0, PTRDIFF_MAX);
+    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, 0));
+    if (c.failed) return xl_end(&c, XL_OK);
+    ptrdiff_t H = a.H, G = a.G, T = a.T, D = a.D;
+    XL_RUN(&c, xl_attention_backward(&c.ctx, &a, view(dq, H, T, D), view(dk, G, T, D),
+                                     view(dv, G, T, D), view(dout, H, T, D), view(q, H, T, D),
+                                     view(k, G, T, D), view(v, G, T, D), view(o, H, T, D), lse,
+                                     scratch));
+    return xl_end(&c, c.status);
+}
+
+/* attention_append(past k, v [B,N,G,D], pos [B], k, v [B,G,T,D], pos [B,T], lengths? [B], sinks):
+ * the window is what N leaves */
+static PyObject *attention_append(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 8)) return NULL;
+    xl_kv past = cache(&c, args, 1);
+    real *k = xl_in(&c, args[3], "k", "BGTD"), *v = xl_in(&c, args[4], "v", "BGTD");
+    xl_attn a = attention_sizes(&c, args[5], args[6]);
+    a.H = a.G;
+    a.sinks = xl_int(&c, args[7], "sinks", 0, PTRDIFF_MAX);
+    a.window = past.slots - a.sinks;
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c,
+           xl_attention_append(&c.ctx, &a, view(k, a.G, a.T, a.D), view(v, a.G, a.T, a.D), &past));
+    return xl_end(&c, c.status);
+}
+
+/* attention_step(o, q [B,H,1,D], k, v [B,G,1,D], past k, v [B,N,G,D], pos [B], pos [B,1],
+ *                lengths? [B], sinks) */
+static PyObject *attention_step(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 10)) return NULL;
+    real *q = xl_in(&c, args[1], "q", "BHTD"), *o = xl_inout(&c, args[0], "o", "BHTD");
+    real *k = xl_in(&c, args[2], "k", "BGTD"), *v = xl_in(&c, args[3], "v", "BGTD");
+    xl_kv past = cache(&c, args + 4, 1);
+    xl_attn a = attention_sizes(&c, args[7], args[8]);
+    a.sinks = xl_int(&c, args[9], "sinks", 0, PTRDIFF_MAX);
+    a.window = past.slots - a.sinks;
+    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, past.slots));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_attention_step(&c.ctx, &a, view(o, a.H, a.T, a.D), view(q, a.H, a.T, a.D),
+                                 view(k, a.G, a.T, a.D), view(v, a.G, a.T, a.D), &past, scratch));
+    return xl_end(&c, c.status);
+}
+
+/* ---- feature map -------------------------------------------------------------------------- */
+
+static xl_fmap map_sizes(const xl_call *c) {
+    return (xl_fmap){xl_dim(c, 'B'), xl_dim(c, 'H'), xl_dim(c, 'G'), xl_dim(c, 'T'),
+                     xl_dim(c, 'D')};
+}
+
+/* feature_map_forward(phi [B,H,T,D], x [B,G,T,D], w [H,D,D]) */
+static PyObject *feature_map_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 3)) return NULL;
+    real *x = xl_in(&c, args[1], "x", "BGTD"), *w = xl_in(&c, args[2], "w", "HDD");
+    real *phi = xl_inout(&c, args[0], "phi", "BHTD");
+    xl_fmap a = map_sizes(&c);
+    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_feature_map_scratch(&c.ctx, &a));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_feature_map_forward(&c.ctx, &a, view(phi, a.H, a.T, a.D), view(x, a.G, a.T, a.D),
+                                      w, scratch));
+    return xl_end(&c, c.status);
+}
+
+/* feature_map_backward(dx? [B,G,T,D], dw? [H,D,D], dphi [B,H,T,D], phi, x [B,G,T,D], w [H,D,D]) */
+static PyObject *feature_map_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 6)) return NULL;
+    real *x = xl_in(&c, args[4], "x", "BGTD"), *w = xl_in(&c, args[5], "w", "HDD");
+    real *dphi = xl_in(&c, args[2], "dphi", "BHTD"), *phi = xl_in(&c, args[3], "phi", "BHTD");
+    real *dx = xl_inout(&c, args[0], "dx?", "BGTD"), *dw = xl_inout(&c, args[1], "dw?", "HDD");
+    xl_fmap a = map_sizes(&c);
+    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_feature_map_scratch(&c.ctx, &a));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_feature_map_backward(&c.ctx, &a, view(dx, a.G, a.T, a.D), dw,
+                                       view(dphi, a.H, a.T, a.D), view(phi, a.H, a.T, a.D),
+                                       view(x, a.G, a.T, a.D), w, scratch));
+    return xl_end(&c, c.status);
+}
+
+/* ---- output gate and mix ------------------------------------------------------------------ */
+
+static xl_gate gate_sizes(const xl_call *c) {
+    return (xl_gate){xl_dim(c, 'B'), xl_dim(c, 'H'), xl_dim(c, 'G'), xl_dim(c, 'T'),
+                     xl_dim(c, 'D')};
+}
+
+static real *gate_weight(xl_call *c, PyObject *obj, const char *name, int writeable) {
+    xl_set_dim(c, 'W', 3 * xl_dim(c, 'D'));
+    return writeable ? xl_inout(c, obj, name, "HW") : xl_in(c, obj, name, "HW");
+}
+
+/* output_gate_forward(a [B,H,T], q [B,H,T,D], k, v [B,G,T,D], w [H,3D], b [H]) */
+static PyObject *output_gate_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 6)) return NULL;
+    real *q = xl_in(&c, args[1], "q", "BHTD");
+    real *k = xl_in(&c, args[2], "k", "BGTD"), *v = xl_in(&c, args[3], "v", "BGTD");
+    real *out = xl_inout(&c, args[0], "a", "BHT");
+    real *w = gate_weight(&c, args[4], "w", 0), *bias = xl_in(&c, args[5], "b", "H");
+    xl_gate g = gate_sizes(&c);
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_output_gate_forward(&c.ctx, &g, view(out, g.H, g.T, 1), view(q, g.H, g.T, g.D),
+                                      view(k, g.G, g.T, g.D), view(v, g.G, g.T, g.D), w, bias));
+    return xl_end(&c, c.status);
+}
+
+/* output_gate_backward(dq? [B,H,T,D], dk?, dv? [B,G,T,D], dw? [H,3D], db? [H], da [B,H,T], q, k, v,
+ *                      w) */
+static PyObject *output_gate_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 10)) return NULL;
+    real *q = xl_in(&c, args[6], "q", "BHTD");
+    real *k = xl_in(&c, args[7], "k", "BGTD"), *v = xl_in(&c, args[8], "v", "BGTD");
+    real *da = xl_in(&c, args[5], "da", "BHT"), *dq = xl_inout(&c, args[0], "dq?", "BHTD");
+    real *dk = xl_inout(&c, args[1], "dk?", "BGTD"), *dv = xl_inout(&c, args[2], "dv?", "BGTD");
+    real *w = gate_weight(&c, args[9], "w", 0), *dw = gate_weight(&c, args[3], "dw?", 1);
+    real *db = xl_inout(&c, args[4], "db?", "H");
+    xl_gate g = gate_sizes(&c);
+    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_output_gate_scratch(&c.ctx, &g));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_output_gate_backward(&c.ctx, &g, view(dq, g.H, g.T, g.D), view(dk, g.G, g.T, g.D),
+                                       view(dv, g.G, g.T, g.D), dw, db, view(da, g.H, g.T, 1),
+                                       view(q, g.H, g.T, g.D), view(k, g.G, g.T, g.D),
+                                       view(v, g.G, g.T, g.D), w, scratch));
+    return xl_end(&c, c.status);
+}
+
+/* mix_forward(h, hm, hs [B,H,T,D], a [B,H,T]) */
+static PyObject *mix_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 4)) return NULL;
+    real *hm = xl_in(&c, args[1], "hm", "BHTD"), *hs = xl_in(&c, args[2], "hs", "BHTD");
+    real *a = xl_in(&c, args[3], "a", "BHT"), *h = xl_inout(&c, args[0], "h", "BHTD");
+    xl_set_dim(&c, 'G', xl_dim(&c, 'H'));
+    xl_gate g = gate_sizes(&c);
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_mix_forward(&c.ctx, &g, view(h, g.H, g.T, g.D), view(hm, g.H, g.T, g.D),
+                              view(hs, g.H, g.T, g.D), view(a, g.H, g.T, 1)));
+    return xl_end(&c, c.status);
+}
+
+/* mix_backward(dhm?, dhs? [B,H,T,D], da? [B,H,T], dh, hm, hs [B,H,T,D], a [B,H,T]) */
+static PyObject *mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 7)) return NULL;
+    real *hm = xl_in(&c, args[4], "hm", "BHTD"), *hs = xl_in(&c, args[5], "hs", "BHTD");
+    real *dh = xl_in(&c, args[3], "dh", "BHTD"), *a = xl_in(&c, args[6], "a", "BHT");
+    real *dhm = xl_inout(&c, args[0], "dhm?", "BHTD"), *dhs = xl_inout(&c, args[1], "dhs?", "BHTD");
+    real *da = xl_inout(&c, args[2], "da?", "BHT");
+    xl_set_dim(&c, 'G', xl_dim(&c, 'H'));
+    xl_gate g = gate_sizes(&c);
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c,
+           xl_mix_backward(&c.ctx, &g, view(dhm, g.H, g.T, g.D), view(dhs, g.H, g.T, g.D),
+                           view(da, g.H, g.T, 1), view(dh, g.H, g.T, g.D), view(hm, g.H, g.T, g.D),
+                           view(hs, g.H, g.T, g.D), view(a, g.H, g.T, 1)));
+    return xl_end(&c, c.status);
+}
+
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
+
+PyMethodDef xl_methods_attention[] = {
+    METHOD(attention_forward),   METHOD(attention_backward),   METHOD(attention_append),
+    METHOD(attention_step),      METHOD(feature_map_forward),  METHOD(feature_map_backward),
+    METHOD(output_gate_forward), METHOD(output_gate_backward), METHOD(mix_forward),
+    METHOD(mix_backward),        {NULL, NULL, 0, NULL},
+};

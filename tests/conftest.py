@@ -1,0 +1,42 @@
+"""Shared by all tests: hypothesis profiles, the option --errors, a clean runtime for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from xlstm_distill import testing
+
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("deep", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--errors",
+        action="store_true",
+        help="show the 40 largest measured errors as shares of their tolerances",
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not config.getoption("--errors"):
+        return
+    terminalreporter.section("measured errors, per cent of the tolerance")
+    for what, share in sorted(testing.shares.items(), key=lambda x: -x[1])[:40]:
+        terminalreporter.write_line(f"{100 * share:8.2f} %  {what}")
+
+
+@pytest.fixture
+def runtime() -> Iterator[object]:
+    """`xlstm_distill.runtime`, with threads and instruction set restored afterwards."""
+    from xlstm_distill import runtime as module
+
+    threads, isa = module.threads(), module.isa()
+    yield module
+    module.set_threads(threads)
+    module.set_isa(isa)

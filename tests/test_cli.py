@@ -1,0 +1,218 @@
+"""The command: one JSON object, one line for errors, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+import yaml
+
+import xlstm_distill.cli
+from xlstm_distill.cli import main, parser
+from xlstm_distill.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cli")
+    tiny_run.teacher().save(place / "teacher")
+    text = tiny_run.write_text(place / "text")
+    values = tiny_run.recipe(place / "teacher", text)
+    (place / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return place
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command."""
+    try:
+        status = main([str(a) for a in arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def fails(capsys, status, message, *arguments):
+    """The command ends with `status` and one line of stderr that has `message`, and no output."""
+    found, out, err = call(capsys, *arguments)
+    assert (found, out) == (status, ""), err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("xlstm-distill"), err
+    assert message in lines[0]
+
+
+def test_every_command_has_help(capsys):
+    names = parser()._subparsers._group_actions[0].choices
+    wanted = (
+        "quickstart fetch run linearize data align targets distill merge evaluate compare report "
+        "validate estimate inspect doctor generate perplexity export bench"
+    )
+    assert sorted(names) == sorted(wanted.split())
+    for name in names:
+        status, out, _ = call(capsys, name, "--help")
+        assert status == 0 and "--json" in out
+
+
+def test_wrong_use_is_status_2_and_one_line(capsys, root):
+    fails(capsys, 2, "invalid choice", "destill")
+    fails(capsys, 2, "required", "merge")
+    fails(capsys, 2, "expected DIR=WEIGHT", "merge", "--expert", "a", "--out", "b")
+    fails(capsys, 2, "named twice", "merge", "--expert", "a=1", "--expert", "a=0", "--out", "b")
+    fails(capsys, 2, "add up to 2", "merge", "--expert", "a=1", "--expert", "b=1", "--out", "c")
+    fails(capsys, 2, "NAME=FILE.json", "compare", "--teacher", "a", "--student", "b", "--out", "c")
+    fails(capsys, 2, "no such file or directory", "inspect", root / "nothing")
+    fails(capsys, 2, "--minutes -1", "quickstart", "--minutes", "-1", "--out", root / "q")
+    fails(capsys, 2, "unknown name", "fetch", "gpt5")
+    fails(capsys, 2, "not a run directory", "report", root / "teacher")
+    assert not (root / "q").exists()
+
+
+def test_bad_recipes_are_status_2(capsys, root, tmp_path):
+    recipe = root / "recipe.yaml"
+    for setting, message in (
+        ("algin.steps=3", "algin: unknown key; did you mean align?"),
+        ("student.window=0", "student.window"),
+        ("align.steps=", "align.steps"),
+    ):
+        fails(capsys, 2, message, "validate", recipe, "--set", setting)
+        fails(capsys, 2, message, "run", recipe, "--out", tmp_path / "r", "--set", setting)
+    assert not (tmp_path / "r").exists()
+
+
+def test_failures_are_status_1_and_one_line(capsys, root, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    fails(
+        capsys,
+        1,
+        "empty.txt: the file is empty",
+        *("perplexity", root / "teacher", "--data", empty),
+    )
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(20))
+    fails(capsys, 1, "broken.gguf", "inspect", broken)
+    broken.write_bytes(b"nope")
+    fails(capsys, 1, "not a GGUF file", "inspect", broken)
+    path = ["--set", f"data.domains.notes.sources.0.paths=[{empty}]"]
+    fails_after_progress(capsys, "empty.txt: the file is empty", root, tmp_path / "r1", path)
+    path = ["--set", "data.length=100000"]
+    fails_after_progress(capsys, "fewer than one row of 100000", root, tmp_path / "r2", path)
+
+
+def fails_after_progress(capsys, message, root, out, more):
+    status, stdout, err = call(capsys, "data", root / "recipe.yaml", "--out", out, *more)
+    assert status == 1 and stdout == "" and message in err.splitlines()[-1]
+
+
+def test_nan_in_a_checkpoint(capsys, tmp_path):
+    teacher = tiny_run.teacher()
+    teacher.params["model.norm.weight"][3] = np.nan
+    teacher.save(tmp_path / "m")
+    fails(capsys, 1, "model.norm.weight", "generate", tmp_path / "m", "--prompt", "a")
+
+
+def test_token_id_out_of_range():
+    with pytest.raises(UserError, match="token id 259 is outside"):
+        tiny_run.teacher().logits([[259]])
+
+
+def test_disk_full_while_writing(root, tmp_path):
+    """A limit on the size of files stands for a full disk: the run ends with one line."""
+    package = str(Path(xlstm_distill.cli.__file__).parent.parent)
+    command = [sys.executable, "-m", "xlstm_distill", "export", str(root / "teacher")]
+    done = subprocess.run(
+        [*command, "--to", str(tmp_path / "copy")],
+        env={**os.environ, "PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert "copy: cannot write: File too large" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def json_of(capsys, *arguments):
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_json_of_small_commands(capsys, root, tmp_path):
+    teacher = root / "teacher"
+    found = json_of(capsys, "inspect", teacher)
+    assert found["layers"] == 2 and found["mixers"] == {"attention": 2} and not found["student"]
+    assert json_of(capsys, "doctor")["threads"]
+    found = json_of(capsys, "generate", teacher, "--prompt", "The river", "--max-new-tokens", "4")
+    assert isinstance(found["text"], str) and found["prompt_tokens"] == 9
+    arguments = ["--prompt", "a", "--chat", "--temperature", "1", "--seed", "5"]
+    arguments += ["--max-new-tokens", "8"]
+    twice = [json_of(capsys, "generate", teacher, *arguments)["text"] for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert json_of(capsys, "validate", root / "recipe.yaml")["valid"]
+    out = json_of(capsys, "export", teacher, "--to", tmp_path / "copy")
+    assert Path(out["out"], "model.safetensors").is_file()
+    weights = f"{teacher}=0.25", f"{tmp_path / 'copy'}=0.75"
+    merged = json_of(
+        capsys, *("merge", "--expert", weights[0], "--expert", weights[1]), "--out", tmp_path / "m"
+    )
+    same = json_of(capsys, "inspect", merged["out"])["fingerprint"]
+    assert same == json_of(capsys, "inspect", teacher)["fingerprint"]
+
+
+def test_perplexity_is_that_of_the_scores(capsys, root, tmp_path):
+    teacher = tiny_run.teacher()
+    file = tmp_path / "a.txt"
+    file.write_text("".join(tiny_run.TEXT))
+    ids = [*teacher.tokenizer.encode("".join(tiny_run.TEXT)), 0]
+    total = count = 0.0
+    for at in range(0, len(ids), 50):
+        piece = ids[at : at + 50]
+        if len(piece) > 1:
+            total -= float(teacher.score([piece]).sum())
+            count += len(piece) - 1
+    arguments = ["perplexity", root / "teacher", "--data", file, "--context", 50]
+    found = json_of(capsys, *arguments)
+    assert found["tokens"] == count
+    assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
+    status, out, _ = call(capsys, *arguments)
+    assert status == 0 and "perplexity" in out
+    fails(capsys, 2, "--context 1", *arguments[:-1], 1)
+
+
+def test_single_stages_build_on_each_other(capsys, root, tmp_path):
+    recipe, out = root / "recipe.yaml", tmp_path / "run"
+    assert json_of(capsys, "linearize", recipe, "--out", out)["stage"] == "linearize"
+    assert (out / "student0" / "config.json").is_file() and not (out / "aligned").exists()
+    before = (out / "student0" / "model.safetensors").stat().st_mtime_ns
+    json_of(capsys, "align", recipe, "--out", out)
+    assert (out / "student0" / "model.safetensors").stat().st_mtime_ns == before
+    fails(capsys, 1, "the run is not finished", "report", out)
+    status, _, err = call(capsys, "align", recipe, "--out", out, "--set", "align.lr=0.1")
+    assert status == 1 and "align.lr is 0.02 there and 0.1 here" in err
+    found = json_of(capsys, "run", recipe, "--out", out)
+    assert Path(found["report"]).is_file()
+    assert found["main"] == "merged" and found["fidelity"]["models"]["untrained"]
+    assert {c["claim"].split()[0] for c in found["claims"]} == {"KL", "on", "stage"}
+    status, text, _ = call(capsys, "report", out)
+    assert status == 0 and "report.html" in text
+    found = json_of(capsys, "inspect", out / "merged")
+    assert found["provenance"]["merge"]["experts"]
+
+
+def test_interrupt_is_one_line(capsys, monkeypatch):
+    def stopped(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(xlstm_distill.cli.commands, "doctor", stopped)
+    status, out, err = call(capsys, "doctor")
+    assert status == 130 and out == "" and len(err.splitlines()) == 1

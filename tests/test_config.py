@@ -1,0 +1,205 @@
+"""Configurations: what is accepted, what is refused and how it is worded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from xlstm_distill.config import MixerConfig, ModelConfig
+from xlstm_distill.errors import UserError, first_problem, validated
+from xlstm_distill.families import gguf_name, tensor_shapes
+
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY, **changes})
+
+
+mixers = st.builds(
+    MixerConfig,
+    mixer=st.sampled_from(["attention", "hybrid", "mlstm", "linear", "window"]),
+    window=st.integers(1, 500),
+    sinks=st.integers(0, 8),
+    gate=st.sampled_from(["data", "fixed"]),
+    normalizer=st.sampled_from(["ratio", "max"]),
+)
+
+
+@given(
+    st.lists(mixers, min_size=3, max_size=3) | st.just([]),
+    st.booleans(),
+    st.booleans(),
+    st.lists(st.integers(0, 299), max_size=3, unique=True),
+    st.none() | st.integers(0, 299),
+    st.sampled_from([None, LLAMA3]),
+    st.floats(1.0, 1e7),
+)
+def test_config_json_round_trip(
+    chosen: list[MixerConfig],
+    tied: bool,
+    bias: bool,
+    eos: list[int],
+    pad: int | None,
+    scaling: dict[str, Any] | None,
+    theta: float,
+) -> None:
+    config = tiny(
+        mixers=chosen,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        eos_token_ids=eos,
+        pad_token_id=pad,
+        rope_scaling=scaling,
+        rope_theta=theta,
+    )
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_plain_model_keeps_its_architecture_and_a_student_does_not() -> None:
+    assert tiny().to_hf()["model_type"] == "llama"
+    assert "mixers" not in tiny().to_hf()
+    hybrid = MixerConfig(mixer="hybrid", window=64, sinks=4)
+    student = tiny(mixers=[MixerConfig(), hybrid, MixerConfig(mixer="window", window=64)]).to_hf()
+    assert student["model_type"] == "xlstm_distill"
+    assert student["layer_types"] == ["full_attention", "hybrid", "sliding_attention"]
+    assert student["sliding_window"] == 64
+    assert student["mixers"][1]["sinks"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "'Qwen2ForCausalLM'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
+        ({"model_type": None, "architectures": None}, "supported: LlamaForCausalLM"),
+        ({"model_type": "xlstm_distill", "family": "mamba"}, "family 'mamba'"),
+        ({"model_type": "xlstm_distill", "family": "llama"}, "mixers: a list"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"mlp_bias": True}, "mlp_bias True is not supported"),
+        ({"quantization_config": {}}, "quantization_config"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types 'sliding_attention'"),
+        ({"vocab_size": None}, "vocab_size: missing"),
+        ({"vocab_size": 0}, "vocab_size: .*found 0"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"head_dim": None, "hidden_size": 25}, "give no head_dim"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"eos_token_id": 300}, r"eos_token_ids\[0\] 300 is outside the vocabulary of 300"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "llama3"}},
+            "rope_scaling needs a positive factor",
+        ),
+        ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor must be"),
+        ({"rope_parameters": "linear"}, "rope_scaling must be a mapping"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    values = tiny().to_hf() | change
+    with pytest.raises(UserError, match=message) as caught:
+        ModelConfig.from_hf(values, "DIR/config.json")
+    assert str(caught.value).startswith("DIR/config.json: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"window": 0}, "window must be at least 1"),
+        ({"sinks": -1}, "sinks must be at least 0"),
+        ({"mixer": "window"}, "needs a window"),
+        ({"mixer": "mamba"}, "mixer: "),
+        ({"windw": 64}, "windw: unknown key"),
+    ],
+)
+def test_bad_mixers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        MixerConfig(**values)
+    assert message in first_problem(caught.value)
+    with pytest.raises(UserError, match=f"mixers.1.*{message}"):
+        validated(ModelConfig, {**TINY, "mixers": [{}, values, {}]}, "config.json")
+
+
+def test_mixers_must_match_the_layers() -> None:
+    with pytest.raises(UserError, match="mixers has 2 entries for 3 layers"):
+        validated(ModelConfig, {**TINY, "mixers": [{}, {}]}, "x")
+    assert tiny().mixers == [MixerConfig()] * 3
+
+
+def test_old_spellings_of_rope_and_padding() -> None:
+    values = tiny().to_hf()
+    del values["rope_parameters"]
+    values |= {"rope_theta": 5e5, "rope_scaling": {**LLAMA3}, "pad_token_id": -1}
+    config = ModelConfig.from_hf(values)
+    assert (config.rope_theta, config.rope_scaling, config.pad_token_id) == (5e5, LLAMA3, None)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_inv_freq_equals_transformers(scaling: dict[str, Any] | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = tiny(head_dim=128, rope_theta=5e5, rope_scaling=scaling)
+    theirs = transformers.LlamaConfig(**config.to_hf())
+    module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+    assert config.inv_freq().dtype == np.float64
+    np.testing.assert_allclose(config.inv_freq(), module.inv_freq.numpy(), rtol=1e-6)
+
+
+def test_tensor_table() -> None:
+    hybrid = MixerConfig(mixer="hybrid", window=8)
+    fixed = MixerConfig(mixer="hybrid", window=8, gate="fixed")
+    linear = MixerConfig(mixer="linear")
+    shapes = tensor_shapes(tiny(mixers=[hybrid, fixed, linear], attention_bias=True))
+    assert shapes["lm_head.weight"] == (300, 24)
+    assert shapes["model.layers.0.self_attn.o_proj.weight"] == (24, 24)
+    assert shapes["model.layers.0.self_attn.k_proj.bias"] == (12,)
+    mixer = {
+        n.removeprefix("model.layers.0.mixer."): s for n, s in shapes.items() if "s.0.mix" in n
+    }
+    assert mixer == {
+        "map_q": (4, 6, 6),
+        "map_k": (4, 6, 6),
+        "i_proj.weight": (4, 24),
+        "i_proj.bias": (4,),
+        "f_proj.weight": (4, 24),
+        "f_proj.bias": (4,),
+        "o_gate.weight": (4, 18),
+        "o_gate.bias": (4,),
+    }
+    assert "model.layers.1.mixer.o_gate.weight" not in shapes
+    assert "model.layers.1.mixer.o_gate.bias" in shapes
+    assert [n for n in shapes if "s.2.mixer" in n] == [
+        "model.layers.2.mixer.map_q",
+        "model.layers.2.mixer.map_k",
+    ]
+    assert "lm_head.weight" not in tensor_shapes(tiny(tie_word_embeddings=True))
+    assert gguf_name("model.layers.12.mlp.down_proj.weight") == "blk.12.ffn_down.weight"
+
+
+def test_user_error_is_one_line() -> None:
+    error = UserError("two\n lines", usage=True)
+    assert str(error) == "two lines"
+    assert error.usage and not UserError("x").usage
+    assert isinstance(error, ValueError)

@@ -1,0 +1,254 @@
+"""Recipes: what is accepted, what is refused and in which words, and what a budget becomes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_run
+import yaml
+
+from xlstm_distill.budget import Rates, estimate, evaluation_seconds, fidelity_seconds
+from xlstm_distill.errors import UserError
+from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan
+from xlstm_distill.recipe import (
+    first_difference,
+    load_recipe,
+    make_recipe,
+    parse_recipe,
+    recipe_text,
+    save_recipe,
+)
+
+
+def values(**changes):
+    return tiny_run.recipe(Path("teacher"), Path("text"), **changes)
+
+
+def text_of(value) -> str:
+    return yaml.safe_dump(value)
+
+
+def test_round_trip(tmp_path):
+    recipe = make_recipe(values())
+    save_recipe(recipe, tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+    assert "warmup: 0.1" in recipe_text(recipe)  # defaults are written out
+
+
+def changed(path: str, value) -> dict:
+    found = values()
+    place = found
+    *keys, last = path.split(".")
+    for key in keys:
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    place[last] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("algin", {}, "algin: unknown key; did you mean align?"),
+        ("student.windwo", 3, "student.windwo: unknown key; did you mean window?"),
+        ("align.step", 3, "align.step: unknown key; did you mean steps?"),
+        ("distill.zzz", 3, "distill.zzz: unknown key; keys there: steps, rows"),
+        ("data.domains.notes.held_out", 3, "did you mean held_out_tokens?"),
+        ("data.domains.notes.sources.0.path", "a", "did you mean paths?"),
+        ("evaluate.fidelity.0.window", 3, "did you mean windows?"),
+        (
+            "student.window",
+            0,
+            "student.window: Input should be greater than or equal to 1, found 0",
+        ),
+        ("student.sinks", -1, "student.sinks"),
+        ("student.mixer", "magic", "student.mixer"),
+        ("align.steps", 0, "align.steps"),
+        ("align.steps", "many", "align.steps"),
+        ("align.lr", float("nan"), "align.lr"),
+        ("align.weights", {"poems": 1}, "align.weights: 'poems' is not one of general, notes"),
+        ("experts.notes", {"poems": 1}, "experts.notes: 'poems' is not one of"),
+        ("experts.notes", {}, "experts.notes: the shares add up to 0"),
+        ("experts.notes", {"notes": -1}, "experts.notes: notes has -1"),
+        ("merge.weights", {"general": 1}, "merge.weights: the expert 'notes' is missing"),
+        ("merge.weights", {"poems": 1}, "merge.weights: 'poems' is not one of general, notes"),
+        ("data.domains.notes.sources", [], "data.domains.notes.sources"),
+        ("data.domains.notes.sources.0.kind", "web", "data.domains.notes.sources.0"),
+        ("data.domains.general.held_out_tokens", 9, "held_out_tokens needs passages"),
+        ("data.domains.general.passages", ["squad"], "passages need held_out_tokens"),
+        ("data.domains.notes.held_out_tokens", 0, "evaluate.fidelity needs held_out_tokens"),
+        ("evaluate.fidelity.0.expert_windows", 99, "expert_windows must be at most windows"),
+        ("evaluate.tasks", {"squad": 0}, "evaluate.tasks.squad"),
+        ("seed", -1, "seed"),
+    ],
+)
+def test_bad_values_are_named(path, value, message):
+    with pytest.raises(UserError) as error:
+        parse_recipe(text_of(changed(path, value)), "r.yaml")
+    text = str(error.value)
+    assert message in text and text.startswith("r.yaml: ") and "\n" not in text
+    assert error.value.usage
+
+
+def test_missing_and_unreadable(tmp_path):
+    found = values()
+    del found["teacher"]
+    for text, message in (
+        (text_of(found), "teacher: missing"),
+        ("a: [", "not valid YAML"),
+        ("- a", "a mapping of keys is expected"),
+        ("", "a mapping of keys is expected"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_recipe(text, "r.yaml")
+    with pytest.raises(UserError, match="cannot read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_names_that_are_no_directories():
+    with pytest.raises(UserError, match=r"'\.\./x' must be letters"):
+        make_recipe(values(experts={"../x": {"notes": 1}}, merge={}))
+
+
+def test_settings_change_keys():
+    text = text_of(values())
+    recipe = parse_recipe(
+        text,
+        "r.yaml",
+        [
+            "align.steps=9",
+            "student.window=null",
+            "data.domains.notes.sources.0.max_tokens=500",
+            "experts.notes={notes: 1}",
+            "evaluate.prompts.0=Once",
+            "minutes=2.5",
+        ],
+    )
+    assert recipe.align.steps == 9 and recipe.student.window is None and recipe.minutes == 2.5
+    assert recipe.data.domains["notes"].sources[0].max_tokens == 500
+    assert recipe.experts["notes"] == {"notes": 1} and recipe.evaluate.prompts == ["Once"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("align.steps", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("align.stepz=3", "did you mean steps?"),
+        ("teacher.name=3", "teacher holds a value, not keys"),
+        ("data.domains.notes.sources.7.max_tokens=3", "7 is not one of the 1 entries"),
+        ("align.steps=[", "not valid YAML"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")) as error:
+        parse_recipe(text_of(values()), "r.yaml", [setting])
+    assert error.value.usage
+
+
+def test_first_difference_names_the_key():
+    a = make_recipe(values())
+    assert first_difference(a, a) is None
+    b = make_recipe(changed("data.domains.notes.sources.0.paths", ["other"]))
+    assert first_difference(a, b).startswith("data.domains.notes.sources is [")
+    c = make_recipe(values(experts={"general": {"general": 1}}, merge={}))
+    assert first_difference(a, c).startswith("experts.notes is ")
+
+
+# ---- the budget ---------------------------------------------------------------------------------
+
+SLOW = Rates(
+    sample=220.0,
+    align=380.0,
+    targets=420.0,
+    distill=150.0,
+    teacher=570.0,
+    student=600.0,
+    head=1300.0,
+    update=0.5,
+    save=3.0,
+    load=5.0,
+)
+LENGTHS = dict.fromkeys(TASKS, 900.0)
+
+
+def faster(rates: Rates, by: float) -> Rates:
+    work = ("sample", "align", "targets", "distill", "teacher", "student", "head")
+    return replace(rates, **{name: by * getattr(rates, name) for name in work})
+
+
+def cost(recipe, rates):
+    """Seconds of sampling, stage I, stage II with targets, evaluation, as planned."""
+    found = estimate(recipe, TINY_CONFIG, rates, LENGTHS)["seconds"]
+    moved = rates.save + rates.load
+    return (
+        found["sample"],
+        found["align"] - 2 * moved,
+        found["targets"] + found["distill"] - 2 * moved,
+        found["evaluate"],
+    )
+
+
+TINY_CONFIG = tiny_run.teacher().config
+
+
+@pytest.mark.parametrize("speed", [1.0, 4.0])
+@pytest.mark.parametrize("minutes", [10.0, 30.0, 90.0])
+def test_a_plan_fits_its_budget(minutes, speed):
+    rates = faster(SLOW, speed)
+    recipe = plan(rates, minutes, LENGTHS, spent=40.0)
+    sampling, first, second, evaluation = cost(recipe, rates)
+    budget = 60 * minutes
+    assert sampling <= 0.15 * budget
+    assert sampling + first + second + evaluation + 40 <= budget
+    if (minutes, speed) != (30.0, 1.0):  # on a slow machine the 20,000 tokens cost what they cost
+        assert evaluation <= 0.15 * budget
+    # Nothing much is left unused.
+    assert sampling + first + second + evaluation >= 0.6 * budget
+    if minutes >= 30:
+        assert 0.35 <= first / (first + second) <= 0.65
+    assert recipe.minutes == minutes
+
+
+def test_a_plan_measures_enough_text_and_fixes_its_claim():
+    for minutes, wanted in ((10, None), (30, 0.85), (90, 0.75)):
+        recipe = plan(SLOW, minutes, LENGTHS)
+        (main, *_) = recipe.evaluate.fidelity
+        assert recipe.evaluate.wanted_ratio == wanted
+        if minutes >= 30:
+            assert main.windows * main.context >= 20_000
+        for name in recipe.data.domains:
+            assert recipe.data.domains[name].held_out_tokens >= main.windows * main.context
+    assert "stage I: " in describe(recipe)
+
+
+def test_more_time_goes_to_every_part():
+    small, large = plan(SLOW, 30, LENGTHS), plan(SLOW, 120, LENGTHS)
+    assert large.align.steps * large.align.rows > 3 * small.align.steps * small.align.rows
+    assert large.distill.steps * large.distill.rows > 3 * small.distill.steps * small.distill.rows
+    assert len(large.evaluate.tasks) >= len(small.evaluate.tasks)
+    assert list(large.evaluate.tasks) == list(TASKS[: len(large.evaluate.tasks)])
+    assert large.align.steps >= 250
+
+
+def test_the_smallest_budget_is_still_a_recipe():
+    recipe = plan(SLOW, 0.1, LENGTHS, spent=60)
+    assert recipe.align.steps >= 2 and recipe.distill.steps >= 2
+    assert not recipe.evaluate.tasks
+
+
+def test_evaluation_is_counted_as_it_is_done():
+    recipe = plan(faster(SLOW, 4), 60, LENGTHS)
+    total = sum(
+        fidelity_seconds(SLOW, 2, s.context, s.windows, 2)
+        + fidelity_seconds(SLOW, 2, s.context, s.expert_windows, 2)
+        for s in recipe.evaluate.fidelity
+    )
+    assert evaluation_seconds(recipe, SLOW, LENGTHS) > total > 0
+
+
+def test_the_shipped_recipe_is_valid():
+    recipe = make_recipe(base_recipe())
+    assert recipe.distill.ce_weight == 0.1 and recipe.distill.kl_weight == 0.9
+    assert recipe.student.window == 64 and recipe.student.sinks == 4

@@ -1,0 +1,285 @@
+"""The report: schema, one self-contained page, escaping, and the terminal."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from xlstm_distill import plots
+from xlstm_distill.errors import UserError
+from xlstm_distill.evaluate.compare import compare
+from xlstm_distill.report import ReportData, report, report_data, terminal_table
+
+LAYERS, HEADS = 6, 4
+
+
+def fidelity_part() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    models = {}
+    for name, level in (("teacher", 0.0), ("merged", 0.2), ("control", 0.45)):
+        models[name] = {}
+        for domain in ("prose", "code"):
+            values = level * rng.uniform(0.8, 1.2, size=(3, 10))
+            measures = [
+                {"kl": v.mean(), "agree": 1 - v.mean() / 2, "nll": 2 + v.mean(), "perplexity": 8.0}
+                for v in values
+            ]
+            everywhere = values.mean(axis=0).tolist()
+            by_bucket = values.tolist()
+            models[name][domain] = {
+                "overall": measures[0],
+                "by_position": measures,
+                "windows": {"kl": everywhere, "agree": everywhere, "nll": everywhere},
+                "windows_by_position": {m: by_bucket for m in ("kl", "agree", "nll")},
+            }
+    return {
+        "context": 256,
+        "buckets": [(0, 64), (64, 128), (128, 256)],
+        "tokens": {"prose": 2560, "code": 2560},
+        "models": models,
+    }
+
+
+def results(acc: float, bits: float) -> dict[str, Any]:
+    return {
+        "results": {
+            "piqa": {"acc_norm,none": 0.6, "acc_norm_stderr,none": 0.01},
+            "arc_easy": {"acc_norm,none": acc, "acc_norm_stderr,none": 0.01},
+            "squad": {"bits_per_byte,none": bits, "bits_per_byte_stderr,none": 0.02},
+        },
+        "n-samples": {t: {"original": 9, "effective": 9} for t in ("piqa", "arc_easy", "squad")},
+    }
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Any]:
+    comparison = compare(
+        results(0.5, 1.0),
+        {"merged": results(0.48, 1.2), "control": results(0.4, 2.0)},
+        control="control",
+    )
+    gates: list[list[float | None]] = [
+        [float(x) for x in row] for row in np.random.default_rng(1).uniform(size=(LAYERS, HEADS))
+    ]
+    gates[-1] = [None] * HEADS
+    return {
+        "title": "Quickstart <SmolLM2>",
+        "created": "2030-01-02 03:04",
+        "summary": "A transformer became a hybrid xLSTM student.",
+        "teacher": {
+            "name": "SmolLM2-135M-Instruct",
+            "file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "form": "Q4_1 GGUF, dequantised",
+            "fingerprint": "0123456789abcdef" * 4,
+            "parameters": 134515008,
+            "layers": LAYERS,
+            "hidden_size": 576,
+            "heads": HEADS,
+        },
+        "student": {
+            "mixer": "hybrid",
+            "window": 64,
+            "sinks": 4,
+            "gate": "data",
+            "parameters": 137000000,
+            "added": 2484992,
+        },
+        "main": "merged",
+        "control": "control",
+        "recipe": {"align": {"steps": 250, "learning_rate": 0.02}},
+        "text": [
+            {
+                "domain": "prose",
+                "use": "evaluation",
+                "origin": "passages of squad",
+                "documents": 20,
+                "tokens": 2560,
+            }
+        ],
+        "stages": [
+            {
+                "name": "align",
+                "what": "stage I",
+                "steps": 250,
+                "tokens": 500000,
+                "seconds": 333.3,
+                "peak_memory_mib": 2048.0,
+            },
+            {"name": "merge", "what": "stage III", "seconds": 1.5},
+        ],
+        "losses": [
+            {
+                "stage": "Stage I",
+                "label": "align",
+                "steps": [1, 2, 3],
+                "values": [1.0, 0.5, 0.05],
+                "unit": "relative error",
+            },
+            {"stage": "Stage II", "label": "code", "steps": [1, 2], "values": [1.0, 0.9]},
+            {"stage": "Stage II", "label": "prose", "steps": [1, 2], "values": [1.1, 0.8]},
+        ],
+        "layer_errors": {"before": [0.2] * LAYERS, "after": [0.05] * LAYERS},
+        "fidelity": fidelity_part(),
+        "gates": {"values": gates, "text": "Median over 2,560 tokens."},
+        "benchmarks": comparison.model_dump(),
+        "samples": [
+            {
+                "prompt": "Say [bold]hi[/bold] & <script>alert(1)</script>",
+                "outputs": {"teacher": "hi\nthere [/]", "merged": "<b>hi</b>"},
+            }
+        ],
+        "claims": [
+            {"claim": "KL of merged / control <= 0.85", "found": "0.44", "holds": True},
+            {"claim": "merged beats both experts", "found": "no", "holds": False},
+        ],
+        "machine": {"cpu": "x86-64, 2 cores", "instruction set": "avx512"},
+        "notes": ["Text was sampled from the teacher."],
+    }
+
+
+@pytest.fixture(scope="module")
+def written(data, tmp_path_factory) -> Path:
+    """The page; drawing its figures takes a second or two, so it is written once."""
+    return report(data, tmp_path_factory.mktemp("run") / "report")
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, text, ids and everything a browser would load or follow."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "data", "action"):
+                self.targets.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_page_is_complete_and_self_contained(written):
+    text = written.read_text(encoding="utf-8")
+    page = Page(text)
+    assert written.name == "report.html" and text.startswith("<!DOCTYPE html>")
+    # Two losses, layers, three of fidelity, gates, four Win-and-Tie groups, recovery.
+    assert page.tags.count("svg") == 2 + 1 + 3 + 1 + 4 + 1
+    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    assert all(t.startswith(("#", "data:")) for t in page.targets)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    # Ids are unique, and every reference to one finds it.
+    assert len(page.ids) == len(set(page.ids))
+    for target in page.targets + re.findall(r"url\((#[^)]+)\)", text):
+        assert target.startswith("data:") or target[1:] in page.ids
+    for words in (
+        "Q4_1 GGUF, dequantised",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "134,515,008",
+        "window 64, 4 sinks",
+        "piqa *",
+        "control (control)",
+        "learning_rate: 0.02",
+        "5:33 min",
+        "2,048",
+        "Text was sampled from the teacher.",
+    ):
+        assert words in " ".join(page.words.split()), words
+
+
+def test_text_from_outside_is_escaped(written):
+    text = written.read_text(encoding="utf-8")
+    assert "<script>" not in text and "<b>hi" not in text and "<SmolLM2>" not in text
+    page = Page(text)
+    assert "<script>alert(1)</script>" in page.words and "<b>hi</b>" in page.words
+
+
+def test_json_holds_the_same_facts(data, written):
+    text = (written.parent / "report.json").read_text()
+    assert "NaN" not in text
+    assert report_data(json.loads(text)) == report_data(data)
+    assert {p.name for p in written.parent.iterdir()} == {"report.html", "report.json"}
+
+
+def test_the_same_data_give_the_same_bytes(data, written, tmp_path):
+    assert report(data, tmp_path).read_bytes() == written.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def least(data) -> dict[str, Any]:
+    needed = ("title", "created", "teacher", "student", "main", "control")
+    return {key: data[key] for key in needed}
+
+
+def test_a_report_without_optional_parts(least, tmp_path):
+    page = Page(report(least, tmp_path).read_text())
+    assert "svg" not in page.tags
+    assert all(t.startswith("#") and t[1:] in page.ids for t in page.targets)
+    out = io.StringIO()
+    terminal_table(least, Console(file=out, width=120))
+    assert "Q4_1 GGUF" in out.getvalue()
+
+
+def test_terminal(data):
+    out = io.StringIO()
+    terminal_table(ReportData(**data), Console(file=out, width=160))
+    text = out.getvalue()
+    for words in (
+        "Q4_1 GGUF, dequantised",
+        "KL / control",
+        "128–256",
+        "[bold]hi[/bold]",
+        "there [/]",
+        "piqa *",
+        "NO",
+        "0.250",
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"titel": "x"}, "report: titel: unknown key"),
+        ({"teacher": {}}, "report: teacher.name: missing"),
+        (
+            {"losses": [{"stage": "a", "label": "b", "steps": [1], "values": []}]},
+            r"report: losses\.0: 1 steps, but 0 values",
+        ),
+        (
+            {"layer_errors": {"before": [1.0], "after": []}},
+            "report: layer_errors: 1 layers before, 0 after",
+        ),
+    ],
+)
+def test_data_that_do_not_fit_are_named(data, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        report({**data, **change}, tmp_path)
+
+
+def test_a_place_that_cannot_be_written(least, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write the report"):
+        report(least, tmp_path / "file" / "report")
+
+
+def test_plots_in_every_format(tmp_path):
+    figure = plots.gate_map([[0.1, None], [0.5, 0.9]], "gates")
+    for ending, start in ((".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        assert plots.save(figure, tmp_path / f"x{ending}").read_bytes().startswith(start)
+    assert plots.svg(figure).startswith("<svg") and plots.png(figure).startswith(b"\x89PNG")

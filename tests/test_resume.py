@@ -1,0 +1,342 @@
+"""Killed and continued is bitwise the same: stages, whole runs with a real SIGKILL, the lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+
+from xlstm_distill import recipe as recipes
+from xlstm_distill import run as runs
+from xlstm_distill.align import align
+from xlstm_distill.atomic import atomic_file
+from xlstm_distill.data import TokenData
+from xlstm_distill.distill import distill
+from xlstm_distill.errors import UserError
+from xlstm_distill.linearize import linearize
+from xlstm_distill.rundir import Interrupt, RunDirectory
+from xlstm_distill.sampling import read_documents, sample_documents
+from xlstm_distill.training import Saver
+
+ROW = dict(rows=2, length=32)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_run.teacher()
+
+
+@pytest.fixture(scope="module")
+def data(teacher):
+    texts = [f"{n}: " + tiny_run.TEXT[n % 4] * 2 for n in range(12)]
+    return TokenData.from_texts(texts, teacher.tokenizer)
+
+
+def stage(name, teacher, data, **changes):
+    """A new student and the generator of a stage that trains it."""
+    student = linearize(teacher, window=6, sinks=2)
+    if name == "align":
+        return student, align(student, teacher, data, **{"steps": 9, **ROW, **changes})
+    settings = {"steps": 9, "k": 8, "lr": 1e-3, **ROW, **changes}
+    return student, distill(student, data, teacher, **settings)
+
+
+# ---- one stage ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["align", "distill"])
+@pytest.mark.parametrize("stops", [(1,), (4, 3), (8,)])
+def test_stage_continues_bitwise(tmp_path, teacher, data, name, stops):
+    whole, generator = stage(name, teacher, data)
+    expected = list(generator)
+    seen = []
+    for count in (*stops, None):
+        student, generator = stage(name, teacher, data, state=tmp_path / "state.npz")
+        for m in generator:
+            seen.append(m)
+            if count is not None and m["step"] == count + sum(stops[: stops.index(count)]):
+                break
+        generator.close()  # saves
+    assert np.array_equal(student.params.flat, whole.params.flat)
+    assert [m["step"] for m in seen] == [m["step"] for m in expected]
+    assert [m["loss"] for m in seen] == [m["loss"] for m in expected]
+
+
+def test_a_kill_falls_back_to_the_last_saved_step(tmp_path, teacher, data):
+    whole, generator = stage("align", teacher, data)
+    list(generator)
+    state = tmp_path / "state.npz"
+    _, generator = stage("align", teacher, data, state=state, save_seconds=0)
+    for m in generator:
+        if m["step"] == 3:
+            content = state.read_bytes()
+        if m["step"] == 6:
+            break
+    generator.close()
+    state.write_bytes(content)  # as if killed in step 4
+    (tmp_path / ".state.npz.tmp").write_bytes(b"half a file")  # and while writing the next state
+    student, generator = stage("align", teacher, data, state=state)
+    assert [m["step"] for m in generator] == [4, 5, 6, 7, 8, 9]
+    assert np.array_equal(student.params.flat, whole.params.flat)
+
+
+def test_an_interrupt_in_the_middle_of_a_step_saves_the_step_before(
+    tmp_path, teacher, data, monkeypatch
+):
+    whole, generator = stage("distill", teacher, data)
+    list(generator)
+    student, generator = stage("distill", teacher, data, state=tmp_path / "s.npz")
+    for _ in range(4):
+        next(generator)
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(student), "loss_and_grad", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        next(generator)
+    monkeypatch.undo()
+    student, generator = stage("distill", teacher, data, state=tmp_path / "s.npz")
+    assert [m["step"] for m in generator] == [5, 6, 7, 8, 9]
+    assert np.array_equal(student.params.flat, whole.params.flat)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"lr": 1e-4}, "lr"), ({"steps": 10}, "steps"), ({"seed": 5}, "batches")],
+)
+def test_state_of_another_run_is_refused_by_name(tmp_path, teacher, data, changes, field):
+    state = tmp_path / "state.npz"
+    _, generator = stage("align", teacher, data, state=state)
+    next(generator)
+    generator.close()
+    _, generator = stage("align", teacher, data, state=state, **changes)
+    with pytest.raises(UserError, match=f"saved with {field} "):
+        next(generator)
+
+
+def test_damaged_state_is_named(tmp_path, teacher, data):
+    state = tmp_path / "state.npz"
+    state.write_bytes(b"PK\x03\x04 nothing")
+    _, generator = stage("align", teacher, data, state=state)
+    with pytest.raises(UserError, match=r"state\.npz: damaged"):
+        next(generator)
+
+
+def test_another_instruction_set_is_said(tmp_path, teacher, data, monkeypatch):
+    _, generator = stage("align", teacher, data, state=tmp_path / "s.npz")
+    next(generator)
+    generator.close()
+    monkeypatch.setattr("xlstm_distill.training.runtime.isa", lambda: "another")
+    _, generator = stage("align", teacher, data, state=tmp_path / "s.npz")
+    with pytest.warns(UserWarning, match="goes on with another"):
+        next(generator)
+
+
+def test_sampling_continues_bitwise(tmp_path, teacher):
+    def documents(folder, stop_after=None):
+        calls = 0
+
+        def check():
+            nonlocal calls
+            calls += 1
+            if stop_after is not None and calls > stop_after:
+                raise KeyboardInterrupt
+
+        settings = dict(documents=7, max_new_tokens=20, directory=folder, batch=3, seed=4)
+        list(sample_documents(teacher, "chat", check=check, **settings))
+        return read_documents(teacher, folder, "chat")
+
+    expected = documents(tmp_path / "whole")
+    assert len(expected) == 7 and all(len(d.ids) > 3 for d in expected)
+    with pytest.raises(KeyboardInterrupt):
+        documents(tmp_path / "cut", stop_after=30)
+    assert 0 < len(list((tmp_path / "cut").iterdir())) < 3
+    assert documents(tmp_path / "cut") == expected
+    assert len({tuple(d.ids) for d in expected}) == 7
+
+
+# ---- files and locks ----------------------------------------------------------------------------
+
+
+def test_atomic_file_keeps_the_old_contents(tmp_path):
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    with pytest.raises(RuntimeError), atomic_file(target) as handle:
+        handle.write(b"new")
+        raise RuntimeError
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_disk_full_is_one_line_that_names_the_file(tmp_path, teacher, data, monkeypatch):
+    real = os.fsync
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    state = tmp_path / "state.npz"
+    _, generator = stage("align", teacher, data, state=state, save_seconds=0)
+    with pytest.raises(UserError, match=r"state\.npz: cannot write: No space left on device"):
+        list(generator)
+    assert list(tmp_path.iterdir()) == []
+    for write in (lambda: data.save(tmp_path / "d"), lambda: teacher.save(tmp_path / "m")):
+        with pytest.raises(UserError, match="No space left on device"):
+            write()
+    monkeypatch.setattr(os, "fsync", real)
+
+
+def test_saving_costs_a_small_share_of_the_time(tmp_path):
+    saver = Saver(tmp_path / "s", {}, seconds=10)
+    saver._cost, saver._last = 3.0, time.monotonic() - 20
+    assert not saver.due()
+    saver._last -= 60
+    assert saver.due()
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    refused = pytest.raises(UserError, match="another process is working")
+    with RunDirectory(tmp_path / "run"), refused, RunDirectory(tmp_path / "run"):
+        pass
+    with RunDirectory(tmp_path / "run"):
+        pass
+
+
+def test_log_survives_a_torn_line(tmp_path):
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.log("align", step=1, loss=2.0)
+        directory.log("align", step=2, loss=1.0)
+        with (directory.path / "log.jsonl").open("ab") as handle:
+            handle.write(b'{"stage": "align", "st')
+        directory.log("align", step=2, loss=0.5)
+        directory.log("align", event="done", seconds=1.0)
+        assert [m["loss"] for m in directory.steps("align")] == [2.0, 0.5]
+        assert directory.done("align")["seconds"] == 1.0
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    values = tiny_run.recipe(tmp_path, tmp_path)
+    with RunDirectory(tmp_path) as directory, pytest.raises(UserError, match=r"precious\.txt"):
+        directory.begin(recipes.make_recipe(values))
+
+
+def test_another_recipe_is_refused_by_key(tmp_path):
+    values = tiny_run.recipe(tmp_path, tmp_path)
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.begin(recipes.make_recipe(values))
+        directory.begin(recipes.make_recipe(values))
+        values["align"]["steps"] = 7
+        with pytest.raises(UserError, match=r"align\.steps is 6 there and 7 here"):
+            directory.begin(recipes.make_recipe(values))
+
+
+def test_first_interrupt_waits_and_second_does_not():
+    interrupt = Interrupt()
+    with interrupt.listening():
+        interrupt.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, teacher):
+    """A teacher directory and a recipe file whose training saves after every step."""
+    root = tmp_path_factory.mktemp("whole")
+    teacher.save(root / "teacher")
+    text = tiny_run.write_text(root / "text")
+    values = tiny_run.recipe(root / "teacher", text, save_seconds=0)
+    values["align"]["steps"] = values["distill"]["steps"] = 40
+    recipes.save_recipe(recipes.make_recipe(values), root / "recipe.yaml")
+    return root
+
+
+def start(root: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "xlstm_distill", "run", str(root / "recipe.yaml")]
+    command += ["--out", str(out)]
+    package = Path(runs.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(package), "XLSTM_DISTILL_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, stage: str, step: int) -> None:
+    """Until the log tells of a step of a stage."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            lines = (out / "log.jsonl").read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        for line in lines:
+            if line.endswith("}") and f'"stage": "{stage}", "step": {step},' in line:
+                return
+        time.sleep(0.002)
+    process.kill()
+    raise AssertionError(f"{stage} {step} was never reached: {process.communicate()}")
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """All files of a run but those that tell the time."""
+    skip = {"log.jsonl", "report.html", "report.json", ".lock"}
+    files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in skip]
+    return {str(p.relative_to(out)): p.read_bytes() for p in files}
+
+
+KILLS = [
+    ("sample general 0", 1, signal.SIGKILL),
+    ("align", 7, signal.SIGKILL),
+    ("align", 20, signal.SIGINT),
+    ("targets notes", 1, signal.SIGKILL),
+    ("distill general", 5, signal.SIGKILL),
+    ("distill general", 23, signal.SIGKILL),
+    ("distill notes", 11, signal.SIGINT),
+]
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_same_bits(prepared, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(prepared, whole)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    for stage, step, how in KILLS:
+        process = start(prepared, killed)
+        wait_for(process, killed, stage, step)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+        if how == signal.SIGINT:
+            assert process.returncode == 130, errors
+            assert errors.splitlines()[-1].startswith("xlstm-distill: error: stopped")
+        else:
+            assert process.returncode == -signal.SIGKILL
+    process = start(prepared, killed)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    expected, found = results(whole), results(killed)
+    assert list(found) == list(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+    with RunDirectory(whole) as a, RunDirectory(killed) as b:
+        for stage in ("align", "distill general", "distill notes"):
+            assert [m["loss"] for m in a.steps(stage)] == [m["loss"] for m in b.steps(stage)]
+    # A finished run has nothing left to do, and keeps its results.
+    runs.run(recipes.load_recipe(prepared / "recipe.yaml"), killed)
+    assert results(killed) == expected
+    report = json.loads((killed / "report" / "report.json").read_text())
+    assert report["layer_errors"]["before"] != report["layer_errors"]["after"]

@@ -1,0 +1,552 @@
+"""Request sets, scoring and fidelity, against a bigram model small enough to check by hand."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xlstm_distill.errors import UserError
+from xlstm_distill.evaluate import (
+    compare,
+    evaluate,
+    fidelity,
+    load_task,
+    paired_bootstrap,
+    passages,
+    read_results,
+    tasks,
+    write_results,
+)
+from xlstm_distill.evaluate.fidelity import windows_of
+from xlstm_distill.evaluate.tasks import encode_pair, expand_tasks
+
+
+class Bytes:
+    """One token per UTF-8 byte; "th" at any place is one token, so that borders can merge."""
+
+    bos_id: int | None = None
+    adds_bos = False
+    eos_ids = (256,)
+    merged = 257
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        ids: list[int] = []
+        for byte in text.encode():
+            if ids and ids[-1] == ord("t") and byte == ord("h"):
+                ids[-1] = self.merged
+            else:
+                ids.append(byte)
+        return ids
+
+
+class Bigram:
+    """p(next | current) from a table; its "hidden state" is the row of log-probabilities."""
+
+    vocabulary = 258
+
+    def __init__(self, seed: int, sharpness: float = 1.0) -> None:
+        z = sharpness * np.random.default_rng(seed).normal(size=(self.vocabulary, self.vocabulary))
+        self.table = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        self.tokenizer: Any = Bytes()
+        self.hidden_calls = 0
+
+    def toward(self, other: Bigram, share: float) -> Bigram:
+        """A model between this one (0) and `other` (1)."""
+        mixed = Bigram(0)
+        z = (1 - share) * self.table + share * other.table
+        mixed.table = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        return mixed
+
+    def score_continuations(self, context, continuations):
+        assert context
+        out = []
+        for continuation in continuations:
+            ids = [context[-1], *continuation]
+            out.append(self.table[ids[:-1], ids[1:]].astype(np.float32))
+        return out
+
+    def hidden(self, ids):
+        self.hidden_calls += 1
+        return self.table[np.asarray(ids)]
+
+    def divergence(self, teacher, ids, *, teacher_hidden=None):
+        ids = np.asarray(ids)
+        mine, theirs = self.table[ids], teacher_hidden
+        following = np.roll(ids, -1, axis=1)[..., None]
+        out = {
+            "kl": (np.exp(theirs) * (theirs - mine)).sum(-1),
+            "agree": (theirs.argmax(-1) == mine.argmax(-1)).astype(np.float32),
+            "nll": -np.take_along_axis(mine, following, -1)[..., 0],
+            "teacher_nll": -np.take_along_axis(theirs, following, -1)[..., 0],
+        }
+        for name in ("nll", "teacher_nll"):
+            out[name][:, -1] = 0
+        return out
+
+
+def request(doc_id: int, idx: int, context: str, continuation: str, label: Any, **doc: Any):
+    return {
+        "request_type": "loglikelihood",
+        "doc": doc,
+        "request": {"context": context, "continuation": continuation},
+        "idx": idx,
+        "doc_id": doc_id,
+        "native_id": f"n{doc_id}",
+        "label": label,
+    }
+
+
+def write_task(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    folder = root / name
+    folder.mkdir(parents=True)
+    with gzip.open(folder / "requests.jsonl.gz", "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    config = {"task_hash": "abc", "task_config": {"num_shots": 5}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+WORDS = ("alpha", "be", "gamma ray", "delta", "of", "ether", "zeta zeta", "eta")
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    root = tmp_path / "requests"
+    rows = []
+    for d in range(40):
+        choices = [WORDS[(d + j) % len(WORDS)] + str(d) for j in range(3)]
+        # Written out of order: idx says which choice a row is.
+        for j in (2, 0, 1):
+            rows.append(request(d, j, f"Q{d}? Answer:", f" {choices[j]}", d % 3))
+        rows.append(request(1_000_000 + d, 0, "Answer:", f" {choices[0]}", 0))
+    write_task(root, "arc_easy/rc_5shot", rows)
+    write_task(root, "arc_easy/rc_0shot", rows[:8])
+    partial = [
+        request(d, j, f"The {who} and the", " cat sat.", d % 2)
+        for d in range(10)
+        for j, who in enumerate((f"dog{d}", f"cow{d}"))
+    ]
+    write_task(root, "winogrande/rc_5shot", partial)
+    yes_no = [
+        request(d, j, f"Is it {d}?", answer, d % 2)
+        for d in range(10)
+        for j, answer in enumerate((" yes", " no"))
+    ]
+    write_task(root, "boolq/val_rc_5shot", yes_no)
+    squad = [
+        request(
+            d,
+            0,
+            f"Read. Number {d}. Answer:",
+            f" né{d}",
+            ["x"],
+            query=f"Title: T\nBackground: Passage {d // 2}.\nQuestion: why?\nAnswer:",
+            choices=[f"né{d}"],
+        )
+        for d in range(30)
+    ]
+    write_task(root, "squad/bpb_5shot", squad)
+    drop = [request(0, 0, "How many? Answer:", " ('4', '5')", [["4"]], choices=[["4", "5"]])]
+    write_task(root, "drop/bpb_5shot", drop)
+    return root
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def test_documents_of_a_choice_task(requests):
+    task = load_task("arc_easy", requests)
+    assert (task.name, task.kind, task.shots, len(task.documents)) == ("arc_easy", "choice", 5, 40)
+    document = task.documents[1]
+    assert document.choices == ("be1", "gamma ray1", "delta1") and document.gold == 1
+    assert document.pairs[0] == ("Q1? Answer:", " be1")
+    assert load_task("arc_easy:rc_5shot", requests).name == "arc_easy"
+    assert load_task("arc_easy:rc_0shot", requests).name == "arc_easy:rc_0shot"
+
+
+def test_kinds_and_repaired_gold(requests):
+    assert load_task("winogrande", requests).kind == "partial"
+    assert load_task("boolq", requests).kind == "label"
+    assert load_task("squad", requests).kind == "bpb"
+    assert load_task("drop", requests).documents[0].pairs[0][1] == " 4, 5"
+
+
+def test_unknown_tasks_are_named(requests, tmp_path):
+    with pytest.raises(UserError, match="arc_easy has the variants rc_0shot, rc_5shot"):
+        load_task("arc_easy:rc_9shot", requests)
+    with pytest.raises(UserError, match="task 'arc_eazy' is not known"):
+        load_task("arc_eazy", requests)
+    with pytest.raises(UserError, match="no such directory"):
+        load_task("arc_easy", tmp_path / "none")
+    assert len(expand_tasks(["minerva_math_*", "squad", "squad"])) == 8
+    with pytest.raises(UserError, match="matches none"):
+        expand_tasks(["nothing*"])
+
+
+def test_damaged_request_sets_are_named(requests):
+    file = requests / "squad/bpb_5shot/requests.jsonl.gz"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"bpb_5shot/requests.jsonl.gz: damaged after line"):
+        load_task("squad", requests)
+    with gzip.open(file, "wt") as out:
+        out.write('{"doc_id": 0}\n')
+    with pytest.raises(UserError, match="not a scorable request set"):
+        load_task("squad", requests)
+
+
+def test_passages_are_distinct(requests):
+    assert passages("squad", requests) == [f"Passage {i}." for i in range(15)]
+    with pytest.raises(UserError, match="'boolq' has none"):
+        passages("boolq", requests)
+
+
+# ---- tokens -------------------------------------------------------------------------------------
+
+
+def test_spaces_at_the_end_of_the_context_belong_to_the_continuation():
+    context, rest = encode_pair(Bytes(), "What? ", "so")
+    assert bytes(context) == b"What?" and bytes(rest) == b" so"
+
+
+def test_tokens_that_merge_at_the_border_still_spell_the_continuation():
+    # "cat" + "hat": the whole has one token "th" across the border.
+    context, rest = encode_pair(Bytes(), "cat", "hat")
+    assert bytes(context) == b"cat" and bytes(rest) == b"hat"
+    _, rest = encode_pair(Bytes(), "ca", "that")
+    assert rest == [Bytes.merged, ord("a"), ord("t")]
+
+
+def test_start_of_a_document():
+    assert encode_pair(Bytes(), "", "so")[0] == [256]
+    tokenizer = Bytes()
+    tokenizer.bos_id, tokenizer.adds_bos = 256, True
+    assert encode_pair(tokenizer, "a", "b") == ([256, ord("a")], [ord("b")])
+
+
+# ---- scoring ------------------------------------------------------------------------------------
+
+
+def log_likelihood(model: Bigram, context: str, continuation: str) -> float:
+    ids = Bytes().encode(context)[-1:] + Bytes().encode(continuation)
+    return sum(float(model.table[a, b]) for a, b in itertools.pairwise(ids))
+
+
+def test_multiple_choice_against_a_direct_computation(requests):
+    model = Bigram(1)
+    out = evaluate(model, ["arc_easy", "winogrande", "boolq"], requests=requests)
+    plain, normed = [], []
+    for document in load_task("arc_easy", requests).documents:
+        scores = np.array([log_likelihood(model, *pair) for pair in document.pairs])
+        plain.append(np.argmax(scores) == document.gold)
+        lengths = [len(choice) for choice in document.choices]
+        normed.append(np.argmax(scores / lengths) == document.gold)
+    result = out["results"]["arc_easy"]
+    assert result["acc,none"] == np.mean(plain) and result["acc_norm,none"] == np.mean(normed)
+    assert plain != normed
+    stderr = np.std(plain, ddof=1) / math.sqrt(40)
+    assert result["acc_stderr,none"] == pytest.approx(stderr)
+    assert out["n-samples"]["arc_easy"] == {"original": 40, "effective": 40}
+    # Labels and partial contexts have no length to divide by.
+    assert "acc_norm,none" not in out["results"]["winogrande"]
+    assert "acc_norm,none" not in out["results"]["boolq"]
+    assert out["higher_is_better"]["arc_easy"] == {"acc": True, "acc_norm": True}
+
+
+def test_bits_per_byte_against_a_direct_computation(requests):
+    model = Bigram(2)
+    out = evaluate(model, ["squad"], requests=requests)
+    nll = size = 0.0
+    for document in load_task("squad", requests).documents:
+        nll -= log_likelihood(model, *document.pairs[0])
+        size += len(document.pairs[0][1].encode())
+    result = out["results"]["squad"]
+    assert result["bits_per_byte,none"] == pytest.approx(nll / size / math.log(2), rel=1e-6)
+    assert result["bits_per_byte_stderr,none"] > 0
+    assert out["higher_is_better"]["squad"] == {"bits_per_byte": False}
+    sample = out["samples"]["squad"][0]
+    assert sample["target"] == " né0" and sample["bytes"] == 5 and sample["tokens"] == 5
+
+
+def test_limit_takes_a_fixed_subset_and_smaller_ones_nest(requests):
+    def ids(limit: int, seed: int = 0) -> list[int]:
+        out = evaluate(Bigram(1), ["arc_easy"], limit=limit, seed=seed, requests=requests)
+        return [s["doc_id"] for s in out["samples"]["arc_easy"]]
+
+    assert ids(10) == ids(10) == sorted(ids(10))
+    assert set(ids(5)) < set(ids(10)) and ids(10) != ids(10, seed=1)
+    assert len(ids(1000)) == 40
+    with pytest.raises(UserError, match="limit is 0"):
+        evaluate(Bigram(1), ["arc_easy"], limit=0, requests=requests)
+
+
+def test_long_contexts_lose_their_beginning(requests):
+    seen: list[int] = []
+
+    class Watching(Bigram):
+        def score_continuations(self, context, continuations):
+            seen.extend(len(context) + len(c) for c in continuations)
+            return super().score_continuations(context, continuations)
+
+    whole = evaluate(Watching(1), ["squad"], requests=requests)
+    cut = evaluate(Watching(1), ["squad"], requests=requests, max_length=12)
+    assert max(seen[:30]) > 12 and max(seen[30:]) == 12
+    assert whole["results"] == cut["results"]  # a bigram does not see the difference
+    with pytest.raises(UserError, match="a continuation has 5 tokens, the context length is 5"):
+        evaluate(Bigram(1), ["squad"], requests=requests, max_length=5)
+
+
+@pytest.mark.parametrize("name", ["squad", "arc_easy", "winogrande"])
+def test_what_all_contexts_begin_with_is_read_once(requests, monkeypatch, name):
+    calls: list[list[list[int]]] = []
+    shared: list[list[int]] = []
+
+    class Watching(Bigram):
+        def score_continuations(self, context, continuations):
+            shared.append(list(context))
+            calls.append([[*context, *c] for c in continuations])
+            return super().score_continuations(context, continuations)
+
+    together = evaluate(Watching(1), [name], requests=requests)
+    read = [ids for call in calls for ids in call]
+    expected = [
+        [*context, *rest]
+        for document in load_task(name, requests).documents
+        for context, rest in (encode_pair(Bytes(), *pair) for pair in document.pairs)
+    ]
+    if name == "squad":
+        # Four tokens less than "Read. Number ".
+        assert shared == [list(b"Read. Num")]
+    assert sorted(read) == sorted(expected)
+    # Smaller batches and documents by themselves give the same.
+    monkeypatch.setattr(tasks, "_TOKENS_AT_ONCE", 100)
+    assert evaluate(Bigram(1), [name], requests=requests) == together
+    monkeypatch.setattr(tasks, "_WORTH_SHARING", 10**6)
+    assert evaluate(Bigram(1), [name], requests=requests) == together
+
+
+def test_a_long_context_of_its_own_is_read_once_for_all_choices(requests, monkeypatch):
+    monkeypatch.setattr(tasks, "_WORTH_SHARING", 1)
+    monkeypatch.setattr(tasks, "_BORDER", 0)
+    plain = evaluate(Bigram(1), ["arc_easy"], requests=requests)
+    monkeypatch.setattr(tasks, "_LONG_CONTEXT", 11)
+    assert evaluate(Bigram(1), ["arc_easy"], requests=requests) == plain
+
+
+def test_progress_and_a_missing_tokenizer(requests):
+    calls = []
+    evaluate(Bigram(1), ["boolq"], limit=3, requests=requests, progress=lambda *a: calls.append(a))
+    assert calls == [("boolq", 1, 3), ("boolq", 2, 3), ("boolq", 3, 3)]
+    model = Bigram(1)
+    model.tokenizer = None
+    with pytest.raises(UserError, match="no tokenizer"):
+        evaluate(model, ["boolq"], requests=requests)
+
+
+def test_a_model_that_gives_nan_is_refused(requests):
+    model = Bigram(1)
+    model.table[:] = np.nan
+    with pytest.raises(UserError, match="log-likelihood is nan"):
+        evaluate(model, ["squad"], requests=requests)
+
+
+def test_result_files_round_trip(requests, tmp_path):
+    out = evaluate(Bigram(1), ["arc_easy:rc_0shot", "squad"], requests=requests)
+    files = write_results(out, tmp_path / "results_teacher.json")
+    names = [f.name for f in files]
+    assert names[1:] == ["samples_teacher_arc_easy_rc_0shot.jsonl", "samples_teacher_squad.jsonl"]
+    assert read_results(files[0]) == out
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match="has no 'results'"):
+        read_results(tmp_path / "other.json")
+
+
+# ---- comparison ---------------------------------------------------------------------------------
+
+
+def trained_on(requests: Path, share: float) -> Bigram:
+    """A bigram model that is the better on squad's gold answers the larger `share`."""
+    good = Bigram(3)
+    for document in load_task("squad", requests).documents:
+        ids = Bytes().encode("".join(document.pairs[0]))[-8:]
+        # Set, not added: pairs that come often would leave nothing for the others.
+        good.table[ids[:-1], ids[1:]] = 0
+    good.table -= np.log(np.exp(good.table).sum(axis=1, keepdims=True))
+    return Bigram(3).toward(good, share)
+
+
+def test_benchmarks_on_which_the_control_ties_say_nothing(requests, tmp_path):
+    names = ["arc_easy", "boolq", "squad"]
+    results = {
+        name: evaluate(trained_on(requests, share), names, requests=requests)
+        for name, share in (("teacher", 1.0), ("student", 0.6), ("control", 0.0))
+    }
+    # On boolq the control is the teacher.
+    for part in ("results", "samples"):
+        results["control"][part]["boolq"] = results["teacher"][part]["boolq"]
+    paths = {n: write_results(r, tmp_path / f"{n}.json")[0] for n, r in results.items()}
+    found = compare(
+        paths["teacher"],
+        {"student": paths["student"], "control": paths["control"]},
+        control="control",
+        out=tmp_path / "out",
+    )
+    by_task = {b.task: b for b in found.benchmarks}
+    assert by_task["boolq"].separates is False and by_task["boolq"].advantage == 0
+    squad = by_task["squad"]
+    assert squad.separates and squad.paired and squad.lower_is_better
+    assert squad.scores["teacher"] < squad.scores["student"] < squad.scores["control"]
+    assert squad.recovery["student"] == pytest.approx(
+        squad.scores["teacher"] / squad.scores["student"]
+    )
+    assert found.alpha_star("likelihood", separating=True)["student"] < 1
+    separating = [g for g in found.groups if g.separating]
+    assert all("boolq" not in g.tasks for g in separating)
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"comparison.json", "comparison.csv", "recovery.svg"} <= written
+    assert "win_and_tie_likelihood_separating.svg" in written
+    assert "boolq *" in found.table()
+    rows = (tmp_path / "out/comparison.csv").read_text().splitlines()
+    assert rows[0].startswith("task,metric,samples,teacher,student,control") and len(rows) == 4
+
+
+def test_paired_standard_error_is_that_of_the_difference(requests):
+    teacher = evaluate(trained_on(requests, 1), ["squad"], requests=requests)
+    control = evaluate(trained_on(requests, 0), ["squad"], requests=requests)
+    paired = compare(teacher, {"control": control}, control="control").benchmarks[0]
+    del control["samples"]
+    unpaired = compare(teacher, {"control": control}, control="control").benchmarks[0]
+    assert paired.paired is True and unpaired.paired is False
+    size = np.array([s["bytes"] for s in teacher["samples"]["squad"]])
+    assert size.std() == 0 or paired.advantage_stderr != unpaired.advantage_stderr
+    assert unpaired.advantage_stderr == pytest.approx(
+        math.hypot(
+            teacher["results"]["squad"]["bits_per_byte_stderr,none"],
+            control["results"]["squad"]["bits_per_byte_stderr,none"],
+        )
+    )
+
+
+def test_compare_refuses_what_does_not_fit(requests):
+    result = evaluate(Bigram(1), ["boolq"], requests=requests)
+    other = evaluate(Bigram(1), ["squad"], requests=requests)
+    with pytest.raises(UserError, match="the task sets differ: s lacks boolq"):
+        compare(result, {"s": other})
+    with pytest.raises(UserError, match="control 'c' is not among"):
+        compare(result, {"s": result}, control="c")
+    with pytest.raises(UserError, match="s: has no results for task squad"):
+        compare(
+            {**result, "results": {**result["results"], **other["results"]}},
+            {"s": result},
+            tasks=["squad"],
+        )
+
+
+# ---- fidelity -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def documents() -> dict[str, list[list[int]]]:
+    rng = np.random.default_rng(0)
+    return {
+        name: [rng.integers(0, 256, size=n).tolist() for n in (30, 500, 90, 400)]
+        for name in ("prose", "code")
+    }
+
+
+def test_windows_are_one_stream():
+    windows = windows_of([[1, 2, 3], [4, 5], [6]], 2)
+    assert windows.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert windows_of([[1, 2, 3], [4]], 2, separator=0).tolist() == [[1, 2], [3, 0]]
+    assert windows_of([[1]], 2).shape == (0, 2)
+
+
+def test_fidelity_against_a_direct_computation(documents):
+    teacher, student = Bigram(1), Bigram(1).toward(Bigram(2), 0.4)
+    buckets = [(0, 32), (32, 64), (64, 128), (128, 256)]
+    result = fidelity(
+        {"student": student, "same": teacher}, teacher, documents, context=64, buckets=buckets
+    )
+    assert result.buckets == [(0, 32), (32, 64)]
+    assert result.tokens == {"prose": 1020 // 64 * 64, "code": 1020 // 64 * 64}
+    ids = windows_of(documents["code"], 64)
+    p, q = teacher.table[ids], student.table[ids]
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    code = result.models["student"]["code"]
+    assert code.overall.kl == pytest.approx(kl.mean(), rel=1e-9)
+    assert code.by_position[1].kl == pytest.approx(kl[:, 32:].mean(), rel=1e-9)
+    assert code.windows["kl"] == pytest.approx(kl.mean(axis=1))
+    nll = -np.take_along_axis(q[:, :-1], ids[:, 1:, None], -1).mean()
+    assert code.overall.nll == pytest.approx(nll, rel=1e-9)
+    assert code.overall.perplexity == pytest.approx(math.exp(nll), rel=1e-9)
+    same = result.models["same"]["prose"].overall
+    assert same.kl == 0 and same.agree == 1
+    assert same.nll == result.models["teacher"]["prose"].overall.nll
+    domains = [result.models["student"][d].overall.kl for d in ("prose", "code")]
+    assert result.mean("student").kl == pytest.approx(np.mean(domains))
+
+
+def test_the_teacher_runs_once_for_all_students(documents):
+    teacher = Bigram(1)
+    calls = []
+    fidelity(
+        {str(i): Bigram(i) for i in range(3)},
+        teacher,
+        documents,
+        context=64,
+        max_windows=5,
+        progress=lambda *a: calls.append(a),
+    )
+    assert teacher.hidden_calls == 2 and calls[-1] == (10, 10)
+
+
+def test_ratio_to_the_control(documents):
+    teacher, far = Bigram(1), Bigram(2)
+    near = teacher.toward(far, 0.3)
+    result = fidelity({"near": near, "far": far}, teacher, documents, context=64)
+    ratio = result.ratio("near", "far")
+    assert ratio.low < ratio.value < ratio.high < 1
+    assert ratio.value == pytest.approx(result.mean("near").kl / result.mean("far").kl)
+    assert result.ratio("near", "far", bucket=1).high < 1
+    assert result.ratio("far", "far") == pytest.approx((1, 1, 1))
+    assert result.ratio("near", "far", domain="code").value != ratio.value
+
+
+def test_fidelity_refuses_what_does_not_fit(documents):
+    with pytest.raises(UserError, match="domain 'short' has fewer than 64 tokens"):
+        fidelity({}, Bigram(1), {"short": [[1] * 63]}, context=64)
+    with pytest.raises(UserError, match="the name 'teacher'"):
+        fidelity({"teacher": Bigram(1)}, Bigram(1), documents)
+    broken = Bigram(1)
+    broken.table[:] = np.nan
+    with pytest.raises(UserError, match="kl of broken on prose is not finite"):
+        fidelity({"broken": broken}, Bigram(1), documents, context=64)
+
+
+def test_paired_bootstrap_covers_and_pairs():
+    rng = np.random.default_rng(5)
+    b = rng.gamma(2, size=60)
+    a = 0.8 * b + rng.normal(0, 0.01, size=60)
+    found = paired_bootstrap(a, b, seed=1)
+    assert found == paired_bootstrap(a, b, seed=1)
+    assert found.low < 0.8 < found.high
+    # Pairing removes what the units have in common: unpaired, the interval is many times wider.
+    unpaired = paired_bootstrap(a, rng.permutation(b), seed=1)
+    assert (found.high - found.low) * 10 < unpaired.high - unpaired.low
+    difference = paired_bootstrap(a, b, ratio=False)
+    assert difference.value == pytest.approx(a.mean() - b.mean())
+    with pytest.raises(ValueError, match="different numbers of units"):
+        paired_bootstrap([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="no units"):
+        paired_bootstrap([], [])
+
+
+def test_bootstrap_over_strata_is_the_mean_of_means():
+    a, b = [[1.0, 1.0], [3.0, 3.0, 3.0]], [[2.0, 2.0], [6.0, 6.0, 6.0]]
+    assert paired_bootstrap(a, b, n=100) == (0.5, 0.5, 0.5)
+    assert paired_bootstrap(a, b, ratio=False, n=100) == (-2, -2, -2)

@@ -1,0 +1,51 @@
+"""The only tolerance numbers of the tests, each with its reason.
+
+They are relative to the largest expected value of an array (at least 1 where `assert_close` says
+nothing else), so that cancelling entries do not count by themselves. A tolerance is never raised
+until a test passes: find out why the error is larger than the reason says. `pytest --errors` shows
+how much of each was used.
+"""
+
+# ---- ops against the reference ------------------------------------------------------------------
+
+# Sums of up to 10³ float64 products of numbers near 1 differ by their order: 1.1e-16 * 10³ if
+# rounding errors lined up, and a gate or a softmax passes them on. Measured: up to 4e-14.
+OP_F64 = 2e-13
+# The same in float32 against float64 on the same rounded inputs. Errors add like a random walk:
+# 6e-8 * √10³ = 2e-6. Measured: up to 1.5e-6.
+OP_F32 = 5e-6
+# Decays multiply: an error of b_t - b_s, |b| up to some 100, is one of exp(b_t - b_s), and the
+# gates' gradients add over steps. Measured: up to 1.1e-5.
+CELL_F32 = 2e-5
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+# Central differences of fourth order with step 1e-4: rounding is 1e-16 * 1000 / 1e-4 = 1e-9 for
+# functions of size up to 1000, truncation 1e-16 times a fifth derivative of up to some 10⁶.
+GRADIENT_F64 = 1e-9
+# Through two layers with random maps the fifth derivative is some 10⁴: the step is smaller, and
+# rounding and truncation meet near 1e-8; 1e-6 is what the project promises.
+DIRECTIONAL_F64 = 1e-6
+
+# ---- cells --------------------------------------------------------------------------------------
+
+# Recurrent, parallel and chunkwise form add the same terms in other orders; cumulated log decays of
+# size 500 leave 500 * 1e-16 in an exponent.
+FORMS_F64 = 1e-10
+# The identities for the gate gradients subtract sums over all steps: 10³ terms, float64.
+IDENTITY_F64 = 1e-11
+# Public implementations add in another order, with decays as products of exp over chunks; float64
+# leaves some 1e-13, 1e-9 is what the project promises.
+PUBLIC_F64 = 1e-9
+# Both sides in float32, relative to the largest value: 10² terms * 6e-8.
+PUBLIC_F32 = 1e-5
+
+# ---- the model ----------------------------------------------------------------------------------
+
+# float32 logits by another route (attention branch of a hybrid mixer, gate forced to 0): the same
+# products in another order; 1e-5 of the largest logit is what the project promises.
+GATE_ZERO_IS_TEACHER = 1e-5
+# Prefill and steps use the recurrent form and the cache where forward uses chunks: same bound.
+PREFILL_STEP_F32 = 1e-5
+# A document that moves in its row meets other chunk and block borders: summation order, float32.
+DOCUMENT_MOVED = 1e-5

@@ -1,0 +1,491 @@
+"""The last two stages of a run: measure all models, and fill the report.
+
+Every measurement is a piece with a file of its own in `evaluation/parts`, so that a killed run goes
+on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import checkpoints, evaluate, runtime
+from .atomic import write_text
+from .data import Rows
+from .errors import UserError
+from .evaluate import Comparison, Fidelity
+from .linearize import linearize
+from .model import Model
+from .recipe import FidelitySection
+from .report import ReportData, report
+from .sources import document_end
+
+if TYPE_CHECKING:
+    from .run import Run
+
+CONTROL, MERGED = "untrained", "merged"
+"""Names of the untrained window + sinks control and of the merged student in every table."""
+_FAR = 128
+"""Positions from here on are far from the first tokens for a small window."""
+_STATE_TOKENS = 8192
+
+
+class _Models:
+    """The models of a run, each made or loaded when it is first needed."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._loaded: dict[str, Model] = {}
+
+    def __getitem__(self, name: str) -> Model:
+        if name == "teacher":
+            return self.run.teacher
+        if name not in self._loaded:
+            self._loaded[name] = self._make(name)
+        return self._loaded[name]
+
+    def _make(self, name: str) -> Model:
+        if name == CONTROL:
+            section = self.run.recipe.student
+            # Without a window the control is full attention, the teacher itself.
+            return linearize(
+                self.run.teacher,
+                window=section.window or self.run.teacher.config.max_position_embeddings,
+                sinks=section.sinks,
+                mixer="window",
+                keep_attention=section.keep_attention,
+            )
+        inside = MERGED if name == MERGED else f"experts/{name}"
+        return self.run.load_model(self.run.path / inside)
+
+
+def expert_names(run: Run) -> list[str]:
+    """The experts, where they are not the merged model itself."""
+    return list(run.recipe.experts) if len(run.recipe.experts) > 1 else []
+
+
+class _Assessment:
+    """The pieces of the evaluation of a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.section = run, run.recipe.evaluate
+        self.place = run.path / "evaluation"
+        self.models = _Models(run)
+
+    def piece(self, name: str, make: Callable[[], Any]) -> Any:
+        """The contents of a piece, made if its file is not there."""
+        file = self.place / "parts" / f"{name}.json"
+        if not file.is_file():
+            value = make()
+            write_text(file, json.dumps(value, indent=1, allow_nan=False) + "\n")
+            self.run.interrupt.check()
+        return read_piece(file)
+
+    @cached_property
+    def documents(self) -> dict[str, list[list[int]]]:
+        """Evaluation text by domain, without the tokens that end a document."""
+        ends = set(document_end(self.run.tokenizer))
+        return {
+            name: [
+                [t for t in data.document(i).tolist() if t not in ends]
+                for i in range(data.documents)
+            ]
+            for name, data in self.run.evaluation_text().items()
+        }
+
+    def fidelity(self, section: FidelitySection, names: list[str], windows: int) -> Any:
+        """KL, agreement and perplexity of students on windows of one length."""
+        separator = next(iter(document_end(self.run.tokenizer)), None)
+        with self.run.reporter.bar(f"fidelity at {section.context}") as update:
+
+            def progress(done: int, total: int) -> None:
+                update({"step": done, "steps": total})
+                self.run.interrupt.check()
+
+            found = evaluate.fidelity(
+                {name: self.models[name] for name in names},
+                self.run.teacher,
+                self.documents,
+                context=section.context,
+                max_windows=windows,
+                separator=separator,
+                progress=progress,
+            )
+        return found.model_dump()
+
+    def measure_fidelity(self, section: FidelitySection) -> None:
+        """All students at once, or the experts apart where they get fewer windows."""
+        experts = expert_names(self.run) if section.expert_windows else []
+        name = f"fidelity-{section.context}"
+        if section.expert_windows in (0, section.windows):
+            students = [CONTROL, *experts, MERGED]
+            self.piece(name, lambda: self.fidelity(section, students, section.windows))
+            return
+        self.piece(name, lambda: self.fidelity(section, [CONTROL, MERGED], section.windows))
+        if experts:
+            students = [*experts, MERGED]
+            some = section.expert_windows
+            self.piece(f"{name}-experts", lambda: self.fidelity(section, students, some))
+
+    def gates(self) -> list[list[float | None]]:
+        """Median output gate [layers][heads] of the merged model on evaluation text."""
+        merged = self.models[MERGED]
+        length = min(self.run.recipe.data.length, self.section.gate_tokens)
+        texts = list(self.run.evaluation_text().values()) or [
+            self.run.rows(name).data for name in self.run.recipe.data.domains
+        ]
+        values = []
+        for text in texts:
+            rows = Rows(text, min(length, text.tokens))
+            wanted = max(1, self.section.gate_tokens // (length * len(texts)))
+            for index in range(min(wanted, len(rows))):
+                ids, _, reset = rows.row(index)
+                values.append(merged.gate_values(ids[None], reset[None]))
+        medians = np.median(np.concatenate(values, axis=2), axis=2)
+        return [[None if np.isnan(x) else float(x) for x in row] for row in medians]
+
+    def memory(self) -> dict[str, float]:
+        """MiB of one row's decode state after many tokens."""
+        return {
+            name: self.models[name].new_state(1, _STATE_TOKENS).nbytes / 2**20
+            for name in ("teacher", MERGED)
+        }
+
+    def sample(self, prompt: str, chat: bool) -> dict[str, Any]:
+        """What teacher, control and merged model write after a prompt, greedily."""
+        text = prompt
+        if chat:
+            text = self.run.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+        outputs = {
+            name: self.models[name].generate(text, self.section.max_new_tokens)
+            for name in ("teacher", CONTROL, MERGED)
+        }
+        return {"prompt": prompt, "outputs": outputs}
+
+    def task(self, task: str, limit: int, name: str) -> Any:
+        """Results of one model on one request set."""
+        with self.run.reporter.bar(f"{task}: {name}") as update:
+
+            def progress(_: str, done: int, total: int) -> None:
+                update({"step": done, "steps": total})
+                self.run.interrupt.check()
+
+            return evaluate.evaluate(
+                self.models[name], [task], limit=limit, seed=self.run.recipe.seed, progress=progress
+            )
+
+
+def assess(run: Run) -> None:
+    """Make every piece that is missing; results of request sets also as `results_NAME.json`."""
+    work = _Assessment(run)
+    place = work.place
+    if run.directory.done("evaluate") and (place / "parts").is_dir():
+        return
+    section = run.recipe.evaluate
+    with run.timed("evaluate"):
+        for one in section.fidelity:
+            work.measure_fidelity(one)
+        work.piece("memory", work.memory)
+        if section.gate_tokens and run.recipe.student.mixer == "hybrid":
+            work.piece("gates", work.gates)
+        prompts = [(p, False) for p in section.prompts] + [(p, True) for p in section.chats]
+        for number, (prompt, chat) in enumerate(prompts):
+            work.piece(f"sample-{number}", partial(work.sample, prompt, chat))
+        for name in ("teacher", CONTROL, MERGED):
+            parts = [
+                work.piece(
+                    f"{task.replace(':', '-')}-{name}", partial(work.task, task, limit, name)
+                )
+                for task, limit in section.tasks.items()
+            ]
+            if parts:
+                evaluate.write_results(_joined(parts), place / f"results_{name}.json")
+        if section.tasks:
+            compare_results(place)
+
+
+def compare_results(place: Path) -> Comparison:
+    """Win-and-Tie of the merged model and the control, from their result files."""
+    students = {name: place / f"results_{name}.json" for name in (MERGED, CONTROL)}
+    return evaluate.compare(
+        place / "results_teacher.json", students, control=CONTROL, out=place / "comparison"
+    )
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several tasks as one mapping."""
+    joined: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            if key == "config":
+                joined[key] = {k: v for k, v in value.items() if k != "limit"}
+            else:
+                joined.setdefault(key, {}).update(value)
+    return joined
+
+
+def read_piece(file: Path) -> Any:
+    """The contents of a piece."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def write_report(run: Run) -> Path:
+    """`report/report.html` and `report.json`, from what the stages left behind."""
+    return report(report_facts(run), run.path / "report")
+
+
+def report_facts(run: Run) -> ReportData:
+    """Everything that the report shows, read from the run directory.
+
+    Raises UserError if the run has not got as far as the end of its evaluation.
+    """
+    if run.directory.done("evaluate") is None:
+        raise UserError(
+            f"{run.path}: the run is not finished; continue it with `xlstm-distill run`"
+        )
+    parts = run.path / "evaluation" / "parts"
+    sections = sorted(run.recipe.evaluate.fidelity, key=lambda s: -s.context)
+    measured = [Fidelity(**read_piece(parts / f"fidelity-{s.context}.json")) for s in sections]
+    main = measured[0] if measured else None
+    gates = parts / "gates.json"
+    samples = [read_piece(file) for file in sorted(parts.glob("sample-*.json"))]
+    errors = checkpoints.load(run.path / "aligned").provenance.get("relative_error")
+    facts: dict[str, Any] = {
+        "title": run.recipe.title,
+        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "summary": _summary(run, main),
+        "main": MERGED,
+        "control": CONTROL,
+        "recipe": run.recipe.model_dump(exclude_none=True),
+        **_model_facts(run),
+        "text": _text_facts(run),
+        "stages": _stage_facts(run),
+        "losses": _loss_curves(run),
+        "layer_errors": errors,
+        "fidelity": main,
+        "gates": None,
+        "benchmarks": compare_results(run.path / "evaluation")
+        if run.recipe.evaluate.tasks
+        else None,
+        "samples": samples,
+        "claims": _claims(run, main, errors),
+        "machine": machine_facts(),
+        "notes": _notes(run, measured[1:]),
+    }
+    if gates.is_file():
+        text = "o near 0: the head reads the window, near 1: the mLSTM."
+        facts["gates"] = {"values": read_piece(gates), "text": text}
+    return ReportData(**facts)
+
+
+def _summary(run: Run, main: Fidelity | None) -> str:
+    if main is None:
+        return ""
+    ratio = main.ratio(MERGED, CONTROL)
+    return (
+        f"The merged student's KL to the teacher on human text at {main.context} tokens is "
+        f"{main.mean(MERGED).kl:.3f}, that of the untrained window + sinks student "
+        f"{main.mean(CONTROL).kl:.3f}: a ratio of {ratio.value:.3f} (95 % interval {ratio.low:.3f} "
+        f"to {ratio.high:.3f}). It finds the teacher's most probable token at "
+        f"{100 * main.mean(MERGED).agree:.1f} % of positions, the control at "
+        f"{100 * main.mean(CONTROL).agree:.1f} %."
+    )
+
+
+def _model_facts(run: Run) -> dict[str, Any]:
+    student = checkpoints.load(run.path / "student0")
+    teacher = student.provenance.get("teacher", {})
+    c, section = student.config, run.recipe.student
+    sizes = {name: int(np.prod(_shape(student, name))) for name in student.tensors}
+    added = sum(size for name, size in sizes.items() if ".mixer." in name)
+    source = str(teacher.get("source", run.recipe.teacher))
+    gguf = source.endswith(".gguf")
+    return {
+        "teacher": {
+            "name": run.recipe.teacher,
+            "file": Path(source).name,
+            "form": "GGUF, dequantised to float32" if gguf else "safetensors, as float32",
+            "fingerprint": str(teacher.get("fingerprint", "")),
+            "parameters": sum(sizes.values()) - added,
+            "layers": c.num_hidden_layers,
+            "hidden_size": c.hidden_size,
+            "heads": c.num_attention_heads,
+        },
+        "student": {
+            "mixer": section.mixer,
+            "window": section.window,
+            "sinks": section.sinks,
+            "gate": section.gate,
+            "parameters": sum(sizes.values()),
+            "added": added,
+        },
+    }
+
+
+def _shape(checkpoint: checkpoints.Checkpoint, name: str) -> tuple[int, ...]:
+    tensors = checkpoint.tensors
+    if isinstance(tensors, checkpoints.LazyTensors):
+        return tensors.shape(name)
+    return tuple(tensors[name].shape)
+
+
+def _text_facts(run: Run) -> list[dict[str, Any]]:
+    found = []
+    held_out = run.evaluation_text()
+    for name, domain in run.recipe.data.domains.items():
+        kinds = []
+        for source in domain.sources:
+            if source.kind == "sampled":
+                kinds.append(f"sampled from the teacher ({source.style})")
+            elif source.kind == "stdlib":
+                kinds.append("the Python standard library's sources")
+            else:
+                kinds.append(", ".join(source.paths))
+        train = run.rows(name).data
+        texts = [("training", "; ".join(kinds), train)]
+        if name in held_out:
+            human = f"passages of {', '.join(domain.passages)}" if domain.passages else ""
+            texts.append(("evaluation", human or "held-out documents of the same", held_out[name]))
+        for use, origin, data in texts:
+            found.append(
+                {
+                    "domain": name,
+                    "use": use,
+                    "origin": origin,
+                    "documents": data.documents,
+                    "tokens": data.tokens,
+                }
+            )
+    return found
+
+
+def _stage_facts(run: Run) -> list[dict[str, Any]]:
+    words = {
+        "data": "text sampled, read and encoded",
+        "linearize": "weights copied, mixers exchanged",
+        "align": "stage I: each mixer learns its layer's attention",
+        "targets": "the teacher's most probable tokens",
+        "distill": "stage II: next tokens and the teacher's targets",
+        "merge": "stage III: weighted sum of the experts",
+        "evaluate": "fidelity, benchmarks, samples",
+    }
+    found = []
+    for line in run.directory.read_log():
+        if line.get("event") == "done":
+            fact = {key: line.get(key) for key in ("steps", "tokens", "seconds", "peak_memory_mib")}
+            what = words.get(line["stage"].split()[0], "")
+            found.append({"name": line["stage"], "what": what, **fact})
+    latest = {fact["name"]: fact for fact in found}
+    return list(latest.values())
+
+
+def _loss_curves(run: Run) -> list[dict[str, Any]]:
+    curves = []
+    steps = run.directory.steps("align")
+    if steps:
+        values = [float(s["relative_error"]) for s in steps]
+        curves.append(
+            {
+                "stage": "stage I",
+                "label": "mean relative error of the layers",
+                "steps": [s["step"] for s in steps],
+                "values": values,
+                "unit": "relative squared error",
+            }
+        )
+    for name in run.recipe.experts:
+        steps = run.directory.steps(f"distill {name}")
+        for key, label in (("kl", "KL to the targets"), ("ce", "cross-entropy")):
+            if steps:
+                curves.append(
+                    {
+                        "stage": f"stage II, {label}",
+                        "label": name,
+                        "steps": [s["step"] for s in steps],
+                        "values": [float(s[key]) for s in steps],
+                    }
+                )
+    return curves
+
+
+def _claims(
+    run: Run, main: Fidelity | None, errors: Mapping[str, list[float]] | None
+) -> list[dict[str, Any]]:
+    claims: list[dict[str, Any]] = []
+
+    def claim(text: str, found: str, holds: bool) -> None:
+        claims.append({"claim": text, "found": found, "holds": bool(holds)})
+
+    if main is not None:
+        ratio = main.ratio(MERGED, CONTROL)
+        wanted = run.recipe.evaluate.wanted_ratio or 1.0
+        text = f"KL of the merged student is at most {wanted:g} of the untrained control's"
+        found = f"{ratio.value:.3f}, upper end {ratio.high:.3f}"
+        claim(text, found, ratio.high <= wanted)
+        far = [i for i, (low, _) in enumerate(main.buckets) if low >= _FAR]
+        if far:
+            ratios = [main.mean(MERGED, i).kl / main.mean(CONTROL, i).kl for i in far]
+            text = f"its KL is lower in every position bucket from {_FAR} on"
+            claim(text, f"largest ratio {max(ratios):.3f}", max(ratios) < 1)
+        apart = run.path / "evaluation" / "parts" / f"fidelity-{main.context}-experts.json"
+        both = Fidelity(**read_piece(apart)) if apart.is_file() else main
+        experts = [name for name in expert_names(run) if name in both.models]
+        for domain in both.domains if experts else []:
+            merged = both.models[MERGED][domain].overall.kl
+            worse = max(both.models[name][domain].overall.kl for name in experts)
+            text = f"on {domain} the merged student is not worse than the worse expert (KL)"
+            claim(text, f"{merged:.4f} against {worse:.4f}", merged <= worse)
+    if errors:
+        pairs = list(zip(errors["before"], errors["after"], strict=True))
+        fallen = sum(after < before for before, after in pairs)
+        text = "stage I's relative error falls in every layer"
+        claim(text, f"in {fallen} of {len(pairs)} layers", fallen == len(pairs))
+    return claims
+
+
+def _notes(run: Run, shorter: list[Fidelity]) -> list[str]:
+    notes = []
+    for fidelity in shorter:
+        words = [
+            f"{name} {fidelity.mean(name).kl:.4f}" for name in fidelity.models if name != "teacher"
+        ]
+        notes.append(f"KL to the teacher at a context of {fidelity.context}: {', '.join(words)}.")
+    memory = run.path / "evaluation" / "parts" / "memory.json"
+    if memory.is_file():
+        sizes = read_piece(memory)
+        notes.append(
+            f"Memory of one row after {_STATE_TOKENS:,} tokens: teacher {sizes['teacher']:.1f} "
+            f"MiB, student {sizes[MERGED]:.1f} MiB."
+        )
+    return notes
+
+
+def machine_facts() -> dict[str, str]:
+    """Processor, threads, instruction set and versions."""
+    packages = {}
+    for name in ("xlstm_distill", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": runtime.cpu_name(),
+        "threads": str(runtime.threads()),
+        "instruction set": runtime.isa(),
+        "Python": platform.python_version(),
+        **packages,
+    }

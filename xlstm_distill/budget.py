@@ -1,0 +1,203 @@
+"""What work costs on this machine: measured rates, and from them time, memory and disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import ModelConfig
+from .errors import UserError
+from .linearize import linearize
+from .model import Model
+from .optim import AdamW, trainable_names
+from .recipe import Recipe, SampledSource
+
+SAMPLE_BATCH = 64
+SAMPLE_FILLED = 0.75
+"""Share of `max_new_tokens` that a sampled document has on average: many end by themselves."""
+_CALIBRATION_ROW = 256
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does. Rates are tokens a second; the rest are seconds.
+
+    sample: new tokens of a full batch; align, distill: forward and backward; targets: the teacher's
+    top-k; teacher, student: hidden states; head: the measure of one student against the teacher;
+    update: one AdamW step on all parameters; save: one model directory; load: one model.
+    """
+
+    sample: float
+    align: float
+    targets: float
+    distill: float
+    teacher: float
+    student: float
+    head: float
+    update: float
+    save: float
+    load: float
+
+
+def _rate(tokens: int, work: Callable[[], Any], repeat: int = 1) -> float:
+    """Tokens a second of `work`, after one turn that is not counted."""
+    work()
+    started = time.perf_counter()
+    for _ in range(repeat):
+        work()
+    return repeat * tokens / (time.perf_counter() - started)
+
+
+def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) -> Rates:
+    """Measure short pieces of each kind of work; `place` is a directory on the run's disk."""
+    assert teacher.tokenizer is not None
+    text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
+    ids = np.array(teacher.tokenizer.encode(text, special=False)[:_CALIBRATION_ROW])[None]
+    labels = np.full_like(ids, -1)
+    labels[:, :-1] = ids[:, 1:]
+    student = linearize(teacher, **recipe.student.model_dump())
+    grads = student.params.zeros_like()
+    k, d = recipe.targets.k, recipe.distill
+    targets = teacher.topk(ids, k)[:2]
+    hidden = teacher.hidden(ids)
+    n = ids.size
+
+    def distil() -> None:
+        student.loss_and_grad(
+            ids,
+            labels,
+            targets,
+            ce_weight=d.ce_weight,
+            kl_weight=d.kl_weight,
+            kl_form=d.kl_form,
+            grads=grads,
+            scale=1.0 / n,
+        )
+
+    mixer = trainable_names(student, "mixer")
+    student_rate = _rate(n, lambda: student.hidden(ids))
+    whole = _rate(n, lambda: student.divergence(teacher, ids, teacher_hidden=hidden))
+    optimiser = AdamW(student.params, trainable_names(student, "all"))
+
+    def update() -> None:
+        optimiser.norm(grads)
+        optimiser.step(grads, 0.0)
+
+    prompts = [ids[0, :24].tolist()] * SAMPLE_BATCH
+    steps = 16
+    found = Rates(
+        # The cache of a long row makes its later tokens dearer than these first ones.
+        sample=0.85
+        * _rate(steps * len(prompts), lambda: teacher.generate_batch(prompts, steps, stop_ids=[])),
+        align=_rate(n, lambda: student.align_and_grad(ids, grads=grads, trainable=mixer)),
+        targets=_rate(n, lambda: teacher.topk(ids, k)),
+        distill=_rate(n, distil),
+        teacher=_rate(n, lambda: teacher.hidden(ids)),
+        student=student_rate,
+        head=1.0 / max(1e-9, 1.0 / whole - 1.0 / student_rate),
+        update=1.0 / _rate(1, update),
+        save=_save_seconds(place, 4 * student.params.flat.size),
+        load=load_seconds,
+    )
+    return found
+
+
+def _save_seconds(place: Path, size: int) -> float:
+    """Seconds to write `size` bytes so that they are on the disk, from a smaller piece."""
+    piece = min(size, 1 << 26)
+    file = place / ".calibration"
+    content = np.random.default_rng(0).bytes(piece)
+    started = time.perf_counter()
+    try:
+        with file.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise UserError(f"{file}: cannot write: {error.strerror}") from None
+    finally:
+        file.unlink(missing_ok=True)
+    # Copying and hashing come on top of the writing.
+    return (time.perf_counter() - started) * size / piece + size / 1e9
+
+
+# ---- the cost of a recipe -----------------------------------------------------------------------
+
+
+def estimate(
+    recipe: Recipe, config: ModelConfig, rates: Rates, lengths: Mapping[str, float]
+) -> dict[str, Any]:
+    """Seconds by stage, most memory and disk in MiB. lengths: tokens of a document of each task."""
+    length, experts = recipe.data.length, recipe.experts
+    sampled = [s for d in recipe.data.domains.values() for s in d.sources]
+    new = sum(
+        s.documents * s.max_new_tokens * SAMPLE_FILLED
+        for s in sampled
+        if isinstance(s, SampledSource)
+    )
+    stage_two = recipe.distill.steps * recipe.distill.rows * length
+    moved = rates.save + rates.load
+    seconds = {
+        "sample": new / rates.sample,
+        "align": recipe.align.steps * recipe.align.rows * length / rates.align + 2 * moved,
+        "targets": len(experts) * stage_two / rates.targets,
+        "distill": len(experts)
+        * (stage_two / rates.distill + recipe.distill.steps * rates.update + moved),
+        "merge": moved,
+        "evaluate": evaluation_seconds(recipe, rates, lengths),
+    }
+    weights = 4 * config_size(config) / 2**20
+    rows = min(recipe.distill.micro_rows, recipe.distill.rows)
+    activations = 4 * rows * length * config.num_hidden_layers * 24 * config.hidden_size / 2**20
+    k = min(recipe.targets.k, config.vocab_size)
+    token = k * ((2 if config.vocab_size <= 1 << 16 else 4) + 2) + 4
+    return {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "total_seconds": round(sum(seconds.values()), 1),
+        # teacher, student, gradients and two moments while stage II runs
+        "memory_mib": round(5 * weights + activations),
+        "disk_mib": round(
+            (3 + 2 * len(experts)) * weights + len(experts) * stage_two * token / 2**20
+        ),
+    }
+
+
+def config_size(config: ModelConfig) -> int:
+    """Number of parameters of a model of Llama's shape, without mixers."""
+    c = config
+    attention = c.head_dim * c.hidden_size * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    heads = 1 if c.tie_word_embeddings else 2
+    return c.num_hidden_layers * layer + heads * c.vocab_size * c.hidden_size + c.hidden_size
+
+
+def fidelity_seconds(
+    rates: Rates, domains: int, context: int, windows: int, students: int
+) -> float:
+    """Seconds to compare `students` students with the teacher on windows of every domain."""
+    tokens = domains * context * windows
+    return tokens * (1 / rates.teacher + students * (1 / rates.student + 1 / rates.head))
+
+
+def task_seconds(rates: Rates, tokens: float) -> float:
+    """Seconds for teacher, control and merged student to read `tokens` tokens of requests."""
+    return tokens * (1 / rates.teacher + 2 / rates.student)
+
+
+def evaluation_seconds(recipe: Recipe, rates: Rates, lengths: Mapping[str, float]) -> float:
+    """Seconds of the evaluation of a recipe."""
+    domains = sum(1 for d in recipe.data.domains.values() if d.held_out_tokens)
+    experts = len(recipe.experts) if len(recipe.experts) > 1 else 0
+    total = 0.0
+    for section in recipe.evaluate.fidelity:
+        total += fidelity_seconds(rates, domains, section.context, section.windows, 2)
+        total += fidelity_seconds(rates, domains, section.context, section.expert_windows, experts)
+    for task, limit in recipe.evaluate.tasks.items():
+        total += task_seconds(rates, limit * lengths.get(task, 500.0))
+    return total

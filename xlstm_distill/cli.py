@@ -1,0 +1,180 @@
+"""The command `xlstm-distill`.
+
+Results go to stdout, progress and errors to stderr. An error is one line; the exit status is 2 for
+wrong use, 1 for failure, 130 after Ctrl-C. `--json` prints one JSON object on stdout and no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import commands
+from .errors import UserError
+
+Arguments = argparse.Namespace
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for wrong use; the usage is in --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = _Parser(prog="xlstm-distill", description="Distil a transformer into a hybrid xLSTM.")
+    top.add_argument("--version", action="version", version=f"xlstm-distill {_version()}")
+    sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, help_: str, work: Callable[[Arguments], Any]) -> argparse.ArgumentParser:
+        p = sub.add_parser(name, help=help_, description=help_)
+        p.set_defaults(work=work)
+        p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        return p
+
+    _add_runs(add)
+    _add_models(add)
+    _add_evaluation(add)
+    return top
+
+
+_Add = Callable[[str, str, Callable[[Arguments], Any]], argparse.ArgumentParser]
+
+
+def _add_runs(add: _Add) -> None:
+    p = add("quickstart", "the whole method on SmolLM2-135M, with report", commands.quickstart)
+    p.add_argument("--out", default="runs/quickstart", help="run directory (%(default)s)")
+    p.add_argument("--minutes", type=float, help="the budget (30); fixed when the run begins")
+    p = add("fetch", "fetch a model or request sets", commands.fetch)
+    p.add_argument("name", help="smollm2-135m-instruct, olmes or hf:ORG/REPO")
+    p.add_argument("--to", help="directory (default: the cache)")
+
+    def stage(name: str, help_: str) -> None:
+        p = add(name, help_, commands.run)
+        p.add_argument("recipe", help="recipe (YAML)")
+        p.add_argument("--out", required=True, help="run directory")
+        p.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key"
+        )
+
+    stage("run", "all stages of a recipe; again to continue")
+    stage("data", "the stage data of a recipe: sample, read, encode")
+    stage("linearize", "a recipe up to student0")
+    stage("align", "a recipe up to stage I")
+    stage("targets", "a recipe up to the teacher's targets")
+    stage("distill", "a recipe up to the experts")
+    p = add("report", "write the report of a run again", commands.report)
+    p.add_argument("run", help="run directory")
+    for name, help_, work in (
+        ("validate", "check a recipe", commands.validate),
+        ("estimate", "time, memory and disk of a recipe on this machine", commands.estimate),
+    ):
+        p = add(name, help_, work)
+        p.add_argument("recipe", help="recipe (YAML)")
+        p.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key"
+        )
+
+
+def _add_models(add: _Add) -> None:
+    model = "model directory, .gguf file or fetched name"
+    p = add("inspect", "what a model is", commands.inspect)
+    p.add_argument("model", help=model)
+    add("doctor", "what this machine can do", commands.doctor)
+    p = add("generate", "continue a prompt", commands.generate)
+    p.add_argument("model", help=model)
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format")
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    _dtype(p)
+    p = add("perplexity", "perplexity of text files", commands.perplexity)
+    p.add_argument("model", help=model)
+    p.add_argument("--data", nargs="+", required=True, metavar="FILE")
+    p.add_argument("--context", type=int, default=1024, help="tokens of a window (%(default)s)")
+    _dtype(p)
+    p = add("merge", "a weighted sum of experts", commands.merge)
+    p.add_argument("--expert", action="append", required=True, metavar="DIR=WEIGHT")
+    p.add_argument("--method", default="linear", choices=["linear"])
+    p.add_argument("--out", required=True, help="model directory to write")
+    p = add("export", "write a model in Hugging Face's layout", commands.export)
+    p.add_argument("model", help=model)
+    p.add_argument("--to", required=True, help="directory to write")
+
+
+def _add_evaluation(add: _Add) -> None:
+    p = add("evaluate", "score a model on request sets", commands.evaluate)
+    p.add_argument("model", help="model directory, .gguf file or fetched name")
+    p.add_argument("--tasks", required=True, help="comma-separated names; patterns with *")
+    p.add_argument("--out", required=True, help="results file (JSON)")
+    p.add_argument("--limit", type=int, help="at most so many documents a task")
+    p.add_argument("--seed", type=int, default=0, help="chooses the documents")
+    _dtype(p)
+    p = add("compare", "Win-and-Tie, recovery and plots of result files", commands.compare)
+    p.add_argument("--teacher", required=True, metavar="FILE.json")
+    p.add_argument("--student", action="append", required=True, metavar="NAME=FILE.json")
+    p.add_argument("--control", help="the name of the student that learnt nothing")
+    p.add_argument("--out", required=True, help="directory to write")
+    p = add("bench", "speed of the core on this machine", commands.bench)
+    p.add_argument("suite", nargs="*", help="gemm, mlstm, attention, train (default: all)")
+    p.add_argument("--seconds", type=float, default=1.0, help="seconds a case")
+
+
+def _dtype(p: argparse.ArgumentParser) -> None:
+    names = ["f32", "bf16", "float32", "bfloat16", "auto"]
+    p.add_argument(
+        "--dtype", default="f32", choices=names, help="format of the weights (auto: f32)"
+    )
+
+
+def _version() -> str:
+    try:
+        return version("xlstm_distill")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value)} is not JSON")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        result = arguments.work(arguments)
+        if arguments.json:
+            print(json.dumps(result, default=_plain))
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _fail(str(error), 2 if error.usage else 1)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command continues what can be continued", 130)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}" if str(error) else "out of memory", 1)
+    except FloatingPointError as error:
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> int:
+    line = " ".join(message.split())
+    print(f"xlstm-distill: error: {line}", file=sys.stderr)
+    return status

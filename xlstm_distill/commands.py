@@ -1,0 +1,371 @@
+"""What the commands do. Each takes the parsed arguments and returns what `--json` prints.
+
+Without `--json` a command writes its result to stdout in words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import bench as benchmarks
+from . import budget, checkpoints, packages, runtime
+from . import evaluate as evaluation
+from . import model as models
+from . import quickstart as quickstarts
+from . import run as runs
+from .assess import machine_facts, report_facts, write_report
+from .checkpoints import LazyTensors
+from .data import TokenData
+from .errors import UserError
+from .merge import merge as merge_models
+from .model import Compute, Model
+from .progress import Reporter
+from .recipe import SampledSource, load_recipe
+from .report import terminal_table
+from .rundir import RunDirectory
+
+Arguments = argparse.Namespace
+Result = dict[str, Any]
+
+_COMPUTE: dict[str, Compute] = {
+    "f32": "f32",
+    "float32": "f32",
+    "auto": "f32",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+}
+_ROWS_AT_ONCE = 4
+
+
+def _say(arguments: Arguments, text: str) -> None:
+    if not arguments.json:
+        print(text)
+
+
+def _facts(arguments: Arguments, facts: Mapping[str, Any]) -> None:
+    """Facts as aligned lines."""
+    width = max(map(len, facts), default=0)
+    for key, value in facts.items():
+        _say(arguments, f"{key:<{width}}  {value}")
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def quickstart(arguments: Arguments) -> Result:
+    """The whole method on SmolLM2-135M."""
+    started = time.perf_counter()
+    out = quickstarts.quickstart(arguments.out, arguments.minutes, Reporter())
+    return _finished(arguments, out, time.perf_counter() - started)
+
+
+def run(arguments: Arguments) -> Result:
+    """All stages of a recipe, or those up to the command's name."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    until = "report" if arguments.command == "run" else arguments.command
+    started = time.perf_counter()
+    out = runs.run(recipe, arguments.out, Reporter(), until)
+    if until == "report":
+        return _finished(arguments, out, time.perf_counter() - started)
+    _say(arguments, f"{arguments.command}: done in {out}")
+    return {"run": out, "stage": until}
+
+
+def _finished(arguments: Arguments, out: Path, seconds: float) -> Result:
+    with RunDirectory(out) as directory:
+        facts = report_facts(runs.Run(directory, directory.recipe()))
+    page = out / "report" / "report.html"
+    if not arguments.json:
+        terminal_table(facts)
+    _say(arguments, f"report: {page} ({seconds / 60:.1f} minutes)")
+    return {"run": out, "report": page, "seconds": seconds, **facts.model_dump(mode="json")}
+
+
+def report(arguments: Arguments) -> Result:
+    """Write the report of a finished run again."""
+    if not (Path(arguments.run) / "recipe.yaml").is_file():
+        raise UserError(f"{arguments.run}: holds no recipe.yaml: not a run directory", usage=True)
+    with RunDirectory(arguments.run) as directory:
+        work = runs.Run(directory, directory.recipe())
+        page = write_report(work)
+        facts = report_facts(work)
+    if not arguments.json:
+        terminal_table(facts)
+    _say(arguments, f"report: {page}")
+    return {"report": page}
+
+
+def fetch(arguments: Arguments) -> Result:
+    """Fetch a model or request sets."""
+    place = packages.fetch(arguments.name, arguments.to)
+    _say(arguments, str(place))
+    return {"name": arguments.name, "path": place}
+
+
+def validate(arguments: Arguments) -> Result:
+    """Check a recipe."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    _say(arguments, f"{arguments.recipe}: a valid recipe")
+    return {"recipe": arguments.recipe, "valid": True, "keys": recipe.model_dump(mode="json")}
+
+
+def estimate(arguments: Arguments) -> Result:
+    """Time, memory and disk of a recipe, from a short calibration with its teacher."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    started = time.perf_counter()
+    teacher = models.load(recipe.teacher)
+    rates = budget.calibrate(teacher, recipe, Path.cwd(), time.perf_counter() - started)
+    lengths: dict[str, float] = {}
+    if recipe.evaluate.tasks and teacher.tokenizer is not None:
+        lengths = quickstarts.request_lengths(teacher.tokenizer, list(recipe.evaluate.tasks))
+    found = budget.estimate(recipe, teacher.config, rates, lengths)
+    _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
+    _facts(
+        arguments,
+        {
+            "together": f"{found['total_seconds'] / 60:,.1f} minutes",
+            "memory": f"{found['memory_mib']:,} MiB",
+            "disk": f"{found['disk_mib']:,} MiB",
+        },
+    )
+    sampled = any(
+        isinstance(s, SampledSource) for d in recipe.data.domains.values() for s in d.sources
+    )
+    if not sampled:
+        found["seconds"].pop("sample")
+    return found
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+def inspect(arguments: Arguments) -> Result:
+    """What a model is: sizes, mixers, parameters by role, provenance."""
+    checkpoint = checkpoints.load(arguments.model)
+    c = checkpoint.config
+    shapes = {
+        name: checkpoint.tensors.shape(name)
+        if isinstance(checkpoint.tensors, LazyTensors)
+        else checkpoint.tensors[name].shape
+        for name in checkpoint.tensors
+    }
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    mixers: dict[str, int] = {}
+    for m in c.mixers:
+        window = "full" if m.window is None else str(m.window)
+        text = f"{m.mixer}, window {window}, {m.sinks} sinks" if m.mixer != "attention" else m.mixer
+        mixers[text] = mixers.get(text, 0) + 1
+    tokenizer = checkpoint.tokenizer
+    found: Result = {
+        "source": checkpoint.source,
+        "family": c.family,
+        "student": c.is_student,
+        "layers": c.num_hidden_layers,
+        "hidden_size": c.hidden_size,
+        "heads": f"{c.num_attention_heads} of {c.head_dim}, {c.num_key_value_heads} for keys",
+        "vocabulary": c.vocab_size,
+        "parameters": sum(sizes.values()),
+        "mixer_parameters": sum(n for name, n in sizes.items() if ".mixer." in name),
+        "tensors": len(sizes),
+        "mixers": mixers,
+        "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
+        "fingerprint": checkpoint.fingerprint,
+    }
+    _facts(arguments, found)
+    return {**found, "config": c.model_dump(mode="json"), "provenance": checkpoint.provenance}
+
+
+def doctor(arguments: Arguments) -> Result:
+    """What this machine can do, and what was chosen."""
+    disk = shutil.disk_usage(Path.cwd())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    facts: Result = {
+        **machine_facts(),
+        "instruction sets": ", ".join(runtime.available_isas()),
+        "chosen by": "XLSTM_DISTILL_ISA"
+        if os.environ.get("XLSTM_DISTILL_ISA")
+        else "the processor",
+        "threads by": "XLSTM_DISTILL_THREADS"
+        if os.environ.get("XLSTM_DISTILL_THREADS")
+        else "the processors this process may use",
+        "memory": f"{memory / 2**30:.1f} GiB",
+        "disk free here": f"{disk.free / 2**30:.1f} GiB",
+        "cache": str(packages.cache_root()),
+    }
+    _facts(arguments, facts)
+    return facts
+
+
+def _load(arguments: Arguments) -> Model:
+    return models.load(arguments.model, compute=_COMPUTE[arguments.dtype])
+
+
+def generate(arguments: Arguments) -> Result:
+    """Continue a prompt; the text appears as it is made."""
+    model = _load(arguments)
+    if model.tokenizer is None:
+        raise UserError(f"{arguments.model}: holds no tokenizer")
+    prompt = arguments.prompt
+    if arguments.chat:
+        prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    started = time.perf_counter()
+    ids = model.tokenizer.encode(prompt, special=arguments.chat)
+    if model.tokenizer.adds_bos and model.tokenizer.bos_id is not None and not arguments.chat:
+        ids = [model.tokenizer.bos_id, *ids]
+    text = model.generate(
+        ids,
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stream=None if arguments.json else show,
+    )
+    _say(arguments, "")
+    return {
+        "prompt": arguments.prompt,
+        "text": text,
+        "prompt_tokens": len(ids),
+        "seed": arguments.seed,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def perplexity(arguments: Arguments) -> Result:
+    """exp of the mean negative log-likelihood of files, documents cut into windows of `context`."""
+    if arguments.context < 2:
+        raise UserError(f"--context {arguments.context}: expected at least 2", usage=True)
+    model = _load(arguments)
+    if model.tokenizer is None:
+        raise UserError(f"{arguments.model}: holds no tokenizer")
+    data = TokenData.from_files(arguments.data, model.tokenizer)
+    total, count = 0.0, 0
+    pieces = _windows(data, arguments.context)
+    with Reporter(quiet=arguments.json).bar("perplexity") as update:
+        for start in range(0, len(pieces), _ROWS_AT_ONCE):
+            some = pieces[start : start + _ROWS_AT_ONCE]
+            lengths = np.array([len(p) for p in some])
+            ids = np.zeros((len(some), int(lengths.max())), dtype=np.int32)
+            for row, piece in enumerate(some):
+                ids[row, : len(piece)] = piece
+            total -= float(model.score(ids, lengths=lengths).sum(dtype=np.float64))
+            count += int((lengths - 1).sum())
+            update({"step": start + len(some), "steps": len(pieces)})
+    found = {
+        "perplexity": math.exp(total / count),
+        "nll": total / count,
+        "tokens": count,
+        "documents": data.documents,
+        "context": arguments.context,
+    }
+    _facts(arguments, found)
+    return found
+
+
+def _windows(data: TokenData, context: int) -> list[Any]:
+    """Pieces of at most `context` tokens; each has at least one next token."""
+    pieces = []
+    for index in range(data.documents):
+        ids = data.document(index)
+        cut = [ids[at : at + context] for at in range(0, len(ids), context)]
+        pieces += [piece for piece in cut if len(piece) > 1]
+    if not pieces:
+        raise UserError(f"{data.where}: no document has two tokens; add text")
+    return pieces
+
+
+def merge(arguments: Arguments) -> Result:
+    """A weighted sum of experts, written tensor by tensor."""
+    experts: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    for text in arguments.expert:
+        folder, equals, weight = text.rpartition("=")
+        try:
+            weights[folder] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or not folder:
+            raise UserError(f"--expert {text}: expected DIR=WEIGHT", usage=True)
+        if folder in experts:
+            raise UserError(f"--expert {folder}: named twice", usage=True)
+        experts[folder] = folder
+    place = merge_models(experts, weights, arguments.method, out=arguments.out)
+    _say(arguments, f"merged {len(experts)} experts into {place}")
+    return {"out": place, "weights": weights, "method": arguments.method}
+
+
+def export(arguments: Arguments) -> Result:
+    """Write a model in Hugging Face's layout."""
+    checkpoint = checkpoints.load(arguments.model)
+    place = checkpoints.save(
+        arguments.to,
+        checkpoint.config,
+        checkpoint.tensors,
+        checkpoint.tokenizer,
+        {**checkpoint.provenance, "exported_from": checkpoint.source},
+    )
+    _say(arguments, str(place))
+    return {"out": place, "student": checkpoint.config.is_student}
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+
+def evaluate(arguments: Arguments) -> Result:
+    """Score a model on request sets and write the results."""
+    model = _load(arguments)
+    tasks = [task for task in arguments.tasks.split(",") if task]
+    with Reporter(quiet=arguments.json).bar("evaluate") as update:
+        results = evaluation.evaluate(
+            model,
+            tasks,
+            limit=arguments.limit,
+            seed=arguments.seed,
+            progress=_progress(update),
+        )
+    evaluation.write_results(results, arguments.out)
+    for task, metrics in results["results"].items():
+        figures = ", ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
+        )
+        _say(arguments, f"{task}: {figures}")
+    return {"out": arguments.out, "results": results["results"]}
+
+
+def _progress(update: Callable[[Mapping[str, Any]], None]) -> Callable[[str, int, int], None]:
+    return lambda task, done, total: update({"step": done, "steps": total})
+
+
+def compare(arguments: Arguments) -> Result:
+    """Win-and-Tie, recovery and plots of result files."""
+    students = {}
+    for text in arguments.student:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise UserError(f"--student {text}: expected NAME=FILE.json", usage=True)
+        students[name] = file
+    found = evaluation.compare(
+        arguments.teacher, students, control=arguments.control, out=arguments.out
+    )
+    _say(arguments, found.table())
+    return {"out": arguments.out, **found.model_dump(mode="json")}
+
+
+def bench(arguments: Arguments) -> Result:
+    """Speed of the core on this machine."""
+    found = benchmarks.run(arguments.suite or benchmarks.SUITES, arguments.seconds)
+    for line in benchmarks.lines(found):
+        _say(arguments, line)
+    return found

@@ -1,0 +1,307 @@
+"""How near a student stays to its teacher on text: KL divergence, top-1 agreement, perplexity.
+
+Fidelity is KL(teacher || student) over the whole vocabulary and the share of positions where both
+find the same token most probable. Perplexity is shown beside them and proves nothing by itself:
+training on in-domain text lowers it below the teacher's, for the teacher as well.
+
+The documents of a domain are laid end to end and cut into windows of `context` tokens without
+resets, so that every position beyond the first few has a far context to lose. A window is the unit
+of the paired bootstrap.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from ..errors import UserError
+
+BUCKETS = ((0, 32), (32, 64), (64, 128), (128, 256), (256, 512), (512, 1024))
+"""Ranges of the position in the window over which measures are also given, end excluded."""
+_METRICS = ("kl", "agree", "nll")
+_TOKENS_AT_ONCE = 4096
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int32]
+
+
+class FidelityModel(Protocol):
+    """What fidelity needs of a model."""
+
+    def hidden(self, ids: Any, /) -> NDArray[Any]:
+        """Hidden states after the last norm, [B, T, d], of int ids [B, T]."""
+
+    def divergence(
+        self, teacher: Any, ids: Any, /, *, teacher_hidden: NDArray[Any]
+    ) -> dict[str, NDArray[Any]]:
+        """kl, agree, nll and teacher_nll, each [B, T] (nll 0 at the last position)."""
+
+
+class Interval(NamedTuple):
+    """A value and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Measure(BaseModel):
+    """Means over positions: kl and nll in nats a token, agree in 0..1, perplexity = exp(nll)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kl: float
+    agree: float
+    nll: float
+    perplexity: float
+
+
+class DomainFidelity(BaseModel):
+    """One model on one domain.
+
+    `by_position` has one measure per bucket. `windows` and `windows_by_position` hold the values of
+    each window (metric -> [windows] and metric -> [buckets][windows]), aligned between the models:
+    they feed the paired bootstrap.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    overall: Measure
+    by_position: list[Measure]
+    windows: dict[str, list[float]]
+    windows_by_position: dict[str, list[list[float]]]
+
+
+class Fidelity(BaseModel):
+    """Fidelity of several models to one teacher. `models` includes "teacher" itself (KL 0).
+
+    `tokens` counts the tokens measured per domain, windows of `context` tokens each.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    context: int
+    buckets: list[tuple[int, int]]
+    tokens: dict[str, int]
+    models: dict[str, dict[str, DomainFidelity]]
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.tokens)
+
+    def mean(self, model: str, bucket: int | None = None) -> Measure:
+        """The mean of the domains' measures (perplexity: exp of the mean nll)."""
+        per_domain = self._of(model).values()
+        parts = [d.overall if bucket is None else d.by_position[bucket] for d in per_domain]
+        return _measure({m: float(np.mean([getattr(p, m) for p in parts])) for m in _METRICS})
+
+    def ratio(
+        self,
+        model: str,
+        control: str,
+        metric: str = "kl",
+        *,
+        domain: str | None = None,
+        bucket: int | None = None,
+        n: int = 10_000,
+        seed: int = 0,
+    ) -> Interval:
+        """`model`'s mean `metric` over `control`'s, with the paired 95 % interval over windows.
+
+        Without `domain` the mean is that of the domains' means, and windows are drawn anew within
+        each domain.
+        """
+        if metric not in _METRICS:
+            raise ValueError(f"metric {metric!r} is not known: {', '.join(_METRICS)}")
+        domains = self.domains if domain is None else [domain]
+        sides: list[list[list[float]]] = []
+        for name in (model, control):
+            of = self._of(name)
+            sides.append(
+                [
+                    of[d].windows[metric]
+                    if bucket is None
+                    else of[d].windows_by_position[metric][bucket]
+                    for d in domains
+                ]
+            )
+        return paired_bootstrap(sides[0], sides[1], ratio=True, n=n, seed=seed)
+
+    def _of(self, model: str) -> dict[str, DomainFidelity]:
+        if model not in self.models:
+            raise ValueError(f"no model {model!r}; there are {', '.join(self.models)}")
+        return self.models[model]
+
+
+def _measure(means: Mapping[str, float]) -> Measure:
+    return Measure(**means, perplexity=math.exp(min(means["nll"], 700.0)))
+
+
+def windows_of(
+    documents: Sequence[Sequence[int]], context: int, separator: int | None = None
+) -> IntArray:
+    """Documents laid end to end and cut into windows, int32 [windows, context].
+
+    `separator` (for instance the end-of-text token) is put between two documents. The rest that
+    does not fill a window is left out.
+    """
+    parts: list[Sequence[int]] = []
+    for i, document in enumerate(documents):
+        if i and separator is not None:
+            parts.append([separator])
+        parts.append(document)
+    stream = np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int32)
+    count = len(stream) // context
+    return stream[: count * context].reshape(count, context)
+
+
+def fidelity(
+    models: Mapping[str, FidelityModel],
+    teacher: FidelityModel,
+    documents: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    context: int = 1024,
+    buckets: Sequence[tuple[int, int]] = BUCKETS,
+    max_windows: int | None = None,
+    separator: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fidelity:
+    """Compare `models` with `teacher` on documents (token ids) per domain.
+
+    The teacher runs once per batch of windows for all models. `max_windows` bounds the windows of
+    a domain (the first ones). `progress(done, total)` counts windows. Buckets that begin beyond
+    `context` are dropped. Raises UserError where a domain is shorter than one window.
+    """
+    if "teacher" in models:
+        raise UserError("fidelity: the name 'teacher' is the teacher's own", usage=True)
+    if not documents:
+        raise UserError("fidelity: no documents", usage=True)
+    if context < 2:
+        raise UserError(f"fidelity: context is {context}, expected at least 2", usage=True)
+    inside = [(lo, min(hi, context)) for lo, hi in buckets if lo < context]
+    packed = {name: windows_of(texts, context, separator) for name, texts in documents.items()}
+    for name, windows in packed.items():
+        if len(windows) == 0:
+            raise UserError(
+                f"fidelity: domain {name!r} has fewer than {context} tokens; "
+                "add text or shorten the context"
+            )
+        packed[name] = windows[:max_windows]
+    total, done = sum(len(w) for w in packed.values()), 0
+    found: dict[str, dict[str, DomainFidelity]] = {name: {} for name in ("teacher", *models)}
+    for domain, windows in packed.items():
+        values: dict[str, list[dict[str, FloatArray]]] = {name: [] for name in found}
+        for batch in _batches(windows, context):
+            hidden = teacher.hidden(batch)
+            out: dict[str, NDArray[Any]] = {}
+            for name, model in models.items():
+                out = model.divergence(teacher, batch, teacher_hidden=hidden)
+                values[name].append({m: np.asarray(out[m], np.float64) for m in _METRICS})
+            if not models:
+                out = teacher.divergence(teacher, batch, teacher_hidden=hidden)
+            values["teacher"].append(
+                {
+                    "kl": np.zeros(batch.shape),
+                    "agree": np.ones(batch.shape),
+                    "nll": np.asarray(out["teacher_nll"], np.float64),
+                }
+            )
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+        for name, batches in values.items():
+            joined = {m: np.concatenate([b[m] for b in batches]) for m in _METRICS}
+            found[name][domain] = _summarise(joined, inside, f"{name} on {domain}")
+    return Fidelity(
+        context=context,
+        buckets=inside,
+        tokens={name: windows.size for name, windows in packed.items()},
+        models=found,
+    )
+
+
+def _batches(windows: IntArray, context: int) -> Iterator[IntArray]:
+    rows = max(1, _TOKENS_AT_ONCE // context)
+    return (windows[i : i + rows] for i in range(0, len(windows), rows))
+
+
+def _summarise(
+    values: Mapping[str, FloatArray], buckets: Sequence[tuple[int, int]], where: str
+) -> DomainFidelity:
+    """Means of [windows, T] arrays overall, by bucket and by window.
+
+    A window's last position has no next token, hence no nll: it is left out of that mean.
+    """
+    for metric, array in values.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"fidelity: {metric} of {where} is not finite; the model is damaged")
+
+    def part(metric: str, lo: int, hi: int) -> FloatArray:
+        array = values[metric]
+        end = min(hi, array.shape[1] - 1) if metric == "nll" else hi
+        if end <= lo:
+            raise UserError(f"fidelity: the bucket {lo} to {hi} holds no next token")
+        mean: FloatArray = array[:, lo:end].mean(axis=1)
+        return mean
+
+    length = values["kl"].shape[1]
+    windows = {m: part(m, 0, length) for m in _METRICS}
+    by_bucket = {m: [part(m, lo, hi) for lo, hi in buckets] for m in _METRICS}
+    return DomainFidelity(
+        overall=_measure({m: float(w.mean()) for m, w in windows.items()}),
+        by_position=[
+            _measure({m: float(by_bucket[m][i].mean()) for m in _METRICS})
+            for i in range(len(buckets))
+        ],
+        windows={m: w.tolist() for m, w in windows.items()},
+        windows_by_position={m: [w.tolist() for w in rows] for m, rows in by_bucket.items()},
+    )
+
+
+def paired_bootstrap(
+    a: Sequence[float] | Sequence[Sequence[float]],
+    b: Sequence[float] | Sequence[Sequence[float]],
+    ratio: bool = True,
+    n: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """mean(a) / mean(b), or mean(a) - mean(b), with its 95 % percentile interval.
+
+    a, b: values of the same units (windows, documents), drawn together with replacement `n` times.
+    Lists of lists are strata (domains): units are drawn within each, and the mean is the mean of
+    the strata's means. Deterministic by `seed`. Raises ValueError where the units do not pair.
+    """
+    strata_a, strata_b = _strata(a), _strata(b)
+    if [len(x) for x in strata_a] != [len(x) for x in strata_b]:
+        raise ValueError("paired_bootstrap: a and b have different numbers of units")
+    if not strata_a or not all(len(x) for x in strata_a):
+        raise ValueError("paired_bootstrap: no units")
+    rng = np.random.default_rng(seed)
+    drawn_a, drawn_b = np.zeros(n), np.zeros(n)
+    for x, y in zip(strata_a, strata_b, strict=True):
+        # Counts of each unit in a draw; the same for both sides, which pairs them.
+        counts = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=n) / len(x)
+        drawn_a += counts @ x / len(strata_a)
+        drawn_b += counts @ y / len(strata_b)
+    mean_a = float(np.mean([x.mean() for x in strata_a]))
+    mean_b = float(np.mean([y.mean() for y in strata_b]))
+    if ratio:
+        if mean_b == 0 or (drawn_b == 0).any():
+            raise ValueError("paired_bootstrap: b is zero, the ratio does not exist")
+        value, draws = mean_a / mean_b, drawn_a / drawn_b
+    else:
+        value, draws = mean_a - mean_b, drawn_a - drawn_b
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
+
+
+def _strata(values: Sequence[float] | Sequence[Sequence[float]]) -> list[FloatArray]:
+    if len(values) and isinstance(values[0], Sequence | np.ndarray):
+        return [np.asarray(v, dtype=np.float64) for v in values]
+    return [np.asarray(values, dtype=np.float64)]

@@ -1,0 +1,552 @@
+"""Benchmarks from ready-made request sets: multiple choice and bits per byte.
+
+`packages.fetch("olmes")` gives a directory with one folder per task and, in it, one per variant
+(`arc_easy/rc_5shot/requests.jsonl.gz`): contexts with their few-shot examples, continuations, gold
+labels. Nothing is generated; a model needs `score_continuations` only.
+
+Metrics have the names of lm-evaluation-harness:
+
+- `acc`: the gold choice has the highest log-likelihood; `acc_norm`: the highest log-likelihood per
+  character of the choice (without the space that joins it to the context), as there. `acc` only,
+  as there, where lengths mean nothing: choices that stand in the context (winogrande) and labels
+  that are the same for every document (boolq's yes and no).
+- `bits_per_byte` of the gold continuation: -(sum of log2 p) / (sum of UTF-8 bytes) over all
+  documents, the joining space included on both sides; less is better.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import packages
+from ..errors import UserError
+from .wintie import read_json
+
+_VARIANTS = {
+    # rc_5shot of piqa, hellaswag and boolq is a subset of val_rc_5shot (the first 1,000 documents).
+    "arc_easy": "rc_5shot",
+    "arc_challenge": "rc_5shot",
+    "piqa": "val_rc_5shot",
+    "hellaswag": "val_rc_5shot",
+    "winogrande": "rc_5shot",
+    "boolq": "val_rc_5shot",
+    "squad": "bpb_5shot",
+    "drop": "bpb_5shot",
+    "coqa": "bpb_0shot",
+    "gsm8k": "gold_bpb_5shot",
+    "minerva_math_algebra": "gold_bpb_0shot",
+    "minerva_math_counting_and_probability": "gold_bpb_0shot",
+    "minerva_math_geometry": "gold_bpb_0shot",
+    "minerva_math_intermediate_algebra": "gold_bpb_0shot",
+    "minerva_math_number_theory": "gold_bpb_0shot",
+    "minerva_math_prealgebra": "gold_bpb_0shot",
+    "minerva_math_precalculus": "gold_bpb_0shot",
+    "mt_mbpp_python": "gold_bpb_3shot",
+}
+DEFAULT_TASKS = tuple(_VARIANTS)
+"""Tasks that `evaluate` takes unless told otherwise; each has a default variant."""
+
+_UNCONDITIONAL = 1_000_000
+"""Documents from here on repeat the choices after "Answer:" alone, for another normalisation."""
+_REQUESTS = "requests.jsonl.gz"
+_WORTH_SHARING = 12
+"""Tokens of a common beginning from which on documents are scored together."""
+_BORDER = 4
+"""Tokens left out of a common beginning: near its end the tokens may differ between documents."""
+_LONG_CONTEXT = 128
+"""Tokens of a document's own context from which on its choices are not read with it each."""
+_TOKENS_AT_ONCE = 8192
+"""Most tokens, prefixes counted for every row, of one call: bounds the forked states' memory."""
+
+Sample = dict[str, Any]
+"""What is kept of one document, as in the samples files."""
+
+
+class ScoringTokenizer(Protocol):
+    """What tasks need of a tokenizer. `adds_bos`: documents start with `bos_id`."""
+
+    bos_id: int | None
+    adds_bos: bool
+    eos_ids: tuple[int, ...]
+
+    def encode(self, text: str, special: bool = ...) -> list[int]:
+        """Token ids of `text`; nothing is added."""
+
+
+class ScoringModel(Protocol):
+    """What tasks need of a model. `tokenizer` is a ScoringTokenizer (or None: refused)."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def score_continuations(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], /
+    ) -> list[NDArray[Any]]:
+        """Log-probability of every token of each continuation after one shared context."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One question. `pairs` are (context, continuation) per choice; a bits-per-byte document has
+    one, the gold one. `gold` indexes pairs. `choices` are the choices' own texts."""
+
+    doc_id: int
+    native_id: Any
+    pairs: tuple[tuple[str, str], ...]
+    choices: tuple[str, ...]
+    gold: int
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request set. kind: "choice", "label" (the same choices in every document), "partial" (the
+    choice stands in the context, one continuation for all) or "bpb"."""
+
+    name: str
+    kind: str
+    documents: tuple[Document, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def shots(self) -> int | None:
+        value = self.config.get("task_config", {}).get("num_shots")
+        return value if isinstance(value, int) else None
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def expand_tasks(names: Sequence[str]) -> list[str]:
+    """Task names with `*` patterns ("minerva_math_*") expanded over the default tasks."""
+    found: list[str] = []
+    for name in names:
+        matches = fnmatch.filter(_VARIANTS, name) if "*" in name else [name]
+        if not matches:
+            raise UserError(f"task {name!r} matches none of {', '.join(_VARIANTS)}", usage=True)
+        found += [match for match in matches if match not in found]
+    return found
+
+
+def load_task(name: str, requests: str | Path | None = None) -> Task:
+    """Read a request set: "squad" (its default variant) or "arc_easy:rc_0shot".
+
+    `requests` is the directory of the request sets (default: `packages.fetch("olmes")`).
+    Raises UserError for an unknown task or variant (with those that are there) or a damaged file.
+    """
+    root = Path(requests) if requests is not None else packages.fetch("olmes")
+    base, _, variant = name.partition(":")
+    default = _VARIANTS.get(base)
+    variant = variant or default or ""
+    folder = root / base / variant
+    if not variant or not (folder / _REQUESTS).is_file():
+        raise UserError(_unknown(root, base, name), usage=True)
+    short = base if variant == default else f"{base}:{variant}"
+    rows = list(_read_rows(folder / _REQUESTS))
+    config_file = folder / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    try:
+        kind, documents = _documents(rows)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise UserError(f"{folder / _REQUESTS}: not a scorable request set ({error!r})") from None
+    if not documents:
+        raise UserError(f"{folder / _REQUESTS}: holds no documents")
+    return Task(short, kind, documents, config)
+
+
+def _unknown(root: Path, base: str, name: str) -> str:
+    if not root.is_dir():
+        return f"{root}: no such directory of request sets"
+    if (root / base).is_dir() and base:
+        variants = sorted(p.parent.name for p in (root / base).glob(f"*/{_REQUESTS}"))
+        return f"task {name!r}: {base} has the variants {', '.join(variants)}"
+    return f"task {name!r} is not known; tasks with a default: {', '.join(_VARIANTS)}"
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007 (named in the error)
+                yield json.loads(line)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: damaged after line {number} ({error})") from None
+
+
+def _documents(rows: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[Document, ...]]:
+    grouped: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["doc_id"] < _UNCONDITIONAL:
+            grouped.setdefault(row["doc_id"], []).append(row)
+    kind = _kind(list(grouped.values()))
+    documents = []
+    for doc_id, requests in grouped.items():
+        requests = sorted(requests, key=lambda r: r["idx"])
+        pairs = tuple((r["request"]["context"], _continuation(r)) for r in requests)
+        choices = tuple(c.lstrip(" ") for _, c in pairs)
+        gold = 0 if kind == "bpb" else int(requests[0]["label"])
+        if not 0 <= gold < len(pairs) or not all(c for _, c in pairs):
+            raise ValueError(f"document {doc_id}: bad label or empty continuation")
+        documents.append(
+            Document(doc_id, requests[0].get("native_id"), pairs, choices, gold, requests[0]["doc"])
+        )
+    return kind, tuple(documents)
+
+
+def _kind(documents: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    most = max(map(len, documents), default=1)
+    if most < 2:
+        return "bpb"
+    if any(len({r["request"]["context"] for r in requests}) > 1 for requests in documents):
+        return "partial"
+    distinct = {r["request"]["continuation"] for requests in documents for r in requests}
+    return "label" if len(documents) > 1 and len(distinct) == most else "choice"
+
+
+def _continuation(row: Mapping[str, Any]) -> str:
+    """The continuation of a request. Where the set's writer printed a list of gold spans as a
+    Python tuple (drop: " ('44',)"), the spans joined by ", ", as its few-shot answers have them."""
+    choices = row["doc"].get("choices")
+    if choices and isinstance(choices[0], list):
+        return " " + ", ".join(choices[0])
+    text: str = row["request"]["continuation"]
+    return text
+
+
+# ---- tokens -------------------------------------------------------------------------------------
+
+
+def encode_pair(
+    tokenizer: ScoringTokenizer, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of a continuation after it.
+
+    As lm-evaluation-harness: spaces at the context's end belong to the continuation, and the
+    continuation's tokens are those of the whole text behind the context's tokens. Where the whole
+    text does not begin with the context's tokens (the two merge at the border), the continuation
+    is encoded by itself, so that the tokens scored always spell it. A document starts with the
+    beginning-of-text token if the model wants one; an empty context is that or the end-of-text
+    token.
+    """
+    kept = context.rstrip()
+    continuation, context = context[len(kept) :] + continuation, kept
+    first = tokenizer.encode(context, special=False)
+    whole = tokenizer.encode(context + continuation, special=False)
+    if whole[: len(first)] == first and len(whole) > len(first):
+        rest = whole[len(first) :]
+    else:
+        rest = tokenizer.encode(continuation, special=False)
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        first = [tokenizer.bos_id, *first]
+    if not first:
+        start = [*tokenizer.eos_ids] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        if not start:
+            raise UserError("an empty context needs a beginning- or end-of-text token")
+        first = start[:1]
+    return first, rest
+
+
+def _fit(context: list[int], longest: int, limit: int | None) -> list[int]:
+    """The end of `context` that leaves room for `longest` tokens within `limit`."""
+    if limit is None or len(context) + longest <= limit:
+        return context
+    room = limit - longest
+    if room < 1:
+        raise UserError(f"a continuation has {longest} tokens, the context length is {limit}")
+    return context[-room:]
+
+
+# ---- scoring ------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: ScoringModel,
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+    requests: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score `model` on `tasks`; results in the form of lm-evaluation-harness.
+
+    limit: at most so many documents a task, a subset fixed by `seed` and the task's name (a
+    smaller limit takes a subset of a larger one's). max_length: longest context and continuation in
+    tokens (default: the model's `max_position_embeddings`); longer contexts lose their beginning.
+    progress(task, documents done, total).
+
+    Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none` and
+    `..._stderr,none`), `higher_is_better`, `n-samples`, `n-shot`, `configs`, `config` and
+    `samples` (task -> one mapping per document). Deterministic.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}, expected at least 1", usage=True)
+    if getattr(model, "tokenizer", None) is None:
+        raise UserError("evaluate: the model has no tokenizer")
+    loaded = [load_task(name, requests) for name in expand_tasks(tasks)]
+    if max_length is None:
+        max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    out: dict[str, Any] = {
+        "results": {},
+        "higher_is_better": {},
+        "n-samples": {},
+        "n-shot": {},
+        "configs": {},
+        "config": {"limit": limit, "seed": seed, "max_length": max_length},
+        "samples": {},
+    }
+    for task in loaded:
+        documents = _subset(task, limit, seed)
+        sample = _gold_sample if task.kind == "bpb" else _choice_sample
+        samples = []
+        scores = _log_likelihoods(model, documents, max_length)
+        for done, (document, found) in enumerate(zip(documents, scores, strict=True), 1):
+            samples.append(sample(task, document, found))
+            if progress is not None:
+                progress(task.name, done, len(documents))
+        results = _aggregate(task.kind, samples)
+        out["results"][task.name] = {"alias": task.name, **results}
+        metrics = [key.partition(",")[0] for key in results if "stderr" not in key]
+        out["higher_is_better"][task.name] = {m: m != "bits_per_byte" for m in metrics}
+        out["n-samples"][task.name] = {
+            "original": len(task.documents),
+            "effective": len(documents),
+        }
+        out["n-shot"][task.name] = task.shots
+        out["configs"][task.name] = {
+            "task": task.name,
+            "output_type": "loglikelihood" if task.kind == "bpb" else "multiple_choice",
+            "num_fewshot": task.shots,
+            "request_set": task.config.get("task_hash"),
+        }
+        out["samples"][task.name] = samples
+    return out
+
+
+def _subset(task: Task, limit: int | None, seed: int) -> list[Document]:
+    if limit is None or limit >= len(task.documents):
+        return list(task.documents)
+    rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
+    chosen = np.sort(rng.permutation(len(task.documents))[:limit])
+    return [task.documents[i] for i in chosen]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A continuation to score: which document and pair it is, its context, its tokens."""
+
+    document: int
+    pair: int
+    context: tuple[int, ...]
+    rest: tuple[int, ...]
+
+
+def _log_likelihoods(
+    model: ScoringModel, documents: Sequence[Document], max_length: int | None
+) -> Iterator[list[tuple[float, int]]]:
+    """For every document, in order, (sum of log p, tokens) of each of its pairs.
+
+    What all contexts begin with (the few-shot examples: up to nine tenths of the tokens) is read
+    once for a batch of documents; the rest of a context is then read as part of its continuation.
+    """
+    prefix = _shared_tokens(model.tokenizer, documents)
+    batch: list[_Row] = []
+    waiting: list[Document] = []
+    for document in documents:
+        rows = _rows(model.tokenizer, len(waiting), document, max_length)
+        own = max(len(r.context) for r in rows) - len(prefix)
+        together = all(r.context[: len(prefix)] == prefix for r in rows) and own > 0
+        # Several choices after a long context of their own: the context is better read once.
+        if not prefix or not together or (len(rows) > 1 and own > _LONG_CONTEXT):
+            yield from _scored(model, prefix, batch, waiting)
+            batch, waiting = [], []
+            alone = [replace(r, document=0) for r in rows]
+            yield from _scored(model, (), alone, [document])
+            continue
+        longest = max(len(r.context) + len(r.rest) for r in [*batch, *rows])
+        if batch and longest * (len(batch) + len(rows)) > _TOKENS_AT_ONCE:
+            yield from _scored(model, prefix, batch, waiting)
+            batch, waiting = [], []
+            rows = [replace(r, document=0) for r in rows]
+        batch += rows
+        waiting.append(document)
+    yield from _scored(model, prefix, batch, waiting)
+
+
+def _rows(
+    tokenizer: ScoringTokenizer, index: int, document: Document, max_length: int | None
+) -> list[_Row]:
+    encoded = [encode_pair(tokenizer, *pair) for pair in document.pairs]
+    longest = max(len(rest) for _, rest in encoded)
+    return [
+        _Row(index, i, tuple(_fit(context, longest, max_length)), tuple(rest))
+        for i, (context, rest) in enumerate(encoded)
+    ]
+
+
+def _shared_tokens(tokenizer: ScoringTokenizer, documents: Sequence[Document]) -> tuple[int, ...]:
+    """Tokens that the contexts of all documents begin with; empty where it is not worth it."""
+    pairs = [pair for document in documents for pair in document.pairs]
+    # All texts lie between the first and the last in order: what these two share, all share.
+    first, last = (encode_pair(tokenizer, *pick(pairs))[0] for pick in (min, max))
+    n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    # The last tokens before the texts part may be others in other documents.
+    return tuple(first[: n - _BORDER]) if n >= _WORTH_SHARING else ()
+
+
+def _scored(
+    model: ScoringModel,
+    prefix: tuple[int, ...],
+    rows: Sequence[_Row],
+    documents: Sequence[Document],
+) -> Iterator[list[tuple[float, int]]]:
+    """Score the rows of `documents` after one prefix, or each context by itself without one."""
+    groups: dict[tuple[int, ...], list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(prefix or row.context, []).append(row)
+    found: list[dict[int, tuple[float, int]]] = [{} for _ in documents]
+    for shared, members in groups.items():
+        pieces = [[*row.context[len(shared) :], *row.rest] for row in members]
+        scores = model.score_continuations(list(shared), pieces)
+        for row, logp in zip(members, scores, strict=True):
+            total = float(np.sum(logp[-len(row.rest) :], dtype=np.float64))
+            if not math.isfinite(total):
+                name = documents[row.document].doc_id
+                raise UserError(f"document {name}: log-likelihood is {total}")
+            found[row.document][row.pair] = total, len(row.rest)
+    for of_document in found:
+        yield [of_document[i] for i in range(len(of_document))]
+
+
+def _choice_sample(task: Task, document: Document, found: list[tuple[float, int]]) -> Sample:
+    scores = [score for score, _ in found]
+    sample: Sample = {
+        "doc_id": document.doc_id,
+        "native_id": document.native_id,
+        "target": document.gold,
+        "loglikelihoods": scores,
+        "acc": float(int(np.argmax(scores)) == document.gold),
+    }
+    if task.kind == "choice":
+        per_character = [
+            s / max(1, len(choice)) for s, choice in zip(scores, document.choices, strict=True)
+        ]
+        sample["acc_norm"] = float(int(np.argmax(per_character)) == document.gold)
+    return sample
+
+
+def _gold_sample(task: Task, document: Document, found: list[tuple[float, int]]) -> Sample:
+    ((score, tokens),) = found
+    text = document.pairs[0][1]
+    size = len(text.encode("utf-8"))
+    return {
+        "doc_id": document.doc_id,
+        "native_id": document.native_id,
+        "target": text,
+        "loglikelihood": score,
+        "tokens": tokens,
+        "bytes": size,
+        "bits_per_byte": -score / (size * math.log(2)),
+    }
+
+
+def _aggregate(kind: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics over documents with their standard errors (of a ratio for bits per byte)."""
+    n = len(samples)
+    out: dict[str, float] = {}
+    if kind == "bpb":
+        bits = np.array([-s["loglikelihood"] / math.log(2) for s in samples])
+        size = np.array([s["bytes"] for s in samples], dtype=np.float64)
+        value = float(bits.sum() / size.sum())
+        out["bits_per_byte,none"] = value
+        out["bits_per_byte_stderr,none"] = _stderr((bits - value * size) / size.mean())
+        return out
+    for metric in ("acc", "acc_norm") if kind == "choice" else ("acc",):
+        values = np.array([s[metric] for s in samples])
+        out[f"{metric},none"] = float(values.sum() / n)
+        out[f"{metric}_stderr,none"] = _stderr(values)
+    return out
+
+
+def _stderr(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+# ---- result files and text ----------------------------------------------------------------------
+
+
+def write_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
+    """Write results as `path` (JSON), and beside it the samples of each task as
+    `samples_NAME_TASK.jsonl`, NAME being the file's name without "results_" and ".json"."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = [target]
+    plain = {key: value for key, value in results.items() if key != "samples"}
+    target.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for task, samples in results.get("samples", {}).items():
+        file = _samples_file(target, task)
+        lines = [json.dumps(sample, allow_nan=False) for sample in samples]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        written.append(file)
+    return written
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Read what `write_results` wrote, with the samples that lie beside the file.
+
+    Also reads results of lm-evaluation-harness. Raises UserError for other files.
+    """
+    source = Path(path)
+    results = read_json(source)
+    if not isinstance(results.get("results"), dict):
+        raise UserError(f"{source}: has no 'results'")
+    samples = dict(results.get("samples", {}))
+    for task in results["results"]:
+        file = _samples_file(source, task)
+        if task not in samples and file.is_file():
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+                samples[task] = [json.loads(line) for line in lines]
+            except ValueError as error:
+                raise UserError(f"{file}: not valid JSON lines ({error})") from None
+    return {**results, "samples": samples}
+
+
+def _samples_file(results: Path, task: str) -> Path:
+    name = results.stem.removeprefix("results_")
+    return results.with_name(f"samples_{name}_{re.sub(r'[^A-Za-z0-9_.-]', '_', task)}.jsonl")
+
+
+_PASSAGES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "squad": lambda doc: _between(doc["query"], "Background:", "\nQuestion:"),
+    "coqa": lambda doc: str(doc["story"]),
+    "drop": lambda doc: str(doc["passage"]),
+}
+
+
+def _between(text: str, start: str, end: str) -> str:
+    return text.partition(start)[2].rpartition(end)[0]
+
+
+def passages(task: str, requests: str | Path | None = None) -> list[str]:
+    """The distinct passages that the documents of squad, coqa or drop ask about: human text to
+    measure fidelity on, never to train on. In the order of the request set, stripped."""
+    base = task.partition(":")[0]
+    if base not in _PASSAGES:
+        raise UserError(f"passages: {task!r} has none; {', '.join(_PASSAGES)} have", usage=True)
+    take = _PASSAGES[base]
+    texts = [take(d.fields).strip() for d in load_task(task, requests).documents]
+    return [text for text in dict.fromkeys(texts) if text]

@@ -1,0 +1,137 @@
+"""AdamW over named tensors, which tensors train and decay, learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import ops
+from .errors import UserError
+from .model import Model
+from .parameters import Entry, Parameters
+
+Train = Literal["all", "mixer"]
+Schedule = Literal["cosine", "constant", "linear"]
+
+EPSILON = 1e-8
+_NO_DECAY = ("norm", "bias")
+"""Roles without weight decay: vectors that scale or shift."""
+
+
+def trainable_names(model: Model, which: Train) -> set[str]:
+    """Names of the tensors that train: all, or the mixers' new ones ("mixer").
+
+    The input gate's bias is left out under the `ratio` normaliser, where it cancels: its gradient
+    is rounding noise that Adam would scale up to full steps.
+    """
+    frozen = {
+        f"model.layers.{layer}.mixer.i_proj.bias"
+        for layer, mixer in enumerate(model.config.mixers)
+        if mixer.normalizer == "ratio"
+    }
+    names = [n for n in model.params.names() if which == "all" or ".mixer." in n]
+    if not names:
+        raise UserError("nothing to train: the model has no mixer parameters; linearize it first")
+    return set(names) - frozen
+
+
+def decays(entry: Entry) -> bool:
+    """True for matrices: weight decay pulls them towards 0."""
+    return entry.role not in _NO_DECAY and len(entry.shape) > 1
+
+
+def learning_rate(
+    step: int, steps: int, *, peak: float, schedule: Schedule, warmup: float, floor: float = 0.0
+) -> float:
+    """The rate of step 1..steps: linear warm-up over the share `warmup` of the steps, then `peak`
+    (constant), a line to 0 after the last step (linear), or half a cosine to `floor` (cosine)."""
+    rising = round(warmup * steps)
+    if step <= rising:
+        return peak * step / rising
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (steps + 1 - step) / (steps - rising + (rising > 0))
+    share = (step - rising) / max(1, steps - rising)
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class AdamW:
+    """AdamW with decoupled decay on matrices; moments exist for the trained tensors alone."""
+
+    def __init__(
+        self,
+        params: Parameters,
+        names: set[str],
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        weight_decay: float = 0.1,
+    ) -> None:
+        self.params = params
+        self.entries = [e for e in params.entries if e.name in names]
+        self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
+        size = sum(e.size for e in self.entries)
+        self.m: NDArray[Any] = np.zeros(size, dtype=params.dtype)
+        self.v: NDArray[Any] = np.zeros(size, dtype=params.dtype)
+        self.steps = 0
+
+    def _slices(self) -> Iterator[tuple[Entry, slice, slice]]:
+        """(entry, its place among the parameters, its place among the moments)"""
+        at = 0
+        for e in self.entries:
+            yield e, slice(e.offset, e.offset + e.size), slice(at, at + e.size)
+            at += e.size
+
+    def zero(self, grads: Parameters) -> None:
+        """Set the gradients of the trained tensors to 0 (the others are never touched)."""
+        for e in self.entries:
+            grads.view(e).fill(0)
+
+    def norm(self, grads: Parameters) -> float:
+        """The norm of the gradient over all trained tensors, added in float64."""
+        flat = grads.flat
+        return math.sqrt(sum(ops.sumsq(flat[place]) for _, place, _ in self._slices()))
+
+    def step(self, grads: Parameters, lr: float, scale: float = 1.0) -> None:
+        """One step in place; `scale` multiplies the gradient (clipping)."""
+        self.steps += 1
+        flat, gradient = self.params.flat, grads.flat
+        for e, place, own in self._slices():
+            ops.adamw_step(
+                flat[place],
+                gradient[place],
+                self.m[own],
+                self.v[own],
+                lr=lr,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                eps=EPSILON,
+                weight_decay=self.weight_decay if decays(e) else 0.0,
+                step=self.steps,
+                scale=scale,
+            )
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Trained values and moments, flat and in the order of the entries (values are a copy)."""
+        flat = self.params.flat
+        values = np.concatenate([flat[place] for _, place, _ in self._slices()])
+        return {"values": values, "m": self.m, "v": self.v}
+
+    def load_state(self, state: dict[str, NDArray[Any]], steps: int) -> None:
+        """Set what `state` gave, after `steps` steps."""
+        for name in ("values", "m", "v"):
+            if state[name].shape != self.m.shape or state[name].dtype != self.m.dtype:
+                raise UserError(
+                    f"saved state: {name} has shape {state[name].shape} of {state[name].dtype}, "
+                    f"expected {self.m.shape} of {self.m.dtype}"
+                )
+        flat = self.params.flat
+        for _, place, own in self._slices():
+            flat[place] = state["values"][own]
+        self.m[:], self.v[:] = state["m"], state["v"]
+        self.steps = steps

@@ -1,0 +1,213 @@
+"""Figures, for files and for the report.
+
+Each function returns a matplotlib Figure; `save` writes it, `svg` and `png` give its bytes. Colours
+are Okabe and Ito's palette, which colour-blind readers tell apart; lines differ in style and marker
+as well, so that a black and white print still reads. No display is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from .evaluate.fidelity import Fidelity
+    from .evaluate.wintie import WinTie
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
+_STYLE: dict[Any, Any] = {
+    "figure.dpi": 110,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    # Element ids that do not change from run to run.
+    "svg.hashsalt": "xlstm_distill",
+}
+
+
+def _axes(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots()
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": _LINES[i % len(_LINES)],
+        "marker": _MARKERS[i % len(_MARKERS)],
+    }
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure; the format is the path's ending (.svg, .png, .pdf)."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(_bytes(figure, target.suffix.removeprefix(".") or "svg"))
+    return target
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an <svg> element, to stand inside a page."""
+    text = _bytes(figure, "svg").decode()
+    return text[text.index("<svg") :]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG."""
+    return _bytes(figure, "png")
+
+
+def _bytes(figure: Figure, form: str) -> bytes:
+    buffer = io.BytesIO()
+    # No date and no maker in the file: the same data give the same bytes, and nothing links out.
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if form == "svg" else None
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format=form, metadata=metadata)
+    return buffer.getvalue()
+
+
+def loss_curves(
+    curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, unit: str
+) -> Figure:
+    """Loss against step, one line per name; a logarithmic axis where values span a decade."""
+    figure, axes = _axes()
+    positive = True
+    values: list[float] = []
+    for i, (name, (steps, losses)) in enumerate(curves.items()):
+        style = _style(i)
+        if len(steps) >= 30:
+            style["marker"] = None
+        axes.plot(steps, losses, label=name, markersize=3, linewidth=1.4, **style)
+        values += [v for v in losses if math.isfinite(v)]
+        positive = positive and all(v > 0 for v in losses)
+    if values and positive and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    axes.set(title=title, xlabel="step", ylabel=unit)
+    axes.legend()
+    return figure
+
+
+def by_position(result: Fidelity, metric: str, models: Sequence[str], title: str) -> Figure:
+    """`metric` ("kl", "agree" or "perplexity") of each bucket of positions, mean of the domains."""
+    figure, axes = _axes()
+    labels = [f"{lo}–{hi}" for lo, hi in result.buckets]
+    for i, name in enumerate(models):
+        values = [getattr(result.mean(name, b), metric) for b in range(len(labels))]
+        axes.plot(range(len(labels)), values, label=name, markersize=4, **_style(i))
+    axes.set_xticks(range(len(labels)), labels)
+    words = {"kl": "KL(teacher ‖ model), nats", "agree": "top-1 agreement"}
+    axes.set(title=title, xlabel="position in the window", ylabel=words.get(metric, metric))
+    if metric != "agree":
+        axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def gate_map(values: Sequence[Sequence[float | None]], title: str) -> Figure:
+    """Output gates by layer (rows) and head (columns), 0 attention to 1 mLSTM; None is blank."""
+    data = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=np.float64)
+    figure, axes = _axes(1.8 + 0.42 * max(6, data.shape[1]), 1.2 + 0.16 * max(8, data.shape[0]))
+    axes.grid(False)
+    axes.set_facecolor("#dddddd")
+    image = axes.imshow(np.ma.masked_invalid(data), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    axes.set(title=title, xlabel="head", ylabel="layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, label="output gate (0 attention, 1 mLSTM)")
+    return figure
+
+
+def coverage_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str
+) -> Figure:
+    """Win-and-Tie: coverage against tolerance as steps; curves are (alphas, coverages)."""
+    figure, axes = _axes()
+    for i, (name, (alphas, coverages)) in enumerate(curves.items()):
+        style = _style(i)
+        axes.step(
+            alphas,
+            coverages,
+            where="post",
+            label=name,
+            markersize=4,
+            linewidth=1.6,
+            **style,
+        )
+    axes.axhline(0.5, color="#666666", linewidth=0.8)
+    axes.set(title=f"Win-and-Tie: {title}", xlabel="tolerance α", ylabel="coverage C(α)")
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.02, 1.05))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def win_tie_curves(result: WinTie) -> Figure:
+    """Coverage curves of all students of a Win-and-Tie result."""
+    kind = "likelihood" if result.lower_is_better else "accuracy"
+    return coverage_curves(
+        {name: result.curve(name) for name in result.students},
+        f"{kind}, {len(result.tasks)} benchmarks",
+    )
+
+
+def recovery_bars(
+    benchmarks: Sequence[str], recovery: Mapping[str, Sequence[float | None]]
+) -> Figure:
+    """Recovery rate of each benchmark, a group of bars per benchmark; None has no bar."""
+    figure, axes = _axes(6.4, 1.4 + 0.17 * len(benchmarks) * max(1, len(recovery)))
+    height = 0.8 / max(1, len(recovery))
+    rows = np.arange(len(benchmarks))
+    for i, (name, rates) in enumerate(recovery.items()):
+        axes.barh(
+            rows + (i - (len(recovery) - 1) / 2) * height,
+            [np.nan if rate is None else rate for rate in rates],
+            height,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            hatch=_HATCHES[i % len(_HATCHES)],
+            edgecolor="white",
+            linewidth=0.5,
+        )
+    axes.axvline(1, color="#000000", linewidth=0.8)
+    axes.set_yticks(rows, benchmarks)
+    axes.set_ylim(len(benchmarks) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.set(title="Recovery (1 = teacher)", xlabel="student / teacher")
+    figure.legend(loc="outside lower center", ncols=min(4, max(1, len(recovery))))
+    return figure
+
+
+def layer_errors(before: Sequence[float], after: Sequence[float]) -> Figure:
+    """Stage I: relative error of each layer before and after, logarithmic."""
+    figure, axes = _axes()
+    for i, (name, values) in enumerate((("before", before), ("after", after))):
+        axes.plot(range(len(values)), values, label=name, markersize=4, **_style(i))
+    if all(v > 0 for v in itertools.chain(before, after)):
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(
+        title="Stage I: error of the attention outputs by layer",
+        xlabel="layer",
+        ylabel="relative squared error",
+    )
+    axes.legend()
+    return figure

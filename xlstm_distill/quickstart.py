@@ -1,0 +1,253 @@
+"""The whole method on SmolLM2-135M within a budget of minutes.
+
+How much fits is measured once, on this machine, before the run begins: a short calibration gives
+the rate of each kind of work, `plan` turns the budget into numbers of documents, steps and windows,
+and these are written to the run's recipe. From then on it is a run like any other: a run that is
+continued does not calibrate again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from . import evaluate, packages
+from . import model as models
+from .budget import SAMPLE_BATCH, SAMPLE_FILLED, Rates, calibrate, fidelity_seconds, task_seconds
+from .errors import UserError
+from .evaluate.tasks import encode_pair
+from .progress import Reporter
+from .recipe import Recipe, make_recipe
+from .run import Run
+from .rundir import Interrupt, RunDirectory
+from .tokenizer import Tokenizer
+
+TEACHER = "smollm2-135m-instruct"
+DEFAULT_MINUTES = 30.0
+SAMPLING_SHARE, EVALUATION_SHARE = 0.15, 0.15
+"""At most so much of the budget goes to sampling text and to evaluation."""
+_CAUTION = 0.88
+"""Share of each part of the budget that is planned for; the rest is for slow spells."""
+_ALIGN_SHARE = 0.5
+"""Stage I's share of the training time; the rest is stage II with its targets."""
+_MIN_TOKENS = 20_000
+"""Tokens a domain on which the main claims are measured."""
+# Request sets in the order in which the time that is left goes to them: first those that need the
+# far context, then multiple choice.
+TASKS = (
+    "squad",
+    "coqa",
+    "gsm8k",
+    "drop",
+    "minerva_math_algebra",
+    "mt_mbpp_python",
+    "arc_easy",
+    "arc_challenge",
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "boolq",
+)
+_FEWEST, _MOST = 8, 200
+"""Documents of a request set: below the first it is left out, beyond the second time is better
+spent elsewhere."""
+_MEASURED = 8
+"""Documents of a request set whose length is measured for the plan."""
+_FEWEST_WINDOWS = 3
+"""Windows a domain that are measured at least, however small the budget."""
+_OTHER_EVALUATION = 20.0
+"""Seconds for samples, gates and loading models."""
+
+
+def request_lengths(tokenizer: Tokenizer, tasks: Sequence[str] = TASKS) -> dict[str, float]:
+    """Mean number of tokens that a document of each request set takes to score."""
+    found = {}
+    for name in tasks:
+        documents = evaluate.load_task(name).documents[:_MEASURED]
+        totals = []
+        for document in documents:
+            encoded = [encode_pair(tokenizer, *pair) for pair in document.pairs]
+            contexts = {tuple(context) for context, _ in encoded}
+            totals.append(sum(map(len, contexts)) + sum(len(rest) for _, rest in encoded))
+        found[name] = float(np.mean(totals))
+    return found
+
+
+# ---- from a budget to a recipe ------------------------------------------------------------------
+
+
+def base_recipe() -> dict[str, Any]:
+    """The quickstart's recipe as plain values, with steps and sizes still to be filled in."""
+    text = (files("xlstm_distill") / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
+
+
+def plan(rates: Rates, minutes: float, lengths: Mapping[str, float], spent: float = 0.0) -> Recipe:
+    """The recipe that fits into `minutes`, of which `spent` seconds are gone already."""
+    values = base_recipe()
+    budget = 60.0 * minutes
+    length = values["data"]["length"]
+    values["minutes"] = minutes
+
+    sampling = SAMPLING_SHARE * budget * _CAUTION
+    sampled = values["data"]["domains"]["general"]["sources"]
+    new = SAMPLE_FILLED * float(np.mean([source["max_new_tokens"] for source in sampled]))
+    # At least a row can be packed from what is sampled.
+    each = max(4, round(sampling * rates.sample / new / len(sampled)))
+    for source in sampled:
+        source.update(documents=each, batch=min(each, SAMPLE_BATCH))
+    sampling = len(sampled) * each * new / rates.sample
+
+    share = EVALUATION_SHARE * budget * _CAUTION
+    measures, evaluation = _evaluation(rates, share, lengths, length, minutes)
+    values["evaluate"].update(measures)
+
+    experts = len(values["experts"])
+    # student0, aligned, experts, merged are written and read; states are written on the way;
+    # reading and encoding text, the merge and the report take some seconds more.
+    fixed = spent + (experts + 3) * (rates.save + rates.load) + 25 + 0.02 * budget
+    training = max(0.0, (budget - sampling - evaluation - fixed) * _CAUTION)
+
+    row = length / rates.align
+    rows, steps = _steps(_ALIGN_SHARE * training, lambda r: r * row, enough=250, most=8)
+    values["align"].update(steps=steps, rows=rows)
+    row = length * (1 / rates.distill + 1 / rates.targets)
+    rows, steps = _steps(
+        (1 - _ALIGN_SHARE) * training / experts,
+        lambda r: r * row + rates.update,
+        enough=60,
+        most=16,
+    )
+    values["distill"].update(steps=steps, rows=rows)
+    tokens = length * (values["align"]["steps"] * values["align"]["rows"] + steps * rows)
+    values["data"]["domains"]["code"]["sources"][0]["max_tokens"] = max(150_000, tokens)
+    return make_recipe(values)
+
+
+def _steps(
+    seconds: float, cost: Callable[[int], float], *, enough: int, most: int
+) -> tuple[int, int]:
+    """(rows a step, steps): as many rows as leave `enough` steps, else one row."""
+    rows = 1
+    while rows < most and seconds / cost(2 * rows) >= enough:
+        rows *= 2
+    return rows, max(2, int(seconds / cost(rows)))
+
+
+def _evaluation(
+    rates: Rates, seconds: float, lengths: Mapping[str, float], length: int, minutes: float
+) -> tuple[dict[str, Any], float]:
+    """What of the evaluation fits into `seconds`, and what it takes.
+
+    The windows for the main claims always have their size; what is left goes to the experts, to a
+    shorter context and to request sets.
+    """
+    domains = 2
+
+    def cost(context: int, count: int, students: int) -> float:
+        return fidelity_seconds(rates, domains, context, count, students)
+
+    other = min(_OTHER_EVALUATION, 0.2 * seconds)
+    windows = -(-_MIN_TOKENS // length)
+    if minutes < DEFAULT_MINUTES:  # a small budget measures on less text
+        fit = int(0.7 * (seconds - other) / cost(length, 1, 4))
+        windows = min(windows, max(_FEWEST_WINDOWS, fit))
+    left = seconds - cost(length, windows, 2) - other
+    expert_windows = windows
+    while expert_windows > _FEWEST_WINDOWS and cost(length, expert_windows, 2) > 0.7 * left:
+        expert_windows //= 2
+    left -= cost(length, expert_windows, 2)
+    main = {"context": length, "windows": windows, "expert_windows": expert_windows}
+    fidelity = [main]
+    short = {"context": 256, "windows": 16, "expert_windows": 0}
+    if left > 3 * cost(256, 16, 2):
+        fidelity.append(short)
+        left -= cost(256, 16, 2)
+    costs = {name: task_seconds(rates, lengths[name]) for name in TASKS}
+    chosen = list(TASKS)
+    while chosen and sum(costs[name] for name in chosen) * _FEWEST > left:
+        chosen.pop()
+    each = sum(costs[name] for name in chosen)
+    limit = min(_MOST, int(left / each)) if chosen else 0
+    wanted = 0.75 if minutes >= 90 else 0.85 if minutes >= 30 else None
+    measures = {
+        "fidelity": fidelity,
+        "tasks": dict.fromkeys(chosen, limit),
+        "wanted_ratio": wanted,
+    }
+    return measures, seconds - left + limit * each
+
+
+def quickstart(
+    out: str | Path, minutes: float | None = None, reporter: Reporter | None = None
+) -> Path:
+    """Run the quickstart in `out`, or continue the one that began there; returns `out`.
+
+    Set-up (fetching the teacher and the request sets) does not count. UserError if `minutes` is
+    given and the run there began with another number.
+    """
+    reporter = reporter or Reporter()
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes {minutes}: expected more than 0", usage=True)
+    packages.fetch(TEACHER)
+    packages.fetch("olmes")
+    started = time.perf_counter()
+    interrupt = Interrupt()
+    with interrupt.listening(), RunDirectory(out) as directory:
+        teacher = None
+        if directory.has_recipe:
+            recipe = directory.recipe()
+            if minutes is not None and recipe.minutes != minutes:
+                raise UserError(
+                    f"{out}: the run began with --minutes {recipe.minutes:g}, here it is "
+                    f"{minutes:g}; choose another --out",
+                    usage=True,
+                )
+            reporter.note(f"continuing the run in {out}")
+        else:
+            wanted = DEFAULT_MINUTES if minutes is None else minutes
+            reporter.note(f"measuring this machine, then {wanted:g} minutes of work in {out}")
+            teacher = models.load(TEACHER)
+            load_seconds = time.perf_counter() - started
+            draft = make_recipe(base_recipe())
+            rates = calibrate(teacher, draft, directory.path, load_seconds)
+            interrupt.check()
+            assert teacher.tokenizer is not None
+            lengths = request_lengths(teacher.tokenizer)
+            recipe = plan(rates, wanted, lengths, spent=time.perf_counter() - started)
+            directory.begin(recipe)
+            spent = time.perf_counter() - started
+            directory.log("calibrate", event="done", seconds=spent, rates=asdict(rates))
+            reporter.note(describe(recipe))
+        work = Run(directory, recipe, reporter, interrupt)
+        if teacher is not None:
+            work.__dict__["teacher"] = teacher  # the cached property: it is loaded already
+        work.execute()
+    return Path(out)
+
+
+def describe(recipe: Recipe) -> str:
+    """What a budget came to, in a line."""
+    a, d, e = recipe.align, recipe.distill, recipe.evaluate
+    length = recipe.data.length
+    documents = sum(
+        source.documents
+        for domain in recipe.data.domains.values()
+        for source in domain.sources
+        if source.kind == "sampled"
+    )
+    sets = f"{len(e.tasks)} request sets" + (f" of {max(e.tasks.values())}" if e.tasks else "")
+    return (
+        f"plan: sample {documents} documents; stage I: {a.steps} steps of {a.rows * length:,} "
+        f"tokens; stage II: {d.steps} steps of {d.rows * length:,} tokens for each of "
+        f"{len(recipe.experts)} experts; fidelity on {e.fidelity[0].windows * length:,} tokens a "
+        f"domain, {sets}"
+    )

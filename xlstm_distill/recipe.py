@@ -1,0 +1,364 @@
+"""Recipes: everything that decides a run, as a YAML file that is checked before anything starts.
+
+Unknown keys are errors that name the key and the nearest valid one. docs/recipes.md explains the
+keys; the defaults are those that worked for models of about 100 million parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .atomic import write_text
+from .errors import UserError, first_problem
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StudentSection(_Section):
+    """The mixer that takes the place of attention (see linearize)."""
+
+    mixer: Literal["hybrid", "mlstm", "linear", "window"] = "hybrid"
+    window: int | None = Field(default=64, ge=1)
+    sinks: int = Field(default=4, ge=0)
+    gate: Literal["data", "fixed"] = "data"
+    normalizer: Literal["ratio", "max"] = "ratio"
+    keep_attention: list[int] = Field(default_factory=list)
+
+
+class SampledSource(_Section):
+    """Text that the teacher writes: continued openings or answered instructions."""
+
+    kind: Literal["sampled"]
+    style: Literal["general", "chat"] = "general"
+    documents: int = Field(ge=1)
+    max_new_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    batch: int = Field(default=32, ge=1)
+
+
+class StdlibSource(_Section):
+    """Sources of the running Python's standard library, with their docstrings."""
+
+    kind: Literal["stdlib"]
+    max_tokens: int | None = Field(default=None, ge=1)
+
+
+class FilesSource(_Section):
+    """The user's files: txt, jsonl, directories of both."""
+
+    kind: Literal["files"]
+    paths: list[str] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+
+
+Source = Annotated[SampledSource | StdlibSource | FilesSource, Field(discriminator="kind")]
+
+
+class DomainSection(_Section):
+    """One kind of text. Evaluation text is never trained on.
+
+    It consists of `held_out_tokens` tokens of documents taken out of the sources (not out of
+    sampled text), or of human `passages` of request sets (squad, coqa, drop) where those are named.
+    """
+
+    sources: list[Source] = Field(min_length=1)
+    held_out_tokens: int = Field(default=0, ge=0)
+    passages: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _check(self) -> DomainSection:
+        only_sampled = all(source.kind == "sampled" for source in self.sources)
+        if self.held_out_tokens and only_sampled and not self.passages:
+            raise ValueError("held_out_tokens needs passages where all text is sampled")
+        if self.passages and not self.held_out_tokens:
+            raise ValueError("passages need held_out_tokens, the number of tokens to take of them")
+        return self
+
+
+class DataSection(_Section):
+    """Domains and the length of packed rows."""
+
+    length: int = Field(default=1024, ge=2)
+    domains: dict[str, DomainSection] = Field(min_length=1)
+
+
+class AlignSection(_Section):
+    """Stage I. `weights`: share of each domain (default: all alike)."""
+
+    steps: int = Field(ge=1)
+    rows: int = Field(default=8, ge=1)
+    lr: float = Field(default=2e-2, gt=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    floor: float = Field(default=1e-5, ge=0)
+    beta2: float = Field(default=0.99, gt=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    weights: dict[str, float] = Field(default_factory=dict)
+
+
+class TargetsSection(_Section):
+    """The teacher's targets: the k most probable tokens of a position."""
+
+    k: int = Field(default=256, ge=1)
+
+
+class DistillSection(_Section):
+    """Stage II, the same for every expert."""
+
+    steps: int = Field(ge=1)
+    rows: int = Field(default=16, ge=1)
+    micro_rows: int = Field(default=1, ge=1)
+    ce_weight: float = Field(default=0.1, ge=0)
+    kl_weight: float = Field(default=0.9, ge=0)
+    kl_form: Literal["renormalised", "tail"] = "renormalised"
+    lr: float = Field(default=1e-4, gt=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    schedule: Literal["linear", "constant"] = "linear"
+    clip: float = Field(default=1.0, gt=0)
+    beta2: float = Field(default=0.95, gt=0, lt=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    train: Literal["all", "mixer"] = "all"
+
+
+class MergeSection(_Section):
+    """Stage III. `weights`: of each expert, adding up to 1 (default: all alike)."""
+
+    method: Literal["linear"] = "linear"
+    weights: dict[str, float] = Field(default_factory=dict)
+
+
+class FidelitySection(_Section):
+    """`windows` windows of `context` tokens a domain; experts on the first `expert_windows`."""
+
+    context: int = Field(ge=2)
+    windows: int = Field(ge=1)
+    expert_windows: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> FidelitySection:
+        if self.expert_windows > self.windows:
+            raise ValueError(f"expert_windows must be at most windows, {self.windows}")
+        return self
+
+
+class EvaluateSection(_Section):
+    """What is measured at the end.
+
+    `tasks`: request set -> largest number of documents. `prompts` are continued as they are,
+    `chats` are answered. `wanted_ratio`: the merged model's KL over the control's that the run must
+    reach, at the upper end of its interval; the report says whether it does.
+    """
+
+    fidelity: list[FidelitySection] = Field(default_factory=list)
+    tasks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    gate_tokens: int = Field(default=4096, ge=0)
+    prompts: list[str] = Field(default_factory=list)
+    chats: list[str] = Field(default_factory=list)
+    max_new_tokens: int = Field(default=64, ge=1)
+    wanted_ratio: float | None = Field(default=None, gt=0)
+
+
+class Recipe(_Section):
+    """A whole run. `experts`: name -> share of each domain in its text."""
+
+    title: str = "xLSTM distillation"
+    teacher: str
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
+    minutes: float | None = Field(default=None, gt=0)
+    save_seconds: float = Field(default=60.0, ge=0)
+    student: StudentSection = Field(default_factory=StudentSection)
+    data: DataSection
+    align: AlignSection
+    targets: TargetsSection = Field(default_factory=TargetsSection)
+    distill: DistillSection
+    experts: dict[str, dict[str, float]] = Field(min_length=1)
+    merge: MergeSection = Field(default_factory=MergeSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        domains = self.data.domains
+        for name in [*domains, *self.experts]:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"the name {name!r} must be letters, digits, '_', '.' or '-'")
+        shares = {"align.weights": self.align.weights}
+        shares.update({f"experts.{name}": share for name, share in self.experts.items()})
+        for where, weights in shares.items():
+            _check_shares(where, weights, domains, empty=where == "align.weights")
+        _check_shares("merge.weights", self.merge.weights, self.experts, empty=True)
+        if self.merge.weights and set(self.merge.weights) != set(self.experts):
+            missing = sorted(set(self.experts) - set(self.merge.weights))[0]
+            raise ValueError(f"merge.weights: the expert {missing!r} is missing")
+        if self.evaluate.fidelity and not any(d.held_out_tokens for d in domains.values()):
+            raise ValueError("evaluate.fidelity needs held_out_tokens in a domain")
+        return self
+
+
+def _check_shares(
+    where: str, weights: Mapping[str, float], known: Iterable[str], *, empty: bool
+) -> None:
+    for name, share in weights.items():
+        if name not in set(known):
+            raise ValueError(f"{where}: {name!r} is not one of {', '.join(known)}")
+        if not share >= 0:
+            raise ValueError(f"{where}: {name} has {share}, expected 0 or more")
+    if not (empty and not weights) and not sum(weights.values()) > 0:
+        raise ValueError(f"{where}: the shares add up to 0")
+
+
+# ---- reading and writing ------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read a YAML recipe; `settings` are changes such as "align.steps=200".
+
+    Raises UserError, one line that names the file, the key and what is wrong.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{file}: cannot read: {reason}", usage=True) from None
+    return parse_recipe(text, str(file), settings)
+
+
+def parse_recipe(text: str, where: str, settings: Iterable[str] = ()) -> Recipe:
+    """A recipe from YAML text; `where` opens the error messages."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}", usage=True) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: a mapping of keys is expected", usage=True)
+    for setting in settings:
+        _set(values, setting)
+    return make_recipe(values, where)
+
+
+def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain values, checked."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        hint = _nearest(error, values)
+        raise UserError(f"{where}: {first_problem(error)}{hint}", usage=True) from None
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write a recipe as YAML with all its keys (atomic)."""
+    write_text(path, recipe_text(recipe))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as YAML with all its keys."""
+    text: str = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def first_difference(a: Recipe, b: Recipe) -> str | None:
+    """The first key in which two recipes differ, with both values; None if they agree."""
+    return _difference(a.model_dump(), b.model_dump(), "")
+
+
+def _difference(a: Any, b: Any, path: str) -> str | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            where = f"{path}.{key}" if path else str(key)
+            found = _difference(a.get(key), b.get(key), where)
+            if found:
+                return found
+        return None
+    return None if a == b else f"{path} is {a!r} there and {b!r} here"
+
+
+def _set(values: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {setting}: expected KEY=VALUE", usage=True)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {setting}: the value is not valid YAML", usage=True) from None
+    *path, last = key.split(".")
+    place: Any = values
+    for part in path:
+        place = _inside(place, part, setting, make=True)
+    if isinstance(place, list):
+        _inside(place, last, setting, make=False)
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _inside(place: Any, part: str, setting: str, *, make: bool) -> Any:
+    if isinstance(place, list):
+        if not part.isdigit() or int(part) >= len(place):
+            raise UserError(
+                f"--set {setting}: {part} is not one of the {len(place)} entries", usage=True
+            )
+        return place[int(part)]
+    if make and part not in place:
+        place[part] = {}
+    inner = place.get(part)
+    if make and not isinstance(inner, dict | list):
+        raise UserError(f"--set {setting}: {part} holds a value, not keys", usage=True)
+    return inner
+
+
+# ---- the nearest valid key ----------------------------------------------------------------------
+
+
+def _nearest(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """ "; did you mean X?" for a misspelt key."""
+    problem = error.errors(include_url=False)[0]
+    if problem["type"] != "extra_forbidden":
+        return ""
+    *path, last = problem["loc"]
+    section = _section_at(Recipe, list(path))
+    if section is None:
+        return ""
+    close = difflib.get_close_matches(str(last), section.model_fields, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; keys there: {', '.join(section.model_fields)}"
+
+
+def _section_at(kind: Any, path: list[str | int]) -> type[BaseModel] | None:
+    """The model class at a path of an error, through dicts, lists and tagged unions."""
+    origin = typing.get_origin(kind)
+    if origin is Annotated:
+        return _section_at(typing.get_args(kind)[0], path)
+    if origin in (typing.Union, types.UnionType):
+        for choice in typing.get_args(kind):
+            tagged = path and _tag(choice) == path[0]
+            found = _section_at(choice, path[1:]) if tagged else None
+            if found is not None:
+                return found
+        return None
+    if origin in (dict, list):
+        return _section_at(typing.get_args(kind)[-1], path[1:]) if path else None
+    if not isinstance(kind, type) or not issubclass(kind, BaseModel):
+        return None
+    if not path:
+        return kind
+    field = kind.model_fields.get(str(path[0]))
+    return None if field is None else _section_at(field.annotation, path[1:])
+
+
+def _tag(choice: Any) -> Any:
+    field = getattr(choice, "model_fields", {}).get("kind")
+    return None if field is None else typing.get_args(field.annotation)[0]

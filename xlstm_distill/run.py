@@ -1,0 +1,408 @@
+"""All stages of a recipe in a run directory, in order, each restartable.
+
+A stage is done when its result stands under its own name: results appear whole or not at all
+(atomic.py). What a stage does is decided by the recipe and the results before it, so a run that was
+killed and started again ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import model as models
+from . import sources
+from .align import align, relative_errors
+from .data import MANIFEST, Batches, Rows, TokenData, from_sources, split_held_out
+from .distill import distill
+from .errors import UserError
+from .evaluate import passages
+from .linearize import linearize
+from .merge import merge
+from .model import Model
+from .progress import Reporter
+from .recipe import DomainSection, Recipe, SampledSource
+from .rundir import Interrupt, RunDirectory
+from .sampling import read_documents, sample_documents
+from .sources import Document
+from .targets import TargetCache, identity_of, write_targets
+from .tokenizer import Tokenizer
+
+STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
+_PROBE_ROWS = 2
+"""Rows a domain on which stage I's error is measured before and after."""
+_STATE = "state.npz"
+
+
+def derived_seed(seed: int, *names: object) -> int:
+    """A seed of its own for each use, 31 bits."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
+
+
+class Run:
+    """Stages of a run. Open the directory first; `execute` does what is not done yet."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        recipe: Recipe,
+        reporter: Reporter | None = None,
+        interrupt: Interrupt | None = None,
+    ) -> None:
+        self.directory, self.recipe = directory, recipe
+        self.path = directory.path
+        self.reporter = reporter or Reporter(quiet=True)
+        self.interrupt = interrupt or Interrupt()
+
+    def execute(self, until: str = "report") -> None:
+        """Run all stages up to `until` that are not done."""
+        if until not in STAGES:
+            raise UserError(f"stage {until!r} is not known: {', '.join(STAGES)}", usage=True)
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            getattr(self, f"run_{stage}")()
+            self.interrupt.check()
+
+    @cached_property
+    def teacher(self) -> Model:
+        """The teacher, loaded when a stage needs it."""
+        teacher = models.load(self.recipe.teacher)
+        if teacher.tokenizer is None:
+            raise UserError(f"{self.recipe.teacher}: holds no tokenizer; a run needs one")
+        return teacher
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The teacher's tokenizer."""
+        assert self.teacher.tokenizer is not None
+        return self.teacher.tokenizer
+
+    # ---- shared by stages ---------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
+        """Log the end of a stage with time and memory; `facts` and what the block adds go along."""
+        _reset_peak_memory()
+        started = time.perf_counter()
+        yield facts
+        seconds = time.perf_counter() - started
+        # After a restart this attempt did not do all steps: count those of the log.
+        seconds = max(seconds, sum(s["seconds"] for s in self.directory.steps(stage)))
+        self.directory.log(
+            stage, event="done", seconds=seconds, peak_memory_mib=_peak_memory_mib(), **facts
+        )
+
+    def follow(self, metrics: Iterable[dict[str, Any]], stage: str, title: str) -> None:
+        """Exhaust the generator of a stage: show, log, and stop between steps if asked to."""
+        generator = iter(metrics)
+        try:
+            for m in self.reporter.follow(generator, title):
+                self.directory.log(stage, **m)
+                self.interrupt.check()
+        finally:
+            close = getattr(generator, "close", None)
+            if close is not None:
+                close()  # saves the state of a stage that is not finished
+
+    def rows(self, domain: str) -> Rows:
+        """The packed training text of a domain."""
+        data = TokenData.open(self.path / "data" / domain / "train")
+        seed = derived_seed(self.recipe.seed, "rows", domain)
+        return Rows(data, self.recipe.data.length, seed)
+
+    def evaluation_text(self) -> dict[str, TokenData]:
+        """Evaluation text by domain, where there is some."""
+        return {
+            name: TokenData.open(self.path / "data" / name / "evaluation")
+            for name, domain in self.recipe.data.domains.items()
+            if domain.held_out_tokens
+        }
+
+    def load_model(self, place: Path) -> Model:
+        """A model that an earlier stage wrote."""
+        return models.load(place)
+
+    # ---- data ---------------------------------------------------------------------------------
+
+    def run_data(self) -> None:
+        """Sample, read and encode the text of every domain; set evaluation text aside."""
+        for name, domain in self.recipe.data.domains.items():
+            place = self.path / "data" / name
+            if (place / "train" / MANIFEST).is_file():
+                continue
+            with self.timed(f"data {name}") as facts:
+                train, held_out = self._documents(name, domain)
+                described = [source.model_dump() for source in domain.sources]
+                if domain.held_out_tokens:
+                    where = f"evaluation text of {name}"
+                    text = from_sources(held_out, self.tokenizer, described, where)
+                    text.save(place / "evaluation")
+                vocab = self.teacher.config.vocab_size
+                data = from_sources(train, self.tokenizer, described, f"text of {name}", vocab)
+                Rows(data, self.recipe.data.length)  # refuses too little text now, not later
+                data.save(place / "train")
+                facts.update(documents=data.documents, tokens=data.tokens)
+
+    def _documents(self, name: str, domain: DomainSection) -> tuple[list[Document], list[Document]]:
+        """(training documents, evaluation documents) of a domain."""
+        sampled: list[Document] = []
+        read: list[Document] = []
+        for number, source in enumerate(domain.sources):
+            if isinstance(source, SampledSource):
+                sampled += self._sampled(name, number, source)
+            elif source.kind == "stdlib":
+                found = sources.read_stdlib(self.tokenizer)
+                read += sources.up_to(found, source.max_tokens)
+            else:
+                files = list(sources.read_files(source.paths, self.tokenizer))
+                files.sort(key=lambda d: sources.hash_order(d.name))
+                read += sources.up_to(files, source.max_tokens)
+        if domain.passages:
+            return [*sampled, *read], self._passages(domain)
+        train, held_out = split_held_out(read, domain.held_out_tokens, f"domain {name}")
+        # No document is more than a tenth of the evaluation text.
+        most = max(1, domain.held_out_tokens // 10)
+        return [*sampled, *train], [Document(d.name, d.ids[:most]) for d in held_out]
+
+    def _sampled(self, name: str, number: int, source: SampledSource) -> list[Document]:
+        place = self.path / "data" / name / f"sampled-{number}"
+        stage = f"sample {name} {number}"
+        metrics = sample_documents(
+            self.teacher,
+            source.style,
+            documents=source.documents,
+            max_new_tokens=source.max_new_tokens,
+            directory=place,
+            temperature=source.temperature,
+            top_p=source.top_p,
+            batch=source.batch,
+            seed=derived_seed(self.recipe.seed, "sample", name, number),
+            check=self.interrupt.check,
+        )
+        self.follow(metrics, stage, f"sampling {name} ({source.style})")
+        return read_documents(self.teacher, place, source.style)
+
+    def _passages(self, domain: DomainSection) -> list[Document]:
+        """Human passages of request sets, taken in turns, as many as are wanted."""
+        texts = [(task, passages(task)) for task in domain.passages]
+        end = sources.document_end(self.tokenizer)
+        found: list[Document] = []
+        total = 0
+        for turn in range(max(len(own) for _, own in texts)):
+            for task, own in texts:
+                if turn < len(own) and total < domain.held_out_tokens:
+                    ids = [*self.tokenizer.encode(own[turn], special=False), *end]
+                    found.append(Document(f"{task}:{turn}", ids))
+                    total += len(ids)
+        if total < domain.held_out_tokens:
+            raise UserError(
+                f"passages of {', '.join(domain.passages)} have {total} tokens, "
+                f"held_out_tokens is {domain.held_out_tokens}"
+            )
+        return found
+
+    # ---- the student and stage I --------------------------------------------------------------
+
+    def run_linearize(self) -> None:
+        """Write student0."""
+        place = self.path / "student0"
+        if (place / "config.json").is_file():
+            return
+        with self.timed("linearize"):
+            student = linearize(self.teacher, **self.recipe.student.model_dump())
+            student.save(place)
+
+    def run_align(self) -> None:
+        """Stage I: student0 becomes aligned."""
+        place, state = self.path / "aligned", self.path / "aligned.state" / _STATE
+        section = self.recipe.align
+        if (place / "config.json").is_file():
+            _remove(state)
+            return
+        student = self.load_model(self.path / "student0")
+        weights = section.weights or dict.fromkeys(self.recipe.data.domains, 1.0)
+        packed = {name: self.rows(name) for name, share in weights.items() if share > 0}
+        seed = derived_seed(self.recipe.seed, "align")
+        batches = Batches(packed, section.rows, weights, seed)
+        probe = self._probe(packed)
+        with self.timed("align") as facts:
+            before = relative_errors(student, probe)
+            settings = section.model_dump(exclude={"steps", "rows", "weights"})
+            metrics = align(
+                student,
+                self.teacher,
+                batches,
+                steps=section.steps,
+                state=state,
+                save_seconds=self.recipe.save_seconds,
+                **settings,
+            )
+            self.follow(metrics, "align", "stage I: align")
+            after = relative_errors(student, probe)
+            tokens = section.steps * section.rows * self.recipe.data.length
+            facts.update(before=before, after=after, steps=section.steps, tokens=tokens)
+            provenance = {
+                "align": section.model_dump(),
+                "data": batches.identity,
+                "relative_error": {"before": before, "after": after},
+            }
+            student.save(place, provenance)
+        _remove(state)
+
+    def _probe(self, packed: dict[str, Rows]) -> list[Any]:
+        """A few rows a domain, of evaluation text where it is long enough."""
+        length = self.recipe.data.length
+        held_out = self.evaluation_text()
+        found = []
+        for name, rows in packed.items():
+            text = held_out.get(name)
+            chosen = Rows(text, length) if text is not None and text.tokens >= length else rows
+            found += [chosen.batch(name, [i]) for i in range(min(_PROBE_ROWS, len(chosen)))]
+        return found
+
+    # ---- stage II -----------------------------------------------------------------------------
+
+    def _batches(self, expert: str) -> Batches:
+        weights = self.recipe.experts[expert]
+        packed = {name: self.rows(name) for name, share in weights.items() if share > 0}
+        seed = derived_seed(self.recipe.seed, "distill", expert)
+        return Batches(packed, self.recipe.distill.rows, weights, seed)
+
+    def run_targets(self) -> None:
+        """The teacher's targets of every row that an expert will see."""
+        if self.recipe.distill.kl_weight == 0 or self._all_experts():
+            return
+        wanted: dict[str, int] = {}
+        for expert in self.recipe.experts:
+            for name, n in self._batches(expert).first_rows(self.recipe.distill.steps).items():
+                wanted[name] = max(n, wanted.get(name, 0))
+        for name, count in wanted.items():
+            if count == 0:
+                continue
+            stage = f"targets {name}"
+            if self.directory.done(stage):
+                continue
+            with self.timed(stage, tokens=count * self.recipe.data.length):
+                place = self.path / "targets" / name
+                k = min(self.recipe.targets.k, self.teacher.config.vocab_size)
+                metrics = write_targets(self.teacher, self.rows(name), place, count=count, k=k)
+                self.follow(metrics, stage, f"targets: {name}")
+
+    def _all_experts(self) -> bool:
+        return all(
+            (self.path / "experts" / name / "config.json").is_file() for name in self.recipe.experts
+        )
+
+    def run_distill(self) -> None:
+        """Stage II: each expert from aligned."""
+        for name in self.recipe.experts:
+            self._distill(name)
+
+    def _distill(self, name: str) -> None:
+        place, state = (
+            self.path / "experts" / name,
+            self.path / "experts" / f"{name}.state" / _STATE,
+        )
+        section = self.recipe.distill
+        if (place / "config.json").is_file():
+            _remove(state)
+            return
+        student = self.load_model(self.path / "aligned")
+        batches = self._batches(name)
+        targets = None if section.kl_weight == 0 else self._targets(batches)
+        settings = section.model_dump(exclude={"steps", "rows", "train"})
+        stage = f"distill {name}"
+        tokens = section.steps * section.rows * self.recipe.data.length
+        with self.timed(stage, steps=section.steps, tokens=tokens):
+            metrics = distill(
+                student,
+                batches,
+                targets,
+                steps=section.steps,
+                train_what=section.train,
+                state=state,
+                save_seconds=self.recipe.save_seconds,
+                **settings,
+            )
+            self.follow(metrics, stage, f"stage II: expert {name}")
+            student.save(place, {"distill": section.model_dump(), "data": batches.identity})
+        _remove(state)
+
+    def _targets(self, batches: Batches) -> dict[str, TargetCache]:
+        found = {}
+        for name, rows in batches.sources.items():
+            if batches.first_rows(self.recipe.distill.steps)[name]:
+                k = min(self.recipe.targets.k, self.teacher.config.vocab_size)
+                expect = identity_of(self.teacher, rows, k)
+                found[name] = TargetCache(self.path / "targets" / name, expect)
+        return found
+
+    # ---- stage III, evaluation, report --------------------------------------------------------
+
+    def run_merge(self) -> None:
+        """Stage III: the experts become merged."""
+        place = self.path / "merged"
+        if (place / "config.json").is_file():
+            return
+        experts = {name: self.path / "experts" / name for name in self.recipe.experts}
+        with self.timed("merge"):
+            merge(experts, self.recipe.merge.weights or None, self.recipe.merge.method, out=place)
+
+    def run_evaluate(self) -> None:
+        """Measure teacher, control, experts and merged model (assess.py)."""
+        from .assess import assess
+
+        assess(self)
+
+    def run_report(self) -> None:
+        """Write the report (assess.py); cheap, and so always done again."""
+        from .assess import write_report
+
+        write_report(self)
+
+
+def _remove(state: Path) -> None:
+    """Delete the state of a stage whose result stands."""
+    state.unlink(missing_ok=True)
+    if state.parent.is_dir() and not any(state.parent.iterdir()):
+        state.parent.rmdir()
+
+
+def _reset_peak_memory() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # then the peak is that of the process, an upper bound
+
+
+def _peak_memory_mib() -> float:
+    """Largest resident memory since the last reset, in MiB."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    reporter: Reporter | None = None,
+    until: str = "report",
+) -> Path:
+    """Run a recipe in the directory `out` up to the stage `until`; again to continue.
+
+    A first Ctrl-C stops at the next safe place and saves; KeyboardInterrupt is raised then.
+    """
+    interrupt = Interrupt()
+    with interrupt.listening(), RunDirectory(out) as directory:
+        Run(directory, directory.begin(recipe), reporter, interrupt).execute(until)
+    return Path(out)

@@ -1,0 +1,133 @@
+"""Text without a network: the teacher writes its own training text.
+
+`general` continues short openings, `chat` answers instructions in the model's chat format. Openings
+and instructions are combined from the lists of prompts.py by a generator that the seed starts.
+Documents are made in batches; each batch is a file, so that a killed run goes on with the next one
+and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .atomic import atomic_file
+from .errors import UserError
+from .model import Model
+from .prompts import INSTRUCTIONS, OPENINGS, TOPICS
+from .sources import Document, document_end, document_start
+
+Style = Literal["general", "chat"]
+
+
+def prompts(model: Model, style: Style, count: int, seed: int) -> list[list[int]]:
+    """`count` prompts as token ids, the same for the same seed."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UserError("sampling: the teacher has no tokenizer")
+    random = np.random.Generator(np.random.Philox(key=[seed, style == "chat"]))
+    patterns = INSTRUCTIONS if style == "chat" else OPENINGS
+    texts = [
+        patterns[random.integers(len(patterns))].format(topic=TOPICS[random.integers(len(TOPICS))])
+        for _ in range(count)
+    ]
+    if style == "chat":
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        rendered = [tokenizer.apply_chat_template(m) for m in messages]
+        return tokenizer.encode_batch(rendered)
+    start = document_start(tokenizer)
+    return [[*start, *ids] for ids in tokenizer.encode_batch(texts, special=False)]
+
+
+def sample_documents(
+    teacher: Model,
+    style: Style,
+    *,
+    documents: int,
+    max_new_tokens: int,
+    directory: str | Path,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch: int = 32,
+    seed: int = 0,
+    check: Callable[[], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Write `documents` sampled documents as files in `directory`; yields metrics a batch.
+
+    Finished files of an earlier run are kept. `check` is called after every token and may raise to
+    stop: what is finished stays. Read the result with `read_documents`.
+    """
+    folder = Path(directory)
+    stops = {*teacher.config.eos_token_ids}
+    if teacher.tokenizer is not None:
+        stops.update(document_end(teacher.tokenizer))
+    asked = prompts(teacher, style, documents, seed)
+    steps = -(-documents // batch)
+    for step in range(steps):
+        if _part(folder, step).is_file():
+            continue
+        started = time.perf_counter()
+        own = asked[step * batch : (step + 1) * batch]
+        new = teacher.generate_batch(
+            own,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed * 1_000_003 + step,
+            stop_ids=stops,
+            on_tokens=None if check is None else lambda _: check(),
+        )
+        pairs = list(zip(own, new, strict=True))
+        lengths = np.array([[len(p), len(n), len(n) < max_new_tokens] for p, n in pairs])
+        ids = np.array([token for p, n in pairs for token in (*p, *n)], dtype=np.int32)
+        buffer = io.BytesIO()
+        np.savez(buffer, lengths=lengths, ids=ids)
+        with atomic_file(_part(folder, step)) as handle:
+            handle.write(buffer.getbuffer())
+        seconds = time.perf_counter() - started
+        tokens = int(lengths[:, 1].sum())
+        yield {
+            "step": step + 1,
+            "steps": steps,
+            "documents": len(own),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+
+
+def read_documents(teacher: Model, directory: str | Path, style: Style) -> list[Document]:
+    """The documents that `sample_documents` wrote, in order.
+
+    A document that the teacher ended is closed by the end token, a chat by the end of its turn
+    before it; one that was cut at `max_new_tokens` is left open.
+    """
+    if teacher.tokenizer is None:
+        raise UserError("sampling: the teacher has no tokenizer")
+    end = document_end(teacher.tokenizer)
+    closing = [*teacher.tokenizer.eos_ids[:1], *end] if style == "chat" else end
+    found: list[Document] = []
+    for path in sorted(Path(directory).glob("part-*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as part:
+                lengths, ids = part["lengths"], part["ids"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: damaged ({error}); delete it and run again") from None
+        at = 0
+        for prompt, new, ended in lengths.tolist():
+            document = ids[at : at + prompt + new].tolist()
+            at += prompt + new
+            found.append(
+                Document(f"{style}:{len(found)}", [*document, *(closing if ended else [])])
+            )
+    return found
+
+
+def _part(folder: Path, step: int) -> Path:
+    return folder / f"part-{step:05d}.npz"

@@ -1,0 +1,159 @@
+"""The training loop that both stages share: step, clip, save, and go on after a kill.
+
+A state file holds trained values, moments, step and data cursor; nothing in the loop is random
+beyond the batches, which their cursor decides. So a killed run that starts again from the last
+state does the same steps and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import runtime
+from .atomic import atomic_file
+from .data import Batch, Batches
+from .errors import UserError
+from .optim import AdamW
+from .parameters import Parameters
+
+Metrics = dict[str, Any]
+
+_SAVING_SHARE = 0.04
+"""Saving is put off until it costs at most this share of the time."""
+
+
+@dataclass
+class Saver:
+    """Saves the state of a loop in one file, at most every `seconds` and never for long.
+
+    `seconds` 0 saves after every step, whatever it costs.
+    `identity` must be the same when the state is read again; a difference is an error that names
+    the field. The instruction set is only warned of: results then differ in their last digits.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    seconds: float = 60.0
+    _last: float = field(default_factory=time.monotonic)
+    _cost: float = 0.0
+
+    def due(self) -> bool:
+        """True if enough time has passed since the last save."""
+        if self.seconds == 0:
+            return True
+        return time.monotonic() - self._last >= max(self.seconds, self._cost / _SAVING_SHARE)
+
+    def save(self, optimiser: AdamW, cursor: Mapping[str, int]) -> None:
+        """Write the state (atomic)."""
+        started = time.monotonic()
+        header = {
+            "identity": dict(self.identity),
+            "isa": runtime.isa(),
+            "step": optimiser.steps,
+            "cursor": dict(cursor),
+        }
+        with atomic_file(self.path) as handle:
+            arrays: dict[str, Any] = optimiser.state()
+            np.savez(handle, header=np.array(json.dumps(header)), **arrays)
+        self._last = time.monotonic()
+        self._cost = self._last - started
+
+    def load(self, optimiser: AdamW, batches: Batches) -> bool:
+        """Take up a saved state if there is one; says whether there was."""
+        if not self.path.exists():
+            return False
+        try:
+            with np.load(self.path, allow_pickle=False) as data:
+                header = json.loads(str(data["header"]))
+                arrays = {name: data[name] for name in ("values", "m", "v")}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{self.path}: damaged ({error}); delete it to begin the stage again"
+            ) from None
+        wanted = json.loads(json.dumps(dict(self.identity)))
+        for key, value in wanted.items():
+            found = header["identity"].get(key)
+            if found != value:
+                raise UserError(
+                    f"{self.path}: saved with {key} {found}, here it is {value}; "
+                    "delete the file to begin the stage again"
+                )
+        if header["isa"] != runtime.isa():
+            warnings.warn(
+                f"the run began with instruction set {header['isa']} and goes on with "
+                f"{runtime.isa()}: results will differ in their last digits",
+                stacklevel=2,
+            )
+        optimiser.load_state(arrays, int(header["step"]))
+        batches.load_state_dict(header["cursor"])
+        return True
+
+    def remove(self) -> None:
+        """Delete the state, once the result of the stage is safe."""
+        self.path.unlink(missing_ok=True)
+
+
+def train(
+    optimiser: AdamW,
+    grads: Parameters,
+    batches: Batches,
+    gradient: Callable[[Batch, Parameters], Metrics],
+    rate: Callable[[int], float],
+    *,
+    steps: int,
+    clip: float | None = None,
+    saver: Saver | None = None,
+) -> Iterator[Metrics]:
+    """Steps until `steps` are done; yields the metrics of each.
+
+    `gradient` adds the gradient of a batch into `grads` and returns metrics; `rate` gives the
+    learning rate of step 1..steps. When the generator is closed or interrupted between two steps,
+    the state is saved. UserError if the gradient is not finite.
+    """
+    if steps < 1:
+        raise UserError(f"steps is {steps}, expected at least 1")
+    if saver is not None:
+        saver.load(optimiser, batches)
+    cursor = batches.state_dict()
+    whole = True  # False while a step changes the parameters
+    try:
+        while optimiser.steps < steps:
+            started = time.perf_counter()
+            step = optimiser.steps + 1
+            batch = next(batches)
+            optimiser.zero(grads)
+            metrics = gradient(batch, grads)
+            norm = optimiser.norm(grads)
+            if not math.isfinite(norm):
+                raise UserError(f"step {step}: the gradient is not finite; lower the learning rate")
+            scale = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
+            whole = False
+            optimiser.step(grads, rate(step), scale)
+            cursor, whole = batches.state_dict(), True
+            seconds = time.perf_counter() - started
+            if saver is not None and step < steps and saver.due():
+                saver.save(optimiser, cursor)
+            tokens = batch.ids.size
+            yield {
+                "step": step,
+                "steps": steps,
+                **metrics,
+                "lr": rate(step),
+                "gradient_norm": norm,
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+    finally:
+        if saver is not None and whole and 0 < optimiser.steps < steps:
+            saver.save(optimiser, cursor)
