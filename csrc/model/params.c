@@ -95,7 +95,7 @@ void xl_params_plan(xl_plan *plan, const xl_config *c, const uint8_t *wanted, xl
     plan->prefix = NULL;
     out->embed = matrix(&t, "model.embed_tokens.weight", XL_ROLE_EMBEDDING, c->V, c->d);
     for (ptrdiff_t i = 0; i < c->layers; i++) {
-        char prefix[32];
+        char prefix[64];
         snprintf(prefix, sizeof prefix, "model.layers.%td.", i);
         plan->group = (int)i;
         plan->prefix = prefix;
@@ -126,7 +126,7 @@ void xl_state_plan(xl_plan *plan, const xl_config *c, ptrdiff_t B, ptrdiff_t cap
     for (ptrdiff_t i = 0; i < c->layers; i++) {
         xl_layer_state *s = &out[i];
         const xl_mixer *m = &c->mixer[i];
-        char prefix[32];
+        char prefix[64];
         snprintf(prefix, sizeof prefix, "layers.%td.", i);
         plan->group = (int)i;
         plan->prefix = prefix;

@@ -126,10 +126,7 @@ static kl_row target_loss(const xl_head *a, const real *z, const real *e, double
     rest = fmax(rest, (double)XL_REAL_MIN);
     r.value += tail * (log(tail) - log(rest));
     r.full = mass + tail;
-    r.rest =
-        tail / rest; /* gradient outside: full*e_j - rest*e_j; at a target the second is absent */
-    for (ptrdiff_t j = 0; j < a->k; j++)
-        if (t[j] > 0) g[j] += (real)(r.rest * (double)e[ids[j]]);
+    r.rest = tail / rest;
     return r;
 }
 
@@ -150,6 +147,10 @@ static void row_loss(const xl_ctx *ctx, const xl_head *a, double *sums, real *z,
     double wc = a->ce_weight * a->scale, wk = a->kl_weight * a->scale;
     real factor = (real)(wc + wk * (kl.full - kl.rest));
     for (ptrdiff_t j = 0; j < a->V; j++) z[j] = factor * e[j];
+    /* At a target `rest` is absent. It is left out here, not added back: it grows without bound
+     * where the student is sure of the targets, and the difference would be rounding noise. */
+    for (ptrdiff_t j = 0; j < a->k; j++)
+        if (t[j] > 0) z[ids[j]] = (real)(wc + wk * kl.full) * e[ids[j]];
     z[label] -= (real)wc;
     for (ptrdiff_t j = 0; j < a->k; j++) z[ids[j]] += (real)(wk * (double)g[j]);
 }

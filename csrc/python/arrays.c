@@ -6,6 +6,7 @@
 #include <numpy/arrayobject.h>
 
 #include <ctype.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -76,28 +77,29 @@ static int fail(xl_call *c) {
 static void *take_array(xl_call *c, PyObject *obj, const char *name, const char *letters, int type,
                         int other_type, const char *type_name, int writeable) {
     if (c->failed) return NULL;
-    int length = (int)strlen(name) - is_optional(name);
     if (obj == Py_None && is_optional(name)) return NULL;
+    char bare[64]; /* the name as messages show it, without '?' */
+    snprintf(bare, sizeof bare, "%.*s", (int)strlen(name) - is_optional(name), name);
     if (!PyArray_Check(obj)) {
-        PyErr_Format(PyExc_TypeError, "%.*s is a %s, expected a NumPy array", length, name,
+        PyErr_Format(PyExc_TypeError, "%s is a %s, expected a NumPy array", bare,
                      Py_TYPE(obj)->tp_name);
         return fail(c), NULL;
     }
     PyArrayObject *a = (PyArrayObject *)obj;
     if (PyArray_TYPE(a) != type && PyArray_TYPE(a) != other_type) {
-        PyErr_Format(PyExc_TypeError, "%.*s has dtype %S, expected %s", length, name,
+        PyErr_Format(PyExc_TypeError, "%s has dtype %S, expected %s", bare,
                      (PyObject *)PyArray_DESCR(a), type_name);
         return fail(c), NULL;
     }
     if (!PyArray_IS_C_CONTIGUOUS(a) || !PyArray_ISALIGNED(a) || !PyArray_ISNOTSWAPPED(a) ||
         (writeable && !PyArray_ISWRITEABLE(a))) {
-        PyErr_Format(PyExc_ValueError, "%.*s must be contiguous%s", length, name,
+        PyErr_Format(PyExc_ValueError, "%s must be contiguous%s", bare,
                      writeable ? " and writeable" : "");
         return fail(c), NULL;
     }
     int ndim = (int)strlen(letters);
     if (PyArray_NDIM(a) != ndim) {
-        PyErr_Format(PyExc_ValueError, "%.*s has %d dimensions, expected %d [%s]", length, name,
+        PyErr_Format(PyExc_ValueError, "%s has %d dimensions, expected %d [%s]", bare,
                      PyArray_NDIM(a), ndim, letters);
         return fail(c), NULL;
     }
@@ -108,7 +110,7 @@ static void *take_array(xl_call *c, PyObject *obj, const char *name, const char 
         if (want < 0) c->dim[letter] = want = found;
         if (want != found) {
             PyErr_Format(PyExc_ValueError,
-                         "%.*s: size %zd in dimension %d (%c of [%s]), expected %zd", length, name,
+                         "%s: size %zd in dimension %d (%c of [%s]), expected %zd", bare,
                          (Py_ssize_t)found, i, letter, letters, (Py_ssize_t)want);
             return fail(c), NULL;
         }
