@@ -1,5 +1,6 @@
 """Builds the two extension modules from one source list (see csrc/base/real.h)."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -30,15 +31,16 @@ LINK = ["-fopenmp", *os.environ.get("XLSTM_DISTILL_LDFLAGS", "").split()]
 
 
 class BuildExt(build_ext):
-    """Gives each module its own folder for objects: both compile the same files."""
+    """Builds the modules side by side, each with its own folder for objects of the same sources."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extension(self, ext: Extension) -> None:
-        base = self.build_temp
-        self.build_temp = os.path.join(base, ext.name.rsplit(".", 1)[-1])
-        try:
-            super().build_extension(ext)
-        finally:
-            self.build_temp = base
+        one = copy.copy(self)  # modules are built in threads: self is shared between them
+        one.build_temp = os.path.join(self.build_temp, ext.name.rsplit(".", 1)[-1])
+        super(BuildExt, one).build_extension(ext)
 
 
 def core(name: str, *flags: str) -> Extension:

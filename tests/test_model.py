@@ -189,9 +189,7 @@ def test_rows_and_threads_do_not_matter():
         for threads in (1, 2, 3):
             runtime.set_threads(threads)
             grads = model.params.zeros_like()
-            model.loss_and_grad(
-                ids, labels, ce_weight=1.0, kl_weight=0.0, reset=reset, grads=grads
-            )
+            model.loss_and_grad(ids, labels, ce_weight=1.0, kl_weight=0.0, reset=reset, grads=grads)
             model.align_and_grad(ids, reset, grads=grads)
             results.append((model.logits(ids, reset=reset), grads.flat.copy()))
     finally:

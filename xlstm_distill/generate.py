@@ -70,7 +70,9 @@ def generate_batch(
     if not all(len(p) for p in prompts):
         raise UserError("a prompt is empty; begin with the model's bos or eos token")
     stops = set(model.config.eos_token_ids if stop_ids is None else stop_ids)
-    streams = [np.random.Generator(np.random.Philox(key=[seed, row])) for row in range(len(prompts))]
+    streams = [
+        np.random.Generator(np.random.Philox(key=[seed, row])) for row in range(len(prompts))
+    ]
     lengths = np.array([len(p) for p in prompts], dtype=np.int32)
     ids = np.zeros((len(prompts), int(lengths.max(initial=1))), dtype=np.int32)
     for row, p in enumerate(prompts):

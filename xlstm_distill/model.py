@@ -87,7 +87,8 @@ class Model:
             np.ascontiguousarray(c.inv_freq(), dtype=np.float64),
             np.array([_mixer_row(m) for m in c.mixers], dtype=np.int32).reshape(-1, 5),
         )
-        self.params = Parameters(*self.core.plan_list(self.capsule, 0, 0), dtype=self.dtype)
+        plan, size = self.core.plan_list(self.capsule, 0, 0)
+        self.params = Parameters(plan, size, self.dtype)
         self._work = aligned_bytes(0)
         self._lock = threading.RLock()
 
@@ -162,7 +163,9 @@ class Model:
         if a.ndim == 1:
             a = a[None]
         if a.ndim != 2 or a.dtype.kind not in "iu":
-            raise ValueError(f"ids have shape {a.shape} and dtype {a.dtype}, expected integers [B, T]")
+            raise ValueError(
+                f"ids have shape {a.shape} and dtype {a.dtype}, expected integers [B, T]"
+            )
         if a.size and (a.min() < 0 or a.max() >= self.config.vocab_size):
             bad = int(a.min()) if a.min() < 0 else int(a.max())
             raise UserError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}")
@@ -401,7 +404,7 @@ class Model:
         stop_ids: Iterable[int] | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
-        """Continue ragged prompts together (generate.py); new tokens only, stop token not included."""
+        """Continue ragged prompts together (generate.py); new tokens only, without the stop token."""
         from .generate import generate_batch
 
         return generate_batch(
@@ -515,8 +518,9 @@ class Model:
         weights = np.array([ce_weight, kl_weight, scale], dtype=np.float64)
         sums = np.zeros(3)
         k = 0 if tid is None else tid.shape[-1]
+        rows, steps = tokens.shape
         with self._lock:
-            work = self._workspace(self._need(_TRAIN, *tokens.shape, k))
+            work = self._workspace(self._need(_TRAIN, rows, steps, k))
             self.core.model_train(
                 self.capsule,
                 self.params.raw,

@@ -1,7 +1,7 @@
 """Flat buffers with named views: parameters, gradients, moments, decode states.
 
-The core plans every buffer (csrc/base/plan.h): names, shapes and offsets come from there and nowhere
-else, so that freezing, learning-rate groups, decay and merging all read one list.
+The core plans every buffer (csrc/base/plan.h): names, shapes and offsets come from there and
+nowhere else, so that freezing, learning-rate groups, decay and merging all read one list.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ def bf16_round(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 to bf16 bits, to nearest, ties to even. NaN stays NaN."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return np.where(np.isnan(x), np.uint32(0x7FC00000), rounded).astype(np.uint32).view(np.uint16)[
-        ..., 1::2
-    ].reshape(x.shape)
+    return (
+        np.where(np.isnan(x), np.uint32(0x7FC00000), rounded)
+        .astype(np.uint32)
+        .view(np.uint16)[..., 1::2]
+        .reshape(x.shape)
+    )
 
 
 def bf16_widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

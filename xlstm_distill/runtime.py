@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_distill import _core_f32, _core_f64
+import xlstm_distill._core_f32 as _core_f32
+import xlstm_distill._core_f64 as _core_f64
 
 _MODULES: tuple[ModuleType, ...] = (_core_f32, _core_f64)
 ISAS = ("avx512", "avx2", "generic")

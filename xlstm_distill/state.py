@@ -26,7 +26,8 @@ STATE_CONVENTION = "q scaled, C and n scaled by exp(-m), keys after RoPE"
 
 def state_capacity(model: Model, tokens: int) -> int:
     """Positions that a state must hold for `tokens` tokens; a constant without full attention."""
-    windows = [m.window for m in model.config.mixers if m.mixer in ("attention", "window", "hybrid")]
+    attends = ("attention", "window", "hybrid")
+    windows = [m.window for m in model.config.mixers if m.mixer in attends]
     if not any(w is None for w in windows):
         return 1 + max((w for w in windows if w is not None), default=0)
     capacity = FIRST_CAPACITY
@@ -86,7 +87,7 @@ class DecodeState:
             "capacity": self.capacity,
             "config": self.model_config.model_dump(mode="json"),
         }
-        arrays = {e.name: self.tensors.view(e) for e in self.tensors.entries}
+        arrays: dict[str, Any] = {e.name: self.tensors.view(e) for e in self.tensors.entries}
         with open(path, "wb") as f:
             np.savez(f, header=np.array(json.dumps(header)), lengths=self.lengths, **arrays)
 
@@ -101,7 +102,9 @@ def load_state(path: str | Path, model: Model) -> DecodeState:
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: not a saved state ({e})") from e
     if header["convention"] != STATE_CONVENTION:
-        raise UserError(f"{path}: convention {header['convention']!r}, expected {STATE_CONVENTION!r}")
+        raise UserError(
+            f"{path}: convention {header['convention']!r}, expected {STATE_CONVENTION!r}"
+        )
     if header["config"] != model.config.model_dump(mode="json"):
         raise UserError(f"{path}: the state belongs to a model of another configuration")
     state = DecodeState(model, len(lengths), int(header["capacity"]))

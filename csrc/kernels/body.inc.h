@@ -3,7 +3,12 @@
  *     XL_MR    rows of the register tile  XL_NV   vectors in a row of the tile
  * Written in GCC/Clang vector extensions: no intrinsics, so the same text serves every target. */
 
-#define VL ((ptrdiff_t)(XL_VB / sizeof(real)))
+#ifdef XL_REAL_F64
+#define XL_LANES (XL_VB / 8)
+#else
+#define XL_LANES (XL_VB / 4)
+#endif
+#define VL ((ptrdiff_t)XL_LANES)
 #define NR (XL_NV * VL)
 
 typedef real vec __attribute__((vector_size(XL_VB)));
@@ -23,12 +28,28 @@ INLINE void store(real *p, vec x) { *(vec_u *)p = x; }
 INLINE vec splat(real x) { return x - (vec){0}; }
 INLINE vec select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
-/* One order of addition for every reduction: lanes in halves would depend on the target, so lanes
- * are added one after another. Results may differ between instruction sets, never within one. */
+/* Lanes are added in halves. The order depends on the length of a vector: results may differ between
+ * instruction sets, never within one. memcpy of half a register is one instruction or none. */
+typedef real vec4 __attribute__((vector_size(4 * sizeof(real))));
+typedef real vec8 __attribute__((vector_size(8 * sizeof(real))));
+INLINE real lanes_sum4(vec4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+INLINE real lanes_sum8(vec8 x) {
+    vec4 half[2];
+    __builtin_memcpy(half, &x, sizeof half);
+    return lanes_sum4(half[0] + half[1]);
+}
 INLINE real lanes_sum(vec x) {
-    real s = 0;
-    for (ptrdiff_t l = 0; l < VL; l++) s += x[l];
-    return s;
+#if XL_LANES == 16
+    vec8 half[2];
+    __builtin_memcpy(half, &x, sizeof half);
+    return lanes_sum8(half[0] + half[1]);
+#elif XL_LANES == 8
+    return lanes_sum8(x);
+#elif XL_LANES == 4
+    return lanes_sum4(x);
+#else
+    return x[0] + x[1];
+#endif
 }
 
 /* ---- matrix product ---------------------------------------------------------------------- */
@@ -76,14 +97,16 @@ INLINE void pack_a(ptrdiff_t m, ptrdiff_t kc, const real *a, ptrdiff_t rsa, ptrd
             out[k * XL_MR + i] = i < m ? a[i * rsa + k * csa] : (real)0;
 }
 
-INLINE void tile(ptrdiff_t kc, const real *a, const real *b, vec acc[XL_MR][XL_NV]) {
+/* A(i,k) = a[i * rsa + k * csa], packed or in place. */
+INLINE void tile(ptrdiff_t kc, const real *a, ptrdiff_t rsa, ptrdiff_t csa, const real *b,
+                 vec acc[XL_MR][XL_NV]) {
     for (int i = 0; i < XL_MR; i++)
         for (int j = 0; j < XL_NV; j++) acc[i][j] = (vec){0};
-    for (ptrdiff_t k = 0; k < kc; k++, a += XL_MR, b += NR) {
+    for (ptrdiff_t k = 0; k < kc; k++, a += csa, b += NR) {
         vec bk[XL_NV];
         for (int j = 0; j < XL_NV; j++) bk[j] = load(b + j * VL);
         for (int i = 0; i < XL_MR; i++)
-            for (int j = 0; j < XL_NV; j++) acc[i][j] += a[i] * bk[j];
+            for (int j = 0; j < XL_NV; j++) acc[i][j] += a[i * rsa] * bk[j];
     }
 }
 
@@ -92,11 +115,16 @@ static void gemm_packed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, cons
                         ptrdiff_t ldc, real *apack) {
     for (ptrdiff_t i0 = 0; i0 < m; i0 += XL_MR) {
         ptrdiff_t h = xl_min(XL_MR, m - i0);
-        pack_a(h, kc, a + i0 * rsa, rsa, csa, apack);
+        /* A whole tile is read in place, unless its rows would compete for the same cache lines. */
+        int direct = h == XL_MR && rsa * (ptrdiff_t)sizeof(real) % 4096 != 0;
+        if (!direct) pack_a(h, kc, a + i0 * rsa, rsa, csa, apack);
         for (ptrdiff_t j0 = 0; j0 < n; j0 += NR) {
             ptrdiff_t w = xl_min(NR, n - j0);
             vec acc[XL_MR][XL_NV];
-            tile(kc, apack, packed + j0 * kc, acc);
+            if (direct)
+                tile(kc, a + i0 * rsa, rsa, csa, packed + j0 * kc, acc);
+            else
+                tile(kc, apack, 1, XL_MR, packed + j0 * kc, acc);
             real *out = c + i0 * ldc + j0;
             if (h == XL_MR && w == NR) {
                 for (int i = 0; i < XL_MR; i++)
@@ -244,6 +272,25 @@ static double sumsq(ptrdiff_t n, const real *x) {
 
 static void axpy(ptrdiff_t n, real a, const real *x, real *y) {
     for (ptrdiff_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+/* y stays in registers for all rows */
+static void axpys(ptrdiff_t n, ptrdiff_t rows, const real *a, const real *x, ptrdiff_t ldx,
+                  real *y) {
+    ptrdiff_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL) {
+        vec s[4];
+        for (int j = 0; j < 4; j++) s[j] = load(y + i + j * VL);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++) s[j] += a[r] * load(x + r * ldx + i + j * VL);
+        for (int j = 0; j < 4; j++) store(y + i + j * VL, s[j]);
+    }
+    for (; i + VL <= n; i += VL) {
+        vec s = load(y + i);
+        for (ptrdiff_t r = 0; r < rows; r++) s += a[r] * load(x + r * ldx + i);
+        store(y + i, s);
+    }
+    for (; i < n; i++)
+        for (ptrdiff_t r = 0; r < rows; r++) y[i] += a[r] * x[r * ldx + i];
 }
 static void scale(ptrdiff_t n, real a, real *x) {
     for (ptrdiff_t i = 0; i < n; i++) x[i] *= a;
@@ -430,6 +477,7 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .max = max,
     .sumsq = sumsq,
     .axpy = axpy,
+    .axpys = axpys,
     .scale = scale,
     .add = add,
     .mul_add = mul_add,

@@ -48,7 +48,10 @@ typedef struct xl_kernels {
     real (*sum)(ptrdiff_t n, const real *x);
     real (*max)(ptrdiff_t n, const real *x); /* -INFINITY for n = 0; NaN if any x is NaN */
     double (*sumsq)(ptrdiff_t n, const real *x);
-    void (*axpy)(ptrdiff_t n, real a, const real *x, real *y);           /* y += a x */
+    void (*axpy)(ptrdiff_t n, real a, const real *x, real *y); /* y += a x */
+    /* y += sum of a[r] x_r for r < rows, x_r = x + r*ldx, upwards in r */
+    void (*axpys)(ptrdiff_t n, ptrdiff_t rows, const real *a, const real *x, ptrdiff_t ldx,
+                  real *y);
     void (*scale)(ptrdiff_t n, real a, real *x);                         /* x *= a */
     void (*add)(ptrdiff_t n, const real *x, real *y);                    /* y += x */
     void (*mul_add)(ptrdiff_t n, const real *x, const real *y, real *z); /* z += x*y elementwise */

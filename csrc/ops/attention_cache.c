@@ -51,7 +51,7 @@ static void attend(const xl_ctx *ctx, ptrdiff_t D, ptrdiff_t n, const real *q, c
     part[0] = kn->max(n, scores);
     part[1] = kn->exp_sum(n, scores, part[0], scores);
     memset(part + 2, 0, (size_t)D * sizeof(real));
-    for (ptrdiff_t j = 0; j < n; j++) kn->axpy(D, scores[j], values + j * ld, part + 2);
+    kn->axpys(D, n, scores, values, ld, part + 2);
 }
 
 /* Adds up the parts of a head, in order. */
