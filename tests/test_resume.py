@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import tiny_run
 
-from xlstm_distill import recipe as recipes
-from xlstm_distill import run as runs
+import xlstm_distill
 from xlstm_distill.align import align
 from xlstm_distill.atomic import atomic_file
 from xlstm_distill.data import TokenData
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
+from xlstm_distill.recipe import load_recipe, make_recipe, save_recipe
+from xlstm_distill.run import run
 from xlstm_distill.rundir import Interrupt, RunDirectory
 from xlstm_distill.sampling import read_documents, sample_documents
 from xlstm_distill.training import Saver
@@ -226,17 +227,17 @@ def test_a_directory_with_other_things_is_refused(tmp_path):
     (tmp_path / "precious.txt").write_text("x")
     values = tiny_run.recipe(tmp_path, tmp_path)
     with RunDirectory(tmp_path) as directory, pytest.raises(UserError, match=r"precious\.txt"):
-        directory.begin(recipes.make_recipe(values))
+        directory.begin(make_recipe(values))
 
 
 def test_another_recipe_is_refused_by_key(tmp_path):
     values = tiny_run.recipe(tmp_path, tmp_path)
     with RunDirectory(tmp_path / "run") as directory:
-        directory.begin(recipes.make_recipe(values))
-        directory.begin(recipes.make_recipe(values))
+        directory.begin(make_recipe(values))
+        directory.begin(make_recipe(values))
         values["align"]["steps"] = 7
         with pytest.raises(UserError, match=r"align\.steps is 6 there and 7 here"):
-            directory.begin(recipes.make_recipe(values))
+            directory.begin(make_recipe(values))
 
 
 def test_first_interrupt_waits_and_second_does_not():
@@ -262,14 +263,14 @@ def prepared(tmp_path_factory, teacher):
     text = tiny_run.write_text(root / "text")
     values = tiny_run.recipe(root / "teacher", text, save_seconds=0)
     values["align"]["steps"] = values["distill"]["steps"] = 40
-    recipes.save_recipe(recipes.make_recipe(values), root / "recipe.yaml")
+    save_recipe(make_recipe(values), root / "recipe.yaml")
     return root
 
 
 def start(root: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "xlstm_distill", "run", str(root / "recipe.yaml")]
     command += ["--out", str(out)]
-    package = Path(runs.__file__).parent.parent
+    package = Path(xlstm_distill.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(package), "XLSTM_DISTILL_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -336,7 +337,7 @@ def test_killed_run_ends_with_the_same_bits(prepared, tmp_path):
         for stage in ("align", "distill general", "distill notes"):
             assert [m["loss"] for m in a.steps(stage)] == [m["loss"] for m in b.steps(stage)]
     # A finished run has nothing left to do, and keeps its results.
-    runs.run(recipes.load_recipe(prepared / "recipe.yaml"), killed)
+    run(load_recipe(prepared / "recipe.yaml"), killed)
     assert results(killed) == expected
     report = json.loads((killed / "report" / "report.json").read_text())
     assert report["layer_errors"]["before"] != report["layer_errors"]["after"]

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checkpoints, evaluate, runtime
+from . import checkpoints, runtime
 from .atomic import write_text
 from .data import Rows
 from .errors import UserError
-from .evaluate import Comparison, Fidelity
+from .evaluate import Comparison, Fidelity, compare, evaluate, fidelity, write_results
 from .linearize import linearize
 from .model import Model
 from .recipe import FidelitySection
@@ -110,7 +110,7 @@ class _Assessment:
                 update({"step": done, "steps": total})
                 self.run.interrupt.check()
 
-            found = evaluate.fidelity(
+            found = fidelity(
                 {name: self.models[name] for name in names},
                 self.run.teacher,
                 self.documents,
@@ -178,7 +178,7 @@ class _Assessment:
                 update({"step": done, "steps": total})
                 self.run.interrupt.check()
 
-            return evaluate.evaluate(
+            return evaluate(
                 self.models[name], [task], limit=limit, seed=self.run.recipe.seed, progress=progress
             )
 
@@ -207,7 +207,7 @@ def assess(run: Run) -> None:
                 for task, limit in section.tasks.items()
             ]
             if parts:
-                evaluate.write_results(_joined(parts), place / f"results_{name}.json")
+                write_results(_joined(parts), place / f"results_{name}.json")
         if section.tasks:
             compare_results(place)
 
@@ -215,7 +215,7 @@ def assess(run: Run) -> None:
 def compare_results(place: Path) -> Comparison:
     """Win-and-Tie of the merged model and the control, from their result files."""
     students = {name: place / f"results_{name}.json" for name in (MERGED, CONTROL)}
-    return evaluate.compare(
+    return compare(
         place / "results_teacher.json", students, control=CONTROL, out=place / "comparison"
     )
 
@@ -459,11 +459,11 @@ def _claims(
 
 def _notes(run: Run, shorter: list[Fidelity]) -> list[str]:
     notes = []
-    for fidelity in shorter:
+    for measured in shorter:
         words = [
-            f"{name} {fidelity.mean(name).kl:.4f}" for name in fidelity.models if name != "teacher"
+            f"{name} {measured.mean(name).kl:.4f}" for name in measured.models if name != "teacher"
         ]
-        notes.append(f"KL to the teacher at a context of {fidelity.context}: {', '.join(words)}.")
+        notes.append(f"KL to the teacher at a context of {measured.context}: {', '.join(words)}.")
     memory = run.path / "evaluation" / "parts" / "memory.json"
     if memory.is_file():
         sizes = read_piece(memory)

@@ -18,19 +18,22 @@ import numpy as np
 
 from . import bench as benchmarks
 from . import budget, checkpoints, packages, runtime
-from . import evaluate as evaluation
-from . import model as models
-from . import quickstart as quickstarts
-from . import run as runs
 from .assess import machine_facts, report_facts, write_report
 from .checkpoints import LazyTensors
 from .data import TokenData
 from .errors import UserError
+from .evaluate import compare as compare_results
+from .evaluate import evaluate as evaluate_model
+from .evaluate import write_results
 from .merge import merge as merge_models
-from .model import Compute, Model
+from .model import Compute, Model, load
 from .progress import Reporter
+from .quickstart import quickstart as run_quickstart
+from .quickstart import request_lengths
 from .recipe import SampledSource, load_recipe
 from .report import terminal_table
+from .run import Run
+from .run import run as run_recipe
 from .rundir import RunDirectory
 
 Arguments = argparse.Namespace
@@ -64,7 +67,7 @@ def _facts(arguments: Arguments, facts: Mapping[str, Any]) -> None:
 def quickstart(arguments: Arguments) -> Result:
     """The whole method on SmolLM2-135M."""
     started = time.perf_counter()
-    out = quickstarts.quickstart(arguments.out, arguments.minutes, Reporter())
+    out = run_quickstart(arguments.out, arguments.minutes, Reporter())
     return _finished(arguments, out, time.perf_counter() - started)
 
 
@@ -73,7 +76,7 @@ def run(arguments: Arguments) -> Result:
     recipe = load_recipe(arguments.recipe, arguments.set)
     until = "report" if arguments.command == "run" else arguments.command
     started = time.perf_counter()
-    out = runs.run(recipe, arguments.out, Reporter(), until)
+    out = run_recipe(recipe, arguments.out, Reporter(), until)
     if until == "report":
         return _finished(arguments, out, time.perf_counter() - started)
     _say(arguments, f"{arguments.command}: done in {out}")
@@ -82,7 +85,7 @@ def run(arguments: Arguments) -> Result:
 
 def _finished(arguments: Arguments, out: Path, seconds: float) -> Result:
     with RunDirectory(out) as directory:
-        facts = report_facts(runs.Run(directory, directory.recipe()))
+        facts = report_facts(Run(directory, directory.recipe()))
     page = out / "report" / "report.html"
     if not arguments.json:
         terminal_table(facts)
@@ -95,7 +98,7 @@ def report(arguments: Arguments) -> Result:
     if not (Path(arguments.run) / "recipe.yaml").is_file():
         raise UserError(f"{arguments.run}: holds no recipe.yaml: not a run directory", usage=True)
     with RunDirectory(arguments.run) as directory:
-        work = runs.Run(directory, directory.recipe())
+        work = Run(directory, directory.recipe())
         page = write_report(work)
         facts = report_facts(work)
     if not arguments.json:
@@ -122,11 +125,11 @@ def estimate(arguments: Arguments) -> Result:
     """Time, memory and disk of a recipe, from a short calibration with its teacher."""
     recipe = load_recipe(arguments.recipe, arguments.set)
     started = time.perf_counter()
-    teacher = models.load(recipe.teacher)
+    teacher = load(recipe.teacher)
     rates = budget.calibrate(teacher, recipe, Path.cwd(), time.perf_counter() - started)
     lengths: dict[str, float] = {}
     if recipe.evaluate.tasks and teacher.tokenizer is not None:
-        lengths = quickstarts.request_lengths(teacher.tokenizer, list(recipe.evaluate.tasks))
+        lengths = request_lengths(teacher.tokenizer, list(recipe.evaluate.tasks))
     found = budget.estimate(recipe, teacher.config, rates, lengths)
     _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
     _facts(
@@ -206,7 +209,7 @@ def doctor(arguments: Arguments) -> Result:
 
 
 def _load(arguments: Arguments) -> Model:
-    return models.load(arguments.model, compute=_COMPUTE[arguments.dtype])
+    return load(arguments.model, compute=_COMPUTE[arguments.dtype])
 
 
 def generate(arguments: Arguments) -> Result:
@@ -328,14 +331,14 @@ def evaluate(arguments: Arguments) -> Result:
     model = _load(arguments)
     tasks = [task for task in arguments.tasks.split(",") if task]
     with Reporter(quiet=arguments.json).bar("evaluate") as update:
-        results = evaluation.evaluate(
+        results = evaluate_model(
             model,
             tasks,
             limit=arguments.limit,
             seed=arguments.seed,
             progress=_progress(update),
         )
-    evaluation.write_results(results, arguments.out)
+    write_results(results, arguments.out)
     for task, metrics in results["results"].items():
         figures = ", ".join(
             f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
@@ -356,7 +359,7 @@ def compare(arguments: Arguments) -> Result:
         if not equals or not name or not file:
             raise UserError(f"--student {text}: expected NAME=FILE.json", usage=True)
         students[name] = file
-    found = evaluation.compare(
+    found = compare_results(
         arguments.teacher, students, control=arguments.control, out=arguments.out
     )
     _say(arguments, found.table())

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped from the batch once fewer than this share of its rows is running."""
 
+_NUCLEUS = 512
+"""Entries that a nucleus is first looked for in."""
+
 
 def sample(
     logits: NDArray[Any], temperature: float, top_p: float, uniform: NDArray[np.float64]
@@ -28,17 +31,31 @@ def sample(
     if temperature == 0:
         return np.argmax(logits, axis=1)
     p = np.exp((logits - logits.max(axis=1, keepdims=True)) / np.float32(temperature))
-    if top_p < 1:
-        order = np.argsort(-p, axis=1, kind="stable")
-        ranked = np.take_along_axis(p, order, axis=1)
-        before = np.cumsum(ranked, axis=1, dtype=np.float64) - ranked
-        ranked[before >= top_p * p.sum(axis=1, dtype=np.float64)[:, None]] = 0
-        np.put_along_axis(p, order, ranked, axis=1)
     chosen = np.empty(len(p), dtype=np.int64)
     for row, u in enumerate(uniform):
-        total = np.cumsum(p[row], dtype=np.float64)
-        chosen[row] = min(int(np.searchsorted(total, u * total[-1], side="right")), len(total) - 1)
+        kept = _nucleus(p[row], top_p) if top_p < 1 else np.arange(p.shape[1])
+        total = np.cumsum(p[row, kept], dtype=np.float64)
+        at = int(np.searchsorted(total, u * total[-1], side="right"))
+        chosen[row] = kept[min(at, len(kept) - 1)]
     return chosen
+
+
+def _nucleus(p: NDArray[Any], top_p: float) -> NDArray[np.int64]:
+    """Indices, upwards, of the fewest largest entries of p whose mass reaches top_p of the whole.
+
+    Of equal entries the first are kept. A nucleus is small as a rule: the sort looks at the largest
+    entries first and at more of them only if their mass does not reach far enough.
+    """
+    wanted = top_p * p.sum(dtype=np.float64)
+    n = min(_NUCLEUS, p.size)
+    while True:
+        floor = np.partition(p, p.size - n)[p.size - n]
+        largest = np.flatnonzero(p >= floor)
+        order = largest[np.argsort(-p[largest], kind="stable")]
+        reached = np.cumsum(p[order], dtype=np.float64)
+        if reached[-1] >= wanted or n == p.size:
+            return np.sort(order[: int(np.searchsorted(reached, wanted)) + 1])
+        n = min(16 * n, p.size)
 
 
 def _check(temperature: float, top_p: float, max_new_tokens: int) -> None:

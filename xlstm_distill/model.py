@@ -404,7 +404,7 @@ class Model:
         stop_ids: Iterable[int] | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
-        """Continue ragged prompts together (generate.py); new tokens only, without the stop token."""
+        """Continue ragged prompts together (generate.py); new tokens only, no stop tokens."""
         from .generate import generate_batch
 
         return generate_batch(

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from . import evaluate, packages
-from . import model as models
+from . import packages
 from .budget import SAMPLE_BATCH, SAMPLE_FILLED, Rates, calibrate, fidelity_seconds, task_seconds
 from .errors import UserError
-from .evaluate.tasks import encode_pair
+from .evaluate.tasks import encode_pair, load_task
+from .model import load
 from .progress import Reporter
 from .recipe import Recipe, make_recipe
 from .run import Run
@@ -70,7 +70,7 @@ def request_lengths(tokenizer: Tokenizer, tasks: Sequence[str] = TASKS) -> dict[
     """Mean number of tokens that a document of each request set takes to score."""
     found = {}
     for name in tasks:
-        documents = evaluate.load_task(name).documents[:_MEASURED]
+        documents = load_task(name).documents[:_MEASURED]
         totals = []
         for document in documents:
             encoded = [encode_pair(tokenizer, *pair) for pair in document.pairs]
@@ -215,7 +215,7 @@ def quickstart(
         else:
             wanted = DEFAULT_MINUTES if minutes is None else minutes
             reporter.note(f"measuring this machine, then {wanted:g} minutes of work in {out}")
-            teacher = models.load(TEACHER)
+            teacher = load(TEACHER)
             load_seconds = time.perf_counter() - started
             draft = make_recipe(base_recipe())
             rates = calibrate(teacher, draft, directory.path, load_seconds)

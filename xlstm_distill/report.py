@@ -11,21 +11,22 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import plots
 from .errors import UserError, validated
 from .evaluate.compare import Comparison
 from .evaluate.fidelity import Fidelity, Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class _Part(BaseModel):
@@ -212,6 +213,8 @@ def _page(facts: ReportData) -> str:
 
 def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
     """Section -> (description for readers who do not see it, inline SVG)."""
+    from . import plots  # slow to import
+
     found: dict[str, list[tuple[str, Markup]]] = {}
 
     def add(section: str, text: str, figure: Figure) -> None:

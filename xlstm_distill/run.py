@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import model as models
 from . import sources
 from .align import align, relative_errors
 from .data import MANIFEST, Batches, Rows, TokenData, from_sources, split_held_out
@@ -25,7 +24,7 @@ from .errors import UserError
 from .evaluate import passages
 from .linearize import linearize
 from .merge import merge
-from .model import Model
+from .model import Model, load
 from .progress import Reporter
 from .recipe import DomainSection, Recipe, SampledSource
 from .rundir import Interrupt, RunDirectory
@@ -72,7 +71,7 @@ class Run:
     @cached_property
     def teacher(self) -> Model:
         """The teacher, loaded when a stage needs it."""
-        teacher = models.load(self.recipe.teacher)
+        teacher = load(self.recipe.teacher)
         if teacher.tokenizer is None:
             raise UserError(f"{self.recipe.teacher}: holds no tokenizer; a run needs one")
         return teacher
@@ -126,7 +125,7 @@ class Run:
 
     def load_model(self, place: Path) -> Model:
         """A model that an earlier stage wrote."""
-        return models.load(place)
+        return load(place)
 
     # ---- data ---------------------------------------------------------------------------------
 

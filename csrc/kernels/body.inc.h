@@ -54,6 +54,8 @@ INLINE real lanes_sum(vec x) {
 
 /* ---- matrix product ---------------------------------------------------------------------- */
 
+#define PACK_K 16
+
 static void pack_b(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
                    real *out) {
     for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR) {
@@ -65,8 +67,12 @@ static void pack_b(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrd
                     store(out + k * NR + j, load(p + k * rsb + j));
             continue;
         }
-        for (ptrdiff_t j = 0; j < w; j++)
-            for (ptrdiff_t k = 0; k < kc; k++) out[k * NR + j] = p[k * rsb + j * csb];
+        /* A transposition, in pieces whose reads and writes stay in the first cache. */
+        for (ptrdiff_t k0 = 0; k0 < kc; k0 += PACK_K) {
+            ptrdiff_t k1 = xl_min(kc, k0 + PACK_K);
+            for (ptrdiff_t j = 0; j < w; j++)
+                for (ptrdiff_t k = k0; k < k1; k++) out[k * NR + j] = p[k * rsb + j * csb];
+        }
         for (ptrdiff_t j = w; j < NR; j++)
             for (ptrdiff_t k = 0; k < kc; k++) out[k * NR + j] = 0;
     }

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from .. import plots
 from ..errors import UserError
 from .tasks import read_results
 from .wintie import WinTie, preferred_metric, split_groups
@@ -94,6 +93,8 @@ class Comparison(BaseModel):
 
     def write(self, directory: str | Path) -> list[Path]:
         """Write comparison.json, comparison.csv, and curves and recovery as SVG."""
+        from .. import plots  # slow to import
+
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "comparison.json", folder / "comparison.csv"]

@@ -263,7 +263,7 @@ class WinTie:
 
     def plot(self, path: str | Path) -> Path:
         """Write the coverage curves as an image (.svg, .png or .pdf by the path's ending)."""
-        from .. import plots
+        from .. import plots  # slow to import
 
         return plots.save(plots.win_tie_curves(self), path)
 
