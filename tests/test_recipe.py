@@ -11,6 +11,7 @@ import yaml
 
 from xlstm_distill.budget import Rates, estimate, evaluation_seconds, fidelity_seconds
 from xlstm_distill.errors import UserError
+from xlstm_distill.evaluate.tasks import ReadTokens
 from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan
 from xlstm_distill.recipe import (
     first_difference,
@@ -170,7 +171,7 @@ SLOW = Rates(
     save=3.0,
     load=5.0,
 )
-LENGTHS = dict.fromkeys(TASKS, 900.0)
+READING = dict.fromkeys(TASKS, ReadTokens(shared=700.0, each=200.0))
 
 
 def faster(rates: Rates, by: float) -> Rates:
@@ -180,7 +181,7 @@ def faster(rates: Rates, by: float) -> Rates:
 
 def cost(recipe, rates):
     """Seconds of sampling, stage I, stage II with targets, evaluation, as planned."""
-    found = estimate(recipe, TINY_CONFIG, rates, LENGTHS)["seconds"]
+    found = estimate(recipe, TINY_CONFIG, rates, READING)["seconds"]
     moved = rates.save + rates.load
     return (
         found["sample"],
@@ -197,7 +198,7 @@ TINY_CONFIG = tiny_run.teacher().config
 @pytest.mark.parametrize("minutes", [10.0, 30.0, 90.0])
 def test_a_plan_fits_its_budget(minutes, speed):
     rates = faster(SLOW, speed)
-    recipe = plan(rates, minutes, LENGTHS, spent=40.0)
+    recipe = plan(rates, minutes, READING, spent=40.0)
     sampling, first, second, evaluation = cost(recipe, rates)
     budget = 60 * minutes
     assert sampling <= 0.15 * budget
@@ -213,7 +214,7 @@ def test_a_plan_fits_its_budget(minutes, speed):
 
 def test_a_plan_measures_enough_text_and_fixes_its_claim():
     for minutes, wanted in ((10, None), (30, 0.85), (90, 0.75)):
-        recipe = plan(SLOW, minutes, LENGTHS)
+        recipe = plan(SLOW, minutes, READING)
         (main, *_) = recipe.evaluate.fidelity
         assert recipe.evaluate.wanted_ratio == wanted
         if minutes >= 30:
@@ -224,28 +225,28 @@ def test_a_plan_measures_enough_text_and_fixes_its_claim():
 
 
 def test_more_time_goes_to_every_part():
-    small, large = plan(SLOW, 30, LENGTHS), plan(SLOW, 120, LENGTHS)
+    small, large = plan(SLOW, 30, READING), plan(SLOW, 120, READING)
     assert large.align.steps * large.align.rows > 3 * small.align.steps * small.align.rows
     assert large.distill.steps * large.distill.rows > 3 * small.distill.steps * small.distill.rows
     assert len(large.evaluate.tasks) >= len(small.evaluate.tasks)
-    assert list(large.evaluate.tasks) == list(TASKS[: len(large.evaluate.tasks)])
+    assert set(large.evaluate.tasks) >= set(small.evaluate.tasks)
     assert large.align.steps >= 250
 
 
 def test_the_smallest_budget_is_still_a_recipe():
-    recipe = plan(SLOW, 0.1, LENGTHS, spent=60)
+    recipe = plan(SLOW, 0.1, READING, spent=60)
     assert recipe.align.steps >= 2 and recipe.distill.steps >= 2
     assert not recipe.evaluate.tasks
 
 
 def test_evaluation_is_counted_as_it_is_done():
-    recipe = plan(faster(SLOW, 4), 60, LENGTHS)
+    recipe = plan(faster(SLOW, 4), 60, READING)
     total = sum(
         fidelity_seconds(SLOW, 2, s.context, s.windows, 2)
         + fidelity_seconds(SLOW, 2, s.context, s.expert_windows, 2)
         for s in recipe.evaluate.fidelity
     )
-    assert evaluation_seconds(recipe, SLOW, LENGTHS) > total > 0
+    assert evaluation_seconds(recipe, SLOW, READING) > total > 0
 
 
 def test_the_shipped_recipe_is_valid():

@@ -13,6 +13,7 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import UserError
+from .evaluate.tasks import ReadTokens
 from .linearize import linearize
 from .model import Model
 from .optim import AdamW, trainable_names
@@ -137,9 +138,9 @@ def _save_seconds(place: Path, size: int) -> float:
 
 
 def estimate(
-    recipe: Recipe, config: ModelConfig, rates: Rates, lengths: Mapping[str, float]
+    recipe: Recipe, config: ModelConfig, rates: Rates, reading: Mapping[str, ReadTokens]
 ) -> dict[str, Any]:
-    """Seconds by stage, most memory and disk in MiB. lengths: tokens of a document of each task."""
+    """Seconds by stage, most memory and disk in MiB. reading: of each request set."""
     length, experts = recipe.data.length, recipe.experts
     sampled = [s for d in recipe.data.domains.values() for s in d.sources]
     new = sum(
@@ -156,7 +157,7 @@ def estimate(
         "distill": len(experts)
         * (stage_two / rates.distill + recipe.distill.steps * rates.update + moved),
         "merge": moved,
-        "evaluate": evaluation_seconds(recipe, rates, lengths),
+        "evaluate": evaluation_seconds(recipe, rates, reading),
     }
     weights = 4 * config_size(config) / 2**20
     rows = min(recipe.distill.micro_rows, recipe.distill.rows)
@@ -196,7 +197,7 @@ def task_seconds(rates: Rates, tokens: float) -> float:
     return tokens * (1 / rates.teacher + 2 / rates.student)
 
 
-def evaluation_seconds(recipe: Recipe, rates: Rates, lengths: Mapping[str, float]) -> float:
+def evaluation_seconds(recipe: Recipe, rates: Rates, reading: Mapping[str, ReadTokens]) -> float:
     """Seconds of the evaluation of a recipe."""
     domains = sum(1 for d in recipe.data.domains.values() if d.held_out_tokens)
     experts = len(recipe.experts) if len(recipe.experts) > 1 else 0
@@ -205,5 +206,5 @@ def evaluation_seconds(recipe: Recipe, rates: Rates, lengths: Mapping[str, float
         total += fidelity_seconds(rates, domains, section.context, section.windows, 2)
         total += fidelity_seconds(rates, domains, section.context, section.expert_windows, experts)
     for task, limit in recipe.evaluate.tasks.items():
-        total += task_seconds(rates, limit * lengths.get(task, 500.0))
+        total += task_seconds(rates, reading[task].of(limit))
     return total

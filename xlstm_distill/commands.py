@@ -24,12 +24,12 @@ from .data import TokenData
 from .errors import UserError
 from .evaluate import compare as compare_results
 from .evaluate import evaluate as evaluate_model
-from .evaluate import write_results
+from .evaluate import load_task, write_results
+from .evaluate.tasks import read_tokens
 from .merge import merge as merge_models
 from .model import Compute, Model, load
 from .progress import Reporter
 from .quickstart import quickstart as run_quickstart
-from .quickstart import request_lengths
 from .recipe import SampledSource, load_recipe
 from .report import terminal_table
 from .run import Run
@@ -127,10 +127,9 @@ def estimate(arguments: Arguments) -> Result:
     started = time.perf_counter()
     teacher = load(recipe.teacher)
     rates = budget.calibrate(teacher, recipe, Path.cwd(), time.perf_counter() - started)
-    lengths: dict[str, float] = {}
-    if recipe.evaluate.tasks and teacher.tokenizer is not None:
-        lengths = request_lengths(teacher.tokenizer, list(recipe.evaluate.tasks))
-    found = budget.estimate(recipe, teacher.config, rates, lengths)
+    assert teacher.tokenizer is not None  # calibrate refuses that
+    reading = {t: read_tokens(teacher.tokenizer, load_task(t)) for t in recipe.evaluate.tasks}
+    found = budget.estimate(recipe, teacher.config, rates, reading)
     _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
     _facts(
         arguments,

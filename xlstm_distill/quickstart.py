@@ -9,7 +9,7 @@ continued does not calibrate again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -21,13 +21,12 @@ import yaml
 from . import packages
 from .budget import SAMPLE_BATCH, SAMPLE_FILLED, Rates, calibrate, fidelity_seconds, task_seconds
 from .errors import UserError
-from .evaluate.tasks import encode_pair, load_task
+from .evaluate.tasks import ReadTokens, load_task, read_tokens
 from .model import load
 from .progress import Reporter
 from .recipe import Recipe, make_recipe
 from .run import Run
 from .rundir import Interrupt, RunDirectory
-from .tokenizer import Tokenizer
 
 TEACHER = "smollm2-135m-instruct"
 DEFAULT_MINUTES = 30.0
@@ -35,20 +34,22 @@ SAMPLING_SHARE, EVALUATION_SHARE = 0.15, 0.15
 """At most so much of the budget goes to sampling text and to evaluation."""
 _CAUTION = 0.88
 """Share of each part of the budget that is planned for; the rest is for slow spells."""
+_EVALUATION_CAUTION = 0.95
+"""The same for the evaluation: its windows are longer than what is calibrated, and so faster."""
 _ALIGN_SHARE = 0.5
 """Stage I's share of the training time; the rest is stage II with its targets."""
 _MIN_TOKENS = 20_000
 """Tokens a domain on which the main claims are measured."""
-# Request sets in the order in which the time that is left goes to them: first those that need the
-# far context, then multiple choice.
+# Request sets in the order in which the time that is left goes to them: some that need the far
+# context and one of multiple choice first, so that a small budget shows both kinds.
 TASKS = (
     "squad",
-    "coqa",
     "gsm8k",
-    "drop",
-    "minerva_math_algebra",
-    "mt_mbpp_python",
     "arc_easy",
+    "mt_mbpp_python",
+    "coqa",
+    "minerva_math_algebra",
+    "drop",
     "arc_challenge",
     "piqa",
     "hellaswag",
@@ -58,26 +59,10 @@ TASKS = (
 _FEWEST, _MOST = 8, 200
 """Documents of a request set: below the first it is left out, beyond the second time is better
 spent elsewhere."""
-_MEASURED = 8
-"""Documents of a request set whose length is measured for the plan."""
 _FEWEST_WINDOWS = 3
 """Windows a domain that are measured at least, however small the budget."""
 _OTHER_EVALUATION = 20.0
 """Seconds for samples, gates and loading models."""
-
-
-def request_lengths(tokenizer: Tokenizer, tasks: Sequence[str] = TASKS) -> dict[str, float]:
-    """Mean number of tokens that a document of each request set takes to score."""
-    found = {}
-    for name in tasks:
-        documents = load_task(name).documents[:_MEASURED]
-        totals = []
-        for document in documents:
-            encoded = [encode_pair(tokenizer, *pair) for pair in document.pairs]
-            contexts = {tuple(context) for context, _ in encoded}
-            totals.append(sum(map(len, contexts)) + sum(len(rest) for _, rest in encoded))
-        found[name] = float(np.mean(totals))
-    return found
 
 
 # ---- from a budget to a recipe ------------------------------------------------------------------
@@ -90,8 +75,13 @@ def base_recipe() -> dict[str, Any]:
     return values
 
 
-def plan(rates: Rates, minutes: float, lengths: Mapping[str, float], spent: float = 0.0) -> Recipe:
-    """The recipe that fits into `minutes`, of which `spent` seconds are gone already."""
+def plan(
+    rates: Rates, minutes: float, reading: Mapping[str, ReadTokens], spent: float = 0.0
+) -> Recipe:
+    """The recipe that fits into `minutes`, of which `spent` seconds are gone already.
+
+    reading: tokens that each of TASKS takes.
+    """
     values = base_recipe()
     budget = 60.0 * minutes
     length = values["data"]["length"]
@@ -106,8 +96,8 @@ def plan(rates: Rates, minutes: float, lengths: Mapping[str, float], spent: floa
         source.update(documents=each, batch=min(each, SAMPLE_BATCH))
     sampling = len(sampled) * each * new / rates.sample
 
-    share = EVALUATION_SHARE * budget * _CAUTION
-    measures, evaluation = _evaluation(rates, share, lengths, length, minutes)
+    share = EVALUATION_SHARE * budget * _EVALUATION_CAUTION
+    measures, evaluation = _evaluation(rates, share, reading, length, minutes)
     values["evaluate"].update(measures)
 
     experts = len(values["experts"])
@@ -143,7 +133,11 @@ def _steps(
 
 
 def _evaluation(
-    rates: Rates, seconds: float, lengths: Mapping[str, float], length: int, minutes: float
+    rates: Rates,
+    seconds: float,
+    reading: Mapping[str, ReadTokens],
+    length: int,
+    minutes: float,
 ) -> tuple[dict[str, Any], float]:
     """What of the evaluation fits into `seconds`, and what it takes.
 
@@ -171,19 +165,24 @@ def _evaluation(
     if left > 3 * cost(256, 16, 2):
         fidelity.append(short)
         left -= cost(256, 16, 2)
-    costs = {name: task_seconds(rates, lengths[name]) for name in TASKS}
-    chosen = list(TASKS)
-    while chosen and sum(costs[name] for name in chosen) * _FEWEST > left:
-        chosen.pop()
-    each = sum(costs[name] for name in chosen)
-    limit = min(_MOST, int(left / each)) if chosen else 0
+
+    def tasks_cost(limits: Mapping[str, int]) -> float:
+        return sum(task_seconds(rates, reading[name].of(n)) for name, n in limits.items())
+
+    tasks: dict[str, int] = {}
+    for name in TASKS:
+        if tasks_cost({**tasks, name: _FEWEST}) <= left:
+            tasks[name] = _FEWEST
+    for limit in range(_FEWEST, _MOST + 1):  # the same for all
+        if tasks and tasks_cost(dict.fromkeys(tasks, limit)) <= left:
+            tasks = dict.fromkeys(tasks, limit)
     wanted = 0.75 if minutes >= 90 else 0.85 if minutes >= 30 else None
     measures = {
         "fidelity": fidelity,
-        "tasks": dict.fromkeys(chosen, limit),
+        "tasks": tasks,
         "wanted_ratio": wanted,
     }
-    return measures, seconds - left + limit * each
+    return measures, seconds - left + tasks_cost(tasks)
 
 
 def quickstart(
@@ -221,8 +220,8 @@ def quickstart(
             rates = calibrate(teacher, draft, directory.path, load_seconds)
             interrupt.check()
             assert teacher.tokenizer is not None
-            lengths = request_lengths(teacher.tokenizer)
-            recipe = plan(rates, wanted, lengths, spent=time.perf_counter() - started)
+            reading = {t: read_tokens(teacher.tokenizer, load_task(t)) for t in TASKS}
+            recipe = plan(rates, wanted, reading, spent=time.perf_counter() - started)
             directory.begin(recipe)
             spent = time.perf_counter() - started
             directory.log("calibrate", event="done", seconds=spent, rates=asdict(rates))

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -405,6 +405,32 @@ def _shared_tokens(tokenizer: ScoringTokenizer, documents: Sequence[Document]) -
     n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     # The last tokens before the texts part may be others in other documents.
     return tuple(first[: n - _BORDER]) if n >= _WORTH_SHARING else ()
+
+
+class ReadTokens(NamedTuple):
+    """Tokens that scoring a request set takes: `shared` once, `each` for every document."""
+
+    shared: float
+    each: float
+
+    def of(self, documents: int) -> float:
+        """Tokens for so many documents."""
+        return self.shared + self.each * documents if documents else 0.0
+
+
+def read_tokens(tokenizer: ScoringTokenizer, task: Task, measured: int = 8) -> ReadTokens:
+    """What scoring takes, from the first `measured` documents."""
+    documents = task.documents[:measured]
+    prefix = _shared_tokens(tokenizer, documents)
+    totals = []
+    for document in documents:
+        rows = _rows(tokenizer, 0, document, None)
+        if prefix:
+            totals.append(sum(len(r.context) - len(prefix) + len(r.rest) for r in rows))
+        else:
+            contexts = {r.context for r in rows}
+            totals.append(sum(map(len, contexts)) + sum(len(r.rest) for r in rows))
+    return ReadTokens(len(prefix), float(np.mean(totals)))
 
 
 def _scored(
