@@ -93,7 +93,7 @@ def plan(
     # At least a row can be packed from what is sampled.
     each = max(4, round(sampling * rates.sample / new / len(sampled)))
     for source in sampled:
-        source.update(documents=each, batch=min(each, SAMPLE_BATCH))
+        source.update(documents=each, batch=-(-each // -(-each // SAMPLE_BATCH)))
     sampling = len(sampled) * each * new / rates.sample
 
     share = EVALUATION_SHARE * budget * _EVALUATION_CAUTION
