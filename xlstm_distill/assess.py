@@ -131,9 +131,8 @@ class _Assessment:
             return
         self.piece(name, lambda: self.fidelity(section, [CONTROL, MERGED], section.windows))
         if experts:
-            students = [*experts, MERGED]
             some = section.expert_windows
-            self.piece(f"{name}-experts", lambda: self.fidelity(section, students, some))
+            self.piece(f"{name}-experts", lambda: self.fidelity(section, experts, some))
 
     def gates(self) -> list[list[float | None]]:
         """Median output gate [layers][heads] of the merged model on evaluation text."""
@@ -442,11 +441,13 @@ def _claims(
             text = f"its KL is lower in every position bucket from {_FAR} on"
             claim(text, f"largest ratio {max(ratios):.3f}", max(ratios) < 1)
         apart = run.path / "evaluation" / "parts" / f"fidelity-{main.context}-experts.json"
-        both = Fidelity(**read_piece(apart)) if apart.is_file() else main
-        experts = [name for name in expert_names(run) if name in both.models]
-        for domain in both.domains if experts else []:
-            merged = both.models[MERGED][domain].overall.kl
-            worse = max(both.models[name][domain].overall.kl for name in experts)
+        measured = Fidelity(**read_piece(apart)) if apart.is_file() else main
+        experts = [name for name in expert_names(run) if name in measured.models]
+        for domain in measured.domains if experts else []:
+            of_experts = [measured.models[name][domain].windows["kl"] for name in experts]
+            worse = max(float(np.mean(windows)) for windows in of_experts)
+            same = main.models[MERGED][domain].windows["kl"][: len(of_experts[0])]
+            merged = float(np.mean(same))  # on the windows that the experts were measured on
             text = f"on {domain} the merged student is not worse than the worse expert (KL)"
             claim(text, f"{merged:.4f} against {worse:.4f}", merged <= worse)
     if errors:

@@ -34,7 +34,7 @@ SAMPLING_SHARE, EVALUATION_SHARE = 0.15, 0.15
 """At most so much of the budget goes to sampling text and to evaluation."""
 _CAUTION = 0.88
 """Share of each part of the budget that is planned for; the rest is for slow spells."""
-_EVALUATION_CAUTION = 0.95
+_EVALUATION_CAUTION = 0.97
 """The same for the evaluation: its windows are longer than what is calibrated, and so faster."""
 _ALIGN_SHARE = 0.5
 """Stage I's share of the training time; the rest is stage II with its targets."""
@@ -44,10 +44,10 @@ _MIN_TOKENS = 20_000
 # context and one of multiple choice first, so that a small budget shows both kinds.
 TASKS = (
     "squad",
-    "gsm8k",
     "arc_easy",
     "mt_mbpp_python",
     "coqa",
+    "gsm8k",
     "minerva_math_algebra",
     "drop",
     "arc_challenge",
@@ -61,7 +61,7 @@ _FEWEST, _MOST = 8, 200
 spent elsewhere."""
 _FEWEST_WINDOWS = 3
 """Windows a domain that are measured at least, however small the budget."""
-_OTHER_EVALUATION = 20.0
+_OTHER_EVALUATION = 16.0
 """Seconds for samples, gates and loading models."""
 
 
@@ -171,8 +171,9 @@ def _evaluation(
 
     tasks: dict[str, int] = {}
     for name in TASKS:
-        if tasks_cost({**tasks, name: _FEWEST}) <= left:
-            tasks[name] = _FEWEST
+        if tasks_cost({**tasks, name: _FEWEST}) > left:
+            break
+        tasks[name] = _FEWEST
     for limit in range(_FEWEST, _MOST + 1):  # the same for all
         if tasks and tasks_cost(dict.fromkeys(tasks, limit)) <= left:
             tasks = dict.fromkeys(tasks, limit)
