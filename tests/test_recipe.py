@@ -219,6 +219,7 @@ def test_a_plan_measures_enough_text_and_fixes_its_claim():
         assert recipe.evaluate.wanted_ratio == wanted
         if minutes >= 30:
             assert main.windows * main.context >= 20_000
+            assert list(recipe.evaluate.tasks)[:2] == ["squad", "arc_easy"]
         for name in recipe.data.domains:
             assert recipe.data.domains[name].held_out_tokens >= main.windows * main.context
     assert "stage I: " in describe(recipe)
