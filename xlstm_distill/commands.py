@@ -126,8 +126,9 @@ def estimate(arguments: Arguments) -> Result:
     recipe = load_recipe(arguments.recipe, arguments.set)
     started = time.perf_counter()
     teacher = load(recipe.teacher)
+    if teacher.tokenizer is None:
+        raise UserError(f"{recipe.teacher}: holds no tokenizer; a run needs one")
     rates = budget.calibrate(teacher, recipe, Path.cwd(), time.perf_counter() - started)
-    assert teacher.tokenizer is not None  # calibrate refuses that
     reading = {t: read_tokens(teacher.tokenizer, load_task(t)) for t in recipe.evaluate.tasks}
     found = budget.estimate(recipe, teacher.config, rates, reading)
     _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
