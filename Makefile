@@ -97,8 +97,7 @@ asan: setup-test $(ASAN)/.built ## the fast tests under AddressSanitizer and UBS
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/lib \
 	    $(BIN)/pytest -q -m "$(FAST)"
 
-deep: isas asan ## every instruction set, the sanitizers, fuzzing, notebooks, long runs
-	$(PY) -m pytest -m "deep"
+deep: isas asan ## the fast tests with every instruction set and under the sanitizers
 
 # ---- checks --------------------------------------------------------------------------------------
 

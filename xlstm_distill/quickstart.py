@@ -35,7 +35,8 @@ SAMPLING_SHARE, EVALUATION_SHARE = 0.15, 0.15
 _CAUTION = 0.88
 """Share of each part of the budget that is planned for; the rest is for slow spells."""
 _EVALUATION_CAUTION = 0.97
-"""The same for the evaluation: its windows are longer than what is calibrated, and so faster."""
+"""The same for the evaluation, most of which is fixed: what is saved here is taken from the request
+sets."""
 _ALIGN_SHARE = 0.5
 """Stage I's share of the training time; the rest is stage II with its targets."""
 _MIN_TOKENS = 20_000
