@@ -30,10 +30,10 @@ def about() -> dict[str, Any]:
 
 def run_suite(suite: str, machine: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
     """Every case of a suite beside its rivals; prints as it goes."""
-    peak, rows = machine["peak_gflops_f32"], []
+    rows = []
     for case in bench.CASES[suite]():
-        times = bench.measure({"own": case.run, **RIVALS[suite](case.name, case.sizes)}, seconds)
-        row = bench.row(case, times.pop("own"), peak)
+        times = bench.measure({"own": case.run, **RIVALS[suite](case)}, seconds)
+        row = bench.row(case, times.pop("own"), machine)
         row["rivals"] = {
             name: {
                 "seconds": float(np.median(t)),
@@ -68,10 +68,7 @@ def main() -> int:
         parser.error(f"suite {min(unknown)!r} is not known: {', '.join(bench.SUITES)}")
     use_threads()
     machine = about()
-    print(
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, "
-        f"peak {machine['peak_gflops_f32']:.0f} GFLOP/s (float32)"
-    )
+    print(bench.describe(machine))
     args.out.mkdir(parents=True, exist_ok=True)
     for suite in args.suites or bench.SUITES:
         result = {"machine": machine, "results": run_suite(suite, machine, args.seconds)}

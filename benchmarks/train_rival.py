@@ -2,9 +2,10 @@
 
     python benchmarks/train_rival.py [--model smollm2-135m-instruct] [--batch 4x512,1x2048]
 
-Both sides load the same GGUF file in float32 and take whole steps (forward, backward, clipping,
-AdamW on every parameter) in turns in one process: ours trains the hybrid student and, for a like
-comparison, the plain teacher; theirs trains the teacher, the only model they have.
+All sides load the same GGUF file and take whole steps (forward, backward, clipping, AdamW on every
+parameter) in turns in one process. Ours: the hybrid student and, for a like comparison, the plain
+teacher, each with products in float32 and with operands in bf16 ("mixed"). Theirs: the teacher, the
+only model they have, in float32, under bf16 autocast and with bf16 weights.
 """
 
 from __future__ import annotations
@@ -42,26 +43,32 @@ def compare(name: str, rows: int, steps: int, seconds: float) -> dict[str, Any]:
     teacher = xd.load(path)
     ids = text_tokens(teacher, rows * steps).reshape(rows, steps)
     student = linearize(teacher, window=bench.WINDOW, sinks=bench.SINKS)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    own = {
-        "student": bench.TrainingStep(student, ids),
-        "teacher": bench.TrainingStep(teacher, ids),
-    }
-    rival = training_step(theirs, torch.from_numpy(ids.astype(np.int64)))
-    losses = {"teacher": own["teacher"](), "transformers": rival()}
-    times = bench.measure({**own, "transformers": rival}, seconds)
+    sides = {}
+    for side, model in (("student", student), ("teacher", teacher)):
+        step = bench.TrainingStep(model, ids)
+        for compute in bench.COMPUTE:
+            sides[f"{side} {compute}"] = step.computing(compute)
+    theirs, long = {}, torch.from_numpy(ids.astype(np.int64))
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs[dtype] = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype
+        )
+    sides["transformers f32"] = training_step(theirs[torch.float32], long)
+    sides["transformers autocast"] = training_step(theirs[torch.float32], long, autocast=True)
+    sides["transformers bf16"] = training_step(theirs[torch.bfloat16], long)
+    losses = {side: step() for side, step in sides.items()}
+    times = bench.measure(sides, seconds)
     tokens = rows * steps
     speed = {side: tokens / float(np.median(t)) for side, t in times.items()}
-    gflops = bench.step_flops(student.config, tokens, steps) / float(np.median(times["student"]))
+    best = max(v for side, v in speed.items() if side.startswith("transformers"))
+    flops = bench.step_flops(student.config, tokens, steps) / tokens
     return {
         "batch": [rows, steps],
         "first_loss": losses,
         "tokens_per_second": speed,
-        "student_gflops": gflops / 1e9,
-        "ratio_student": speed["student"] / speed["transformers"],
-        "ratio_teacher": speed["teacher"] / speed["transformers"],
+        "student_gflops": {c: flops * speed[f"student {c}"] / 1e9 for c in bench.COMPUTE},
+        "ratio_f32": speed["student f32"] / speed["transformers f32"],
+        "ratio_best": speed["student mixed"] / best,
     }
 
 
@@ -77,14 +84,18 @@ def main() -> int:
     for batch in args.batch.split(","):
         rows, steps = map(int, batch.split("x"))
         r = compare(args.model, rows, steps, args.seconds)
-        r["student_peak_share"] = r["student_gflops"] / machine["peak_gflops_f32"]
+        r["student_peak_share"] = {
+            c: r["student_gflops"][c] / machine["peak_gflops"][c] for c in bench.COMPUTE
+        }
         results.append(r)
-        speed = r["tokens_per_second"]
+        print(f"{batch}: tokens/s")
+        for side, speed in r["tokens_per_second"].items():
+            print(f"  {side:<22} {speed:>7.0f}   first loss {r['first_loss'][side]:.4f}")
+        shares = ", ".join(f"{c} {share:.0%}" for c, share in r["student_peak_share"].items())
+        print(f"  student, share of the peak: {shares}")
         print(
-            f"{batch}: student {speed['student']:.0f} tokens/s "
-            f"({r['student_peak_share']:.0%} of the peak), our teacher {speed['teacher']:.0f}, "
-            f"transformers {speed['transformers']:.0f}: ratio {r['ratio_student']:.2f} "
-            f"(teacher {r['ratio_teacher']:.2f})",
+            f"  student / transformers: float32 {r['ratio_f32']:.2f}, mixed / their best "
+            f"{r['ratio_best']:.2f}",
             flush=True,
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -223,9 +223,13 @@ def test_divergence_and_topk_agree_with_logits():
         return z - np.log(np.sum(np.exp(z), axis=-1, keepdims=True))
 
     t, s = log_softmax(teacher), log_softmax(student)
-    got = student.divergence(teacher, ids, reset=reset)
-    assert np.max(np.abs(got["kl"] - np.sum(np.exp(t) * (t - s), axis=-1))) <= 1e-5
-    assert np.array_equal(got["agree"] == 1, t.argmax(-1) == s.argmax(-1))
+    got = teacher.divergence([teacher, student], ids, reset=reset)
+    assert got["kl"].shape == (2, *ids.shape) and np.max(got["kl"][0]) <= 1e-6
+    assert np.max(np.abs(got["kl"][1] - np.sum(np.exp(t) * (t - s), axis=-1))) <= 1e-5
+    assert np.array_equal(got["agree"][1] == 1, t.argmax(-1) == s.argmax(-1))
+    assert np.array_equal(got["nll"][0], got["teacher_nll"])
+    alone = teacher.divergence([], ids, reset=reset)["teacher_nll"]
+    assert np.max(np.abs(alone - got["teacher_nll"])) <= 1e-5
     tid, logp, mass = teacher.topk(ids, 5, reset=reset)
     order = np.argsort(-t, axis=-1, kind="stable")[..., :5]
     assert np.array_equal(tid, order)

@@ -100,6 +100,6 @@ def test_documents_do_not_see_each_other(student, ids):
 
 def test_bf16_weights_stay_close(student, ids):
     rounded = student.copy(compute="bf16")
-    found = rounded.divergence(student, ids[:, :1024])
+    found = student.divergence([rounded], ids[:, :1024])
     assert found["kl"].mean() <= BF16_KL
     assert found["agree"].mean() >= BF16_AGREE

@@ -166,7 +166,7 @@ SLOW = Rates(
     distill=150.0,
     teacher=570.0,
     student=600.0,
-    head=1300.0,
+    head=2600.0,
     update=0.5,
     save=3.0,
     load=5.0,
@@ -242,11 +242,12 @@ def test_the_smallest_budget_is_still_a_recipe():
 
 def test_evaluation_is_counted_as_it_is_done():
     recipe = plan(faster(SLOW, 4), 60, READING)
-    total = sum(
-        fidelity_seconds(SLOW, 2, s.context, s.windows, 2)
-        + fidelity_seconds(SLOW, 2, s.context, s.expert_windows, 2)
-        for s in recipe.evaluate.fidelity
-    )
+    total = sum(fidelity_seconds(SLOW, 2, s, experts=2) for s in recipe.evaluate.fidelity)
+    (main, *_) = recipe.evaluate.fidelity
+    alone = main.model_copy(update={"expert_windows": 0})
+    experts = 2 * 2 * main.expert_windows * main.context * (1 / SLOW.student + 1 / SLOW.head)
+    found = fidelity_seconds(SLOW, 2, main, 2) - fidelity_seconds(SLOW, 2, alone, 2)
+    assert found == pytest.approx(experts)
     assert evaluation_seconds(recipe, SLOW, READING) > total > 0
 
 

@@ -55,7 +55,7 @@ class Bigram:
         z = sharpness * np.random.default_rng(seed).normal(size=(self.vocabulary, self.vocabulary))
         self.table = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
         self.tokenizer: Any = Bytes()
-        self.hidden_calls = 0
+        self.divergence_calls = self.tokens = 0
 
     def toward(self, other: Bigram, share: float) -> Bigram:
         """A model between this one (0) and `other` (1)."""
@@ -72,22 +72,22 @@ class Bigram:
             out.append(self.table[ids[:-1], ids[1:]].astype(np.float32))
         return out
 
-    def hidden(self, ids):
-        self.hidden_calls += 1
-        return self.table[np.asarray(ids)]
-
-    def divergence(self, teacher, ids, *, teacher_hidden=None):
+    def divergence(self, students, ids):
+        self.divergence_calls += 1
         ids = np.asarray(ids)
-        mine, theirs = self.table[ids], teacher_hidden
         following = np.roll(ids, -1, axis=1)[..., None]
-        out = {
-            "kl": (np.exp(theirs) * (theirs - mine)).sum(-1),
-            "agree": (theirs.argmax(-1) == mine.argmax(-1)).astype(np.float32),
-            "nll": -np.take_along_axis(mine, following, -1)[..., 0],
-            "teacher_nll": -np.take_along_axis(theirs, following, -1)[..., 0],
-        }
+        theirs = self.table[ids]
+        out = {"kl": [], "agree": [], "nll": []}
+        for student in students:
+            student.tokens += ids.size
+            mine = student.table[ids]
+            out["kl"].append((np.exp(theirs) * (theirs - mine)).sum(-1))
+            out["agree"].append((theirs.argmax(-1) == mine.argmax(-1)).astype(np.float32))
+            out["nll"].append(-np.take_along_axis(mine, following, -1)[..., 0])
+        out["teacher_nll"] = -np.take_along_axis(theirs, following, -1)[..., 0]
+        out = {name: np.array(values) for name, values in out.items()}
         for name in ("nll", "teacher_nll"):
-            out[name][:, -1] = 0
+            out[name][..., -1] = 0
         return out
 
 
@@ -502,7 +502,24 @@ def test_the_teacher_runs_once_for_all_students(documents):
         max_windows=5,
         progress=lambda *a: calls.append(a),
     )
-    assert teacher.hidden_calls == 2 and calls[-1] == (10, 10)
+    assert teacher.divergence_calls == 2 and calls[-1] == (10, 10)
+
+
+def test_some_models_on_fewer_windows(documents):
+    teacher, model = Bigram(1), Bigram(2)
+    some = {"whole": model, "part": Bigram(2)}
+    sizes = {"context": 64, "max_windows": 7}
+    found = fidelity(some, teacher, documents, **sizes, fewer={"part": 3})
+    whole, part = (found.models[name]["code"] for name in ("whole", "part"))
+    assert found.complete == ["teacher", "whole"] and found.tokens["code"] == 7 * 64
+    assert some["part"].tokens == 2 * 3 * 64 and model.tokens == 2 * 7 * 64
+    assert part.windows["kl"] == whole.windows["kl"][:3]
+    assert part.overall.kl == pytest.approx(np.mean(whole.windows["kl"][:3]))
+    alone = fidelity({"whole": model}, teacher, documents, **sizes)
+    assert alone.models["whole"] == found.models["whole"]
+    for wrong in ({"part": 0}, {"unknown": 3}):
+        with pytest.raises(UserError, match="is not a known model with at least 1 window"):
+            fidelity(some, teacher, documents, **sizes, fewer=wrong)
 
 
 def test_ratio_to_the_control(documents):

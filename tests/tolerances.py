@@ -60,3 +60,11 @@ TEACHER_LOGITS = 2e-3
 # model and itself. Measured: 5.4e-5, and 1.2 % of the most probable tokens change, near ties.
 BF16_KL = 2e-4
 BF16_AGREE = 0.98
+
+# ---- products of operands rounded to bf16 -------------------------------------------------------
+
+# An operand is off by up to 2^-9 of itself, with random signs; two layers with weights near 1.
+MIXED_KL = 1e-3
+# Norm of the difference of a tensor's gradients over its norm: two roundings of 2^-9 a product,
+# some ten products deep.
+MIXED_GRADIENT = 0.05

@@ -23,7 +23,7 @@ from .data import Rows
 from .errors import UserError
 from .evaluate import Comparison, Fidelity, compare, evaluate, fidelity, write_results
 from .linearize import linearize
-from .model import Model
+from .model import Model, load
 from .recipe import FidelitySection
 from .report import ReportData, report
 from .sources import document_end
@@ -64,7 +64,7 @@ class _Models:
                 keep_attention=section.keep_attention,
             )
         inside = MERGED if name == MERGED else f"experts/{name}"
-        return self.run.load_model(self.run.path / inside)
+        return load(self.run.path / inside)
 
 
 def expert_names(run: Run) -> list[str]:
@@ -79,6 +79,7 @@ class _Assessment:
         self.run, self.section = run, run.recipe.evaluate
         self.place = run.path / "evaluation"
         self.models = _Models(run)
+        run.teacher.compute = "f32"  # everything is measured in float32
 
     def piece(self, name: str, make: Callable[[], Any]) -> Any:
         """The contents of a piece, made if its file is not there."""
@@ -101,8 +102,9 @@ class _Assessment:
             for name, data in self.run.evaluation_text().items()
         }
 
-    def fidelity(self, section: FidelitySection, names: list[str], windows: int) -> Any:
-        """KL, agreement and perplexity of students on windows of one length."""
+    def fidelity(self, section: FidelitySection) -> Any:
+        """KL, agreement and perplexity of all students on windows of one length."""
+        experts = expert_names(self.run) if section.expert_windows else []
         separator = next(iter(document_end(self.run.tokenizer)), None)
         with self.run.reporter.bar(f"fidelity at {section.context}") as update:
 
@@ -111,28 +113,16 @@ class _Assessment:
                 self.run.interrupt.check()
 
             found = fidelity(
-                {name: self.models[name] for name in names},
+                {name: self.models[name] for name in (CONTROL, *experts, MERGED)},
                 self.run.teacher,
                 self.documents,
                 context=section.context,
-                max_windows=windows,
+                max_windows=section.windows,
+                fewer=dict.fromkeys(experts, section.expert_windows),
                 separator=separator,
                 progress=progress,
             )
         return found.model_dump()
-
-    def measure_fidelity(self, section: FidelitySection) -> None:
-        """All students at once, or the experts apart where they get fewer windows."""
-        experts = expert_names(self.run) if section.expert_windows else []
-        name = f"fidelity-{section.context}"
-        if section.expert_windows in (0, section.windows):
-            students = [CONTROL, *experts, MERGED]
-            self.piece(name, lambda: self.fidelity(section, students, section.windows))
-            return
-        self.piece(name, lambda: self.fidelity(section, [CONTROL, MERGED], section.windows))
-        if experts:
-            some = section.expert_windows
-            self.piece(f"{name}-experts", lambda: self.fidelity(section, experts, some))
 
     def gates(self) -> list[list[float | None]]:
         """Median output gate [layers][heads] of the merged model on evaluation text."""
@@ -191,7 +181,7 @@ def assess(run: Run) -> None:
     section = run.recipe.evaluate
     with run.timed("evaluate"):
         for one in section.fidelity:
-            work.measure_fidelity(one)
+            work.piece(f"fidelity-{one.context}", partial(work.fidelity, one))
         work.piece("memory", work.memory)
         if section.gate_tokens and run.recipe.student.mixer == "hybrid":
             work.piece("gates", work.gates)
@@ -440,11 +430,9 @@ def _claims(
             ratios = [main.mean(MERGED, i).kl / main.mean(CONTROL, i).kl for i in far]
             text = f"its KL is lower in every position bucket from {_FAR} on"
             claim(text, f"largest ratio {max(ratios):.3f}", max(ratios) < 1)
-        apart = run.path / "evaluation" / "parts" / f"fidelity-{main.context}-experts.json"
-        measured = Fidelity(**read_piece(apart)) if apart.is_file() else main
-        experts = [name for name in expert_names(run) if name in measured.models]
-        for domain in measured.domains if experts else []:
-            of_experts = [measured.models[name][domain].windows["kl"] for name in experts]
+        experts = [name for name in expert_names(run) if name in main.models]
+        for domain in main.domains if experts else []:
+            of_experts = [main.models[name][domain].windows["kl"] for name in experts]
             worse = max(float(np.mean(windows)) for windows in of_experts)
             same = main.models[MERGED][domain].windows["kl"][: len(of_experts[0])]
             merged = float(np.mean(same))  # on the windows that the experts were measured on
@@ -462,7 +450,9 @@ def _notes(run: Run, shorter: list[Fidelity]) -> list[str]:
     notes = []
     for measured in shorter:
         words = [
-            f"{name} {measured.mean(name).kl:.4f}" for name in measured.models if name != "teacher"
+            f"{name} {measured.mean(name).kl:.4f}"
+            for name in measured.complete
+            if name != "teacher"
         ]
         notes.append(f"KL to the teacher at a context of {measured.context}: {', '.join(words)}.")
     memory = run.path / "evaluation" / "parts" / "memory.json"

@@ -20,10 +20,11 @@ import numpy as np
 from xlstm_distill import ops, runtime
 from xlstm_distill.config import MixerConfig, ModelConfig
 from xlstm_distill.errors import UserError
-from xlstm_distill.model import Model
+from xlstm_distill.model import Compute, Model
 from xlstm_distill.runtime import core
 
 SUITES = ("gemm", "mlstm", "attention", "train")
+COMPUTE: tuple[Compute, ...] = ("f32", "mixed")
 CHUNK = 64
 WINDOW, SINKS = 64, 4
 
@@ -48,7 +49,8 @@ SMOLLM2_135M: dict[str, Any] = {
 
 
 class Case(NamedTuple):
-    """One thing to measure. `run` does it once; `sizes` lets a rival do the same."""
+    """One thing to measure. `run` does it once; `sizes` lets a rival do the same; `compute` says
+    which peak its share is of."""
 
     suite: str
     name: str
@@ -56,6 +58,7 @@ class Case(NamedTuple):
     flops: float
     tokens: int
     sizes: Mapping[str, int]
+    compute: Compute = "f32"
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -78,25 +81,26 @@ def measure(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, 
     return times
 
 
-def peak(dtype: Any = np.float32, seconds: float = 0.3) -> float:
+def peak(compute: Compute = "f32", seconds: float = 0.3) -> float:
     """GFLOP/s of multiply-adds in registers on all threads, this instruction set, best of many."""
-    module, rounds, best = core(dtype), 200_000, 0.0
-    module.peak(rounds)
+    module, rounds, best, mixed = core(), 200_000, 0.0, int(compute != "f32")
+    module.peak(rounds, mixed)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        flops = module.peak(rounds)
+        flops = module.peak(rounds, mixed)
         best = max(best, flops / (time.perf_counter() - start))
     return best / 1e9
 
 
 def machine() -> dict[str, Any]:
-    """Processor, instruction set, threads and measured float32 peak (GFLOP/s)."""
+    """Processor, instruction set, threads and measured peaks (GFLOP/s) of float32 and of bf16
+    operands."""
     return {
         "cpu": runtime.cpu_name(),
         "isa": runtime.isa(),
         "threads": runtime.threads(),
-        "peak_gflops_f32": round(peak(), 1),
+        "peak_gflops": {compute: round(peak(compute), 1) for compute in COMPUTE},
     }
 
 
@@ -119,11 +123,13 @@ def gemm_cases() -> Iterator[Case]:
         (1024, 1024, 1024),
     ):
         a, b, c = _random(m, k), _random(n, k), np.empty((m, n), np.float32)
+        for compute in COMPUTE:
 
-        def run(c: Any = c, a: Any = a, b: Any = b) -> None:
-            core(np.float32).matmul(c, a, b, 0, 1, 1.0, 0.0)
+            def run(c: Any = c, a: Any = a, b: Any = b, mixed: bool = compute == "mixed") -> None:
+                core().matmul(c, a, b, 0, 1, 1.0, 0.0, int(mixed))
 
-        yield Case("gemm", f"{m}x{n}x{k}", run, 2.0 * m * n * k, m, {"m": m, "n": n, "k": k})
+            sizes, name = {"m": m, "n": n, "k": k}, f"{m}x{n}x{k} {compute}"
+            yield Case("gemm", name, run, 2.0 * m * n * k, m, sizes, compute)
 
 
 def mlstm_flops(tokens: float, heads: int, d: int, chunk: int, *, backward: bool) -> float:
@@ -244,6 +250,15 @@ class TrainingStep:
         self.m, self.v = (np.zeros_like(model.params.flat) for _ in range(2))
         self.steps = 0
 
+    def computing(self, compute: Compute) -> Callable[[], float]:
+        """The step with the model's products computed so."""
+
+        def run() -> float:
+            self.model.compute = compute
+            return self()
+
+        return run
+
     def __call__(self) -> float:
         """Takes one step; returns the mean cross-entropy in nats."""
         self.grads.flat.fill(0)
@@ -278,7 +293,9 @@ def train_cases() -> Iterator[Case]:
     flops = step_flops(model.config, rows * steps, steps)
     sizes = {"rows": rows, "steps": steps}
     step = TrainingStep(model, ids)
-    yield Case("train", f"135M {rows}x{steps} step", step, flops, rows * steps, sizes)
+    for compute in COMPUTE:
+        name = f"135M {rows}x{steps} step {compute}"
+        yield Case("train", name, step.computing(compute), flops, rows * steps, sizes, compute)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -292,8 +309,11 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 # ---- results ------------------------------------------------------------------------------------
 
 
-def row(case: Case, times: Sequence[float], peak_gflops: float) -> dict[str, Any]:
-    """The figures of a case: median and best seconds, GFLOP/s, share of the peak, tokens/s."""
+def row(case: Case, times: Sequence[float], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a case: median and best seconds, GFLOP/s, share of the peak, tokens/s.
+
+    about: `machine()`.
+    """
     median = float(np.median(times))
     gflops = case.flops / median / 1e9
     return {
@@ -303,7 +323,7 @@ def row(case: Case, times: Sequence[float], peak_gflops: float) -> dict[str, Any
         "seconds": median,
         "seconds_best": float(min(times)),
         "gflops": gflops,
-        "peak_share": gflops / peak_gflops,
+        "peak_share": gflops / about["peak_gflops"][case.compute],
         "tokens_per_second": case.tokens / median,
     }
 
@@ -315,19 +335,27 @@ def run(suites: Sequence[str] = SUITES, seconds: float = 1.0) -> dict[str, Any]:
             raise UserError(f"suite {suite!r} is not known: {', '.join(SUITES)}", usage=True)
     about = machine()
     results = [
-        row(case, measure({"own": case.run}, seconds)["own"], about["peak_gflops_f32"])
+        row(case, measure({"own": case.run}, seconds)["own"], about)
         for suite in suites
         for case in CASES[suite]()
     ]
     return {"machine": about, "results": results}
 
 
+def describe(about: Mapping[str, Any]) -> str:
+    """A machine as a line."""
+    peaks = about["peak_gflops"]
+    return (
+        f"{about['cpu']}, {about['isa']}, {about['threads']} threads, peak {peaks['f32']:.0f} "
+        f"GFLOP/s in float32, {peaks['mixed']:.0f} with operands in bf16"
+    )
+
+
 def lines(result: Mapping[str, Any]) -> list[str]:
     """A result of `run` as a table in plain lines."""
     about = result["machine"]
     text = [
-        f"{about['cpu']}, {about['isa']}, {about['threads']} threads, "
-        f"peak {about['peak_gflops_f32']:.0f} GFLOP/s (float32)",
+        describe(about),
         f"{'suite':<10} {'case':<42} {'ms':>9} {'GFLOP/s':>8} {'peak':>5} {'tokens/s':>10}",
     ]
     for r in result["results"]:

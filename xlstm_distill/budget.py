@@ -17,7 +17,7 @@ from .evaluate.tasks import ReadTokens
 from .linearize import linearize
 from .model import Model
 from .optim import AdamW, trainable_names
-from .recipe import Recipe, SampledSource
+from .recipe import FidelitySection, Recipe, SampledSource
 
 SAMPLE_BATCH = 64
 SAMPLE_FILLED = 0.75
@@ -31,7 +31,7 @@ class Rates:
     """What this machine does. Rates are tokens a second; the rest are seconds.
 
     sample: new tokens of a full batch; align, distill: forward and backward; targets: the teacher's
-    top-k; teacher, student: hidden states; head: the measure of one student against the teacher;
+    top-k; teacher, student: hidden states; head: one model's logits and what is read from them;
     update: one AdamW step on all parameters; save: one model directory; load: one model.
     """
 
@@ -67,7 +67,6 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
     grads = student.params.zeros_like()
     k, d = recipe.targets.k, recipe.distill
     targets = teacher.topk(ids, k)[:2]
-    hidden = teacher.hidden(ids)
     n = ids.size
 
     def distil() -> None:
@@ -83,8 +82,11 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         )
 
     mixer = trainable_names(student, "mixer")
+    teacher.compute = student.compute = "f32"  # as all is measured
+    teacher_rate = _rate(n, lambda: teacher.hidden(ids))
     student_rate = _rate(n, lambda: student.hidden(ids))
-    whole = _rate(n, lambda: student.divergence(teacher, ids, teacher_hidden=hidden))
+    pair = _rate(n, lambda: teacher.divergence([student], ids))
+    teacher.compute = student.compute = recipe.compute
     optimiser = AdamW(student.params, trainable_names(student, "all"))
 
     def update() -> None:
@@ -105,9 +107,9 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         align=_rate(n, lambda: student.align_and_grad(ids, grads=grads, trainable=mixer)),
         targets=_rate(n, lambda: teacher.topk(ids, k)),
         distill=_rate(n, distil),
-        teacher=_rate(n, lambda: teacher.hidden(ids)),
+        teacher=teacher_rate,
         student=student_rate,
-        head=1.0 / max(1e-9, 1.0 / whole - 1.0 / student_rate),
+        head=2.0 / max(1e-9, 1.0 / pair - 1.0 / teacher_rate - 1.0 / student_rate),
         update=1.0 / _rate(1, update),
         save=_save_seconds(place, 4 * student.params.flat.size),
         load=load_seconds,
@@ -184,12 +186,11 @@ def config_size(config: ModelConfig) -> int:
     return c.num_hidden_layers * layer + heads * c.vocab_size * c.hidden_size + c.hidden_size
 
 
-def fidelity_seconds(
-    rates: Rates, domains: int, context: int, windows: int, students: int
-) -> float:
-    """Seconds to compare `students` students with the teacher on windows of every domain."""
-    tokens = domains * context * windows
-    return tokens * (1 / rates.teacher + students * (1 / rates.student + 1 / rates.head))
+def fidelity_seconds(rates: Rates, domains: int, section: FidelitySection, experts: int) -> float:
+    """Seconds to compare control, merged student and experts with the teacher, on all domains."""
+    one, teacher = 1 / rates.student + 1 / rates.head, 1 / rates.teacher + 1 / rates.head
+    each = section.windows * (teacher + 2 * one) + section.expert_windows * experts * one
+    return domains * section.context * each
 
 
 def task_seconds(rates: Rates, tokens: float) -> float:
@@ -201,10 +202,7 @@ def evaluation_seconds(recipe: Recipe, rates: Rates, reading: Mapping[str, ReadT
     """Seconds of the evaluation of a recipe."""
     domains = sum(1 for d in recipe.data.domains.values() if d.held_out_tokens)
     experts = len(recipe.experts) if len(recipe.experts) > 1 else 0
-    total = 0.0
-    for section in recipe.evaluate.fidelity:
-        total += fidelity_seconds(rates, domains, section.context, section.windows, 2)
-        total += fidelity_seconds(rates, domains, section.context, section.expert_windows, experts)
+    total = sum(fidelity_seconds(rates, domains, s, experts) for s in recipe.evaluate.fidelity)
     for task, limit in recipe.evaluate.tasks.items():
         total += task_seconds(rates, reading[task].of(limit))
     return total

@@ -24,7 +24,7 @@ from .errors import UserError
 from .evaluate.tasks import ReadTokens, load_task, read_tokens
 from .model import load
 from .progress import Reporter
-from .recipe import Recipe, make_recipe
+from .recipe import FidelitySection, Recipe, make_recipe
 from .run import Run
 from .rundir import Interrupt, RunDirectory
 
@@ -148,27 +148,28 @@ def _evaluation(
     The windows for the main claims always have their size; what is left goes to the experts, to a
     shorter context and to request sets.
     """
-    domains = 2
+    domains = experts = 2
 
-    def cost(context: int, count: int, students: int) -> float:
-        return fidelity_seconds(rates, domains, context, count, students)
+    def cost(section: FidelitySection) -> float:
+        return fidelity_seconds(rates, domains, section, experts)
 
     other = min(_OTHER_EVALUATION, 0.2 * seconds)
     windows = -(-_MIN_TOKENS // length)
     if minutes < DEFAULT_MINUTES:  # a small budget measures on less text
-        fit = int(0.7 * (seconds - other) / cost(length, 1, 4))
+        one = FidelitySection(context=length, windows=1, expert_windows=1)
+        fit = int(0.7 * (seconds - other) / cost(one))
         windows = min(windows, max(_FEWEST_WINDOWS, fit))
-    left = seconds - cost(length, windows, 2) - other
-    expert_windows = windows
-    while expert_windows > _FEWEST_WINDOWS and cost(length, expert_windows, 2) > 0.7 * left:
-        expert_windows //= 2
-    left -= cost(length, expert_windows, 2)
-    main = {"context": length, "windows": windows, "expert_windows": expert_windows}
+    alone = FidelitySection(context=length, windows=windows)
+    left = seconds - cost(alone) - other
+    main = FidelitySection(context=length, windows=windows, expert_windows=windows)
+    while main.expert_windows > _FEWEST_WINDOWS and cost(main) - cost(alone) > 0.7 * left:
+        main = main.model_copy(update={"expert_windows": main.expert_windows // 2})
+    left -= cost(main) - cost(alone)
     fidelity = [main]
-    short = {"context": 256, "windows": 16, "expert_windows": 0}
-    if left > 3 * cost(256, 16, 2):
+    short = FidelitySection(context=256, windows=16)
+    if left > 3 * cost(short):
         fidelity.append(short)
-        left -= cost(256, 16, 2)
+        left -= cost(short)
 
     def tasks_cost(limits: Mapping[str, int]) -> float:
         return sum(task_seconds(rates, reading[name].of(n)) for name, n in limits.items())
@@ -184,7 +185,7 @@ def _evaluation(
             tasks = dict.fromkeys(tasks, limit)
     wanted = 0.75 if minutes >= 90 else 0.85 if minutes >= 30 else None
     measures = {
-        "fidelity": fidelity,
+        "fidelity": [section.model_dump() for section in fidelity],
         "tasks": tasks,
         "wanted_ratio": wanted,
     }

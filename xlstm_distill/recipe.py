@@ -179,6 +179,7 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0, lt=1 << 31)
     minutes: float | None = Field(default=None, gt=0)
     save_seconds: float = Field(default=60.0, ge=0)
+    compute: Literal["f32", "mixed"] = "f32"
     student: StudentSection = Field(default_factory=StudentSection)
     data: DataSection
     align: AlignSection

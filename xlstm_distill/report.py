@@ -228,7 +228,7 @@ def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
         errors = facts.layer_errors
         add("layers", "Stage I error by layer", plots.layer_errors(errors.before, errors.after))
     if facts.fidelity is not None:
-        names = list(facts.fidelity.models)
+        names = facts.fidelity.complete
         for metric, text in (("kl", "KL"), ("agree", "Agreement"), ("perplexity", "Perplexity")):
             shown = names if metric == "perplexity" else [n for n in names if n != "teacher"]
             title = f"{text} by position"
@@ -260,7 +260,7 @@ def _fidelity_rows(facts: ReportData) -> list[dict[str, Any]]:
     if result is None:
         return []
     rows = []
-    for name in result.models:
+    for name in result.complete:
         of_domain = result.models[name]
         parts = [("all", result.mean(name)), *((d, of_domain[d].overall) for d in result.domains)]
         for domain, measure in parts:
@@ -283,7 +283,7 @@ def _position_rows(facts: ReportData) -> list[dict[str, Any]]:
     result = facts.fidelity
     if result is None:
         return []
-    names = [name for name in result.models if name != "teacher"]
+    names = [name for name in result.complete if name != "teacher"]
     return [
         {"bucket": f"{lo}–{hi}", "kl": {name: result.mean(name, i).kl for name in names}}
         for i, (lo, hi) in enumerate(result.buckets)

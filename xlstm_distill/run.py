@@ -71,7 +71,7 @@ class Run:
     @cached_property
     def teacher(self) -> Model:
         """The teacher, loaded when a stage needs it."""
-        teacher = load(self.recipe.teacher)
+        teacher = load(self.recipe.teacher, self.recipe.compute)
         if teacher.tokenizer is None:
             raise UserError(f"{self.recipe.teacher}: holds no tokenizer; a run needs one")
         return teacher
@@ -122,10 +122,6 @@ class Run:
             for name, domain in self.recipe.data.domains.items()
             if domain.held_out_tokens
         }
-
-    def load_model(self, place: Path) -> Model:
-        """A model that an earlier stage wrote."""
-        return load(place)
 
     # ---- data ---------------------------------------------------------------------------------
 
@@ -224,7 +220,7 @@ class Run:
         if (place / "config.json").is_file():
             _remove(state)
             return
-        student = self.load_model(self.path / "student0")
+        student = load(self.path / "student0", self.recipe.compute)
         weights = section.weights or dict.fromkeys(self.recipe.data.domains, 1.0)
         packed = {name: self.rows(name) for name, share in weights.items() if share > 0}
         seed = derived_seed(self.recipe.seed, "align")
@@ -312,7 +308,7 @@ class Run:
         if (place / "config.json").is_file():
             _remove(state)
             return
-        student = self.load_model(self.path / "aligned")
+        student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
         targets = None if section.kl_weight == 0 else self._targets(batches)
         settings = section.model_dump(exclude={"steps", "rows", "train"})

@@ -18,7 +18,7 @@ import xlstm_distill._core_f32 as _core_f32
 import xlstm_distill._core_f64 as _core_f64
 
 _MODULES: tuple[ModuleType, ...] = (_core_f32, _core_f64)
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 
 def core(dtype: Any = np.float32) -> Any:
@@ -43,7 +43,7 @@ def threads() -> int:
 
 
 def set_isa(name: str) -> None:
-    """Choose the kernels: "avx512", "avx2" or "generic"; ValueError if the CPU lacks it."""
+    """Choose the kernels, one of `ISAS`; ValueError if the CPU lacks the instructions."""
     for module in _MODULES:
         module.set_isa(name)
 

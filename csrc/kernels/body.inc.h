@@ -1,6 +1,7 @@
-/* Every kernel, once. Included by generic.c, avx2.c and avx512.c after they have set the target and
+/* Every kernel, once. Included by generic.c, avx2.c, ... after they have set the target and
  *     XL_ISA   name of the table          XL_VB   bytes of a vector
  *     XL_MR    rows of the register tile  XL_NV   vectors in a row of the tile
+ *     XL_MIXED products of bf16 operands too, XL_AMX on tiles of AMX
  * Written in GCC/Clang vector extensions: no intrinsics, so the same text serves every target. */
 
 #ifdef XL_REAL_F64
@@ -26,7 +27,7 @@ typedef int32_t ivec __attribute__((vector_size(XL_VB)));
 INLINE vec load(const real *p) { return *(const vec_u *)p; }
 INLINE void store(real *p, vec x) { *(vec_u *)p = x; }
 INLINE vec splat(real x) { return x - (vec){0}; }
-INLINE vec select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+INLINE vec blend(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
 /* Lanes are added in halves. The order depends on the length of a vector: results may differ between
  * instruction sets, never within one. memcpy of half a register is one instruction or none. */
@@ -254,8 +255,8 @@ static real max(ptrdiff_t n, const real *x) {
     ptrdiff_t i = 0;
     for (; i + VL <= n; i += VL) {
         vec v = load(x + i);
-        m = select(v > m, v, m);
-        bad += select(v != v, v, (vec){0});
+        m = blend(v > m, v, m);
+        bad += blend(v != v, v, (vec){0});
     }
     real r = -INFINITY, nan = lanes_sum(bad);
     for (ptrdiff_t l = 0; l < VL; l++) r = m[l] > r ? m[l] : r;
@@ -351,8 +352,8 @@ static const real XL_EXP_COEFF[14] = {(real)1,
 
 INLINE vec vexp(vec x) {
     ivec tiny = x < (real)EXP_LOW;
-    x = select(tiny, splat((real)EXP_LOW), x);
-    x = select(x > (real)EXP_HIGH, splat((real)EXP_HIGH), x);
+    x = blend(tiny, splat((real)EXP_LOW), x);
+    x = blend(x > (real)EXP_HIGH, splat((real)EXP_HIGH), x);
     vec shifted = x * (real)1.44269504088896340736 + (real)EXP_ROUND;
     vec n = shifted - (real)EXP_ROUND;
     vec r = x - n * (real)LN2_HIGH - n * (real)LN2_LOW;
@@ -360,7 +361,7 @@ INLINE vec vexp(vec x) {
     for (int j = EXP_TERMS - 1; j >= 0; j--) p = p * r + XL_EXP_COEFF[j];
     ivec bits = ((ivec)shifted - (ivec)splat((real)EXP_ROUND) + EXP_BIAS) << EXP_SHIFT;
     vec y = p * (vec)bits * (real)2;
-    return select(tiny, (vec){0}, y);
+    return blend(tiny, (vec){0}, y);
 }
 
 /* The last, partial vector of a row, filled up with zeros. */
@@ -463,6 +464,13 @@ static void adamw(ptrdiff_t n, real *p, const real *g, real *m, real *v, real lr
     }
 }
 
+#if defined XL_MIXED && !defined XL_REAL_F64
+#include "kernels/mixed.inc.h"
+#define MIXED(f) f
+#else
+#define MIXED(f) 0
+#endif
+
 #define XL_PASTE2(a, b) a##b
 #define XL_PASTE(a, b) XL_PASTE2(a, b)
 #define XL_STRING2(a) #a
@@ -476,6 +484,12 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .pack_b = pack_b,
     .pack_b_bf16 = pack_b_bf16,
     .gemm_packed = gemm_packed,
+    .mixed_mr = MIXED(MIXED_MR),
+    .pack_a_mixed = MIXED(pack_a_mixed),
+    .pack_b_mixed = MIXED(pack_b_mixed),
+    .pack_b_mixed_bf16 = MIXED(pack_b_mixed_bf16),
+    .gemm_mixed = MIXED(gemm_mixed),
+    .peak_mixed = MIXED(peak_mixed),
     .dots = dots,
     .dots_bf16 = dots_bf16,
     .dot = dot,

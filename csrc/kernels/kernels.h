@@ -1,7 +1,8 @@
 /* Kernels: one thread, one instruction set, no failure, no memory of their own.
  *
- * `body.inc.h` holds every body once, in GCC/Clang vector extensions; generic.c, avx2.c and avx512.c
- * instantiate it under a target pragma; select.c picks a table at run time. All arrays have unit
+ * `body.inc.h` holds every body once, in GCC/Clang vector extensions, and `mixed.inc.h` the products
+ * of bf16 operands, which need intrinsics; generic.c, avx2.c, avx512.c, avx512bf16.c and amx.c
+ * instantiate them under a target pragma; select.c picks a table at run time. All arrays have unit
  * stride unless strides are given; x and y may be the same array where a comment says "in place". */
 #ifndef XL_KERNELS_H
 #define XL_KERNELS_H
@@ -12,11 +13,16 @@
 #define XL_GEMM_KC 256
 #define XL_GEMM_NC 512
 #define XL_GEMM_MR_MAX 16
+#define XL_GEMM_APACK (XL_GEMM_KC * XL_GEMM_MR_MAX)
+/* the same for operands rounded to bf16: each slice is padded to a multiple of XL_PAIR_K. Two
+ * operands of 32 rows or columns stay in a first cache of 48 KiB. */
+#define XL_MIXED_KC 384
+#define XL_PAIR_K 32
 /* reals of scratch that `gemm` needs */
-#define XL_GEMM_PACK (XL_GEMM_KC * XL_GEMM_NC + XL_GEMM_KC * XL_GEMM_MR_MAX + 64)
+#define XL_GEMM_PACK (XL_GEMM_KC * XL_GEMM_NC + XL_GEMM_APACK + 64)
 
 typedef struct xl_kernels {
-    const char *name; /* "generic", "avx2", "avx512" */
+    const char *name; /* "generic", "avx2", "avx512", "avx512bf16", "amx" */
     int mr, nr;       /* register tile of the matrix product */
 
     /* C[m,n] = beta*C + alpha * sum_k A(m,k) B(k,n), A(m,k) = a[m*rsa + k*csa],
@@ -30,7 +36,7 @@ typedef struct xl_kernels {
     /* The two halves of gemm, for ops that share a packed B between threads.
      * pack_b: B(k,n) for k < kc, n < n into panels of nr columns: out[panel][k][nr], zero padded.
      * gemm_packed: C = beta*C + alpha * A * packed, one slice kc <= XL_GEMM_KC of the sum;
-     * apack: XL_GEMM_KC * XL_GEMM_MR_MAX reals. */
+     * apack: XL_GEMM_APACK reals. */
     void (*pack_b)(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
                    real *out);
     void (*pack_b_bf16)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb, ptrdiff_t csb,
@@ -38,6 +44,21 @@ typedef struct xl_kernels {
     void (*gemm_packed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const real *a,
                         ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
                         ptrdiff_t ldc, real *apack);
+
+    /* The same with both operands packed and rounded to bf16 (to nearest, ties to even), sums in
+     * float; 0 where the processor has no instructions for it, and in double. One of rsa, csa and
+     * one of rsb, csb is 1. Packed: A in tiles of mixed_mr rows, B in panels of nr columns, each of
+     * xl_round_up(kc, XL_PAIR_K) entries a row or column, zero padded. */
+    int mixed_mr;
+    void (*pack_a_mixed)(ptrdiff_t kc, ptrdiff_t m, const real *a, ptrdiff_t rsa, ptrdiff_t csa,
+                         xl_bf16 *out);
+    void (*pack_b_mixed)(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
+                         xl_bf16 *out);
+    void (*pack_b_mixed_bf16)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb,
+                              ptrdiff_t csb, xl_bf16 *out);
+    void (*gemm_mixed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
+                       const xl_bf16 *b, real beta, real *c, ptrdiff_t ldc);
+    double (*peak_mixed)(ptrdiff_t rounds, real *sink); /* as xl_peak_rounds */
 
     /* y[r] = x_r . w for r < rows <= 8, x_r = x + r*ldx: one pass over w. */
     void (*dots)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const real *w, real *y);
@@ -79,6 +100,8 @@ extern const xl_kernels xl_kernels_generic;
 #ifdef __x86_64__
 extern const xl_kernels xl_kernels_avx2;
 extern const xl_kernels xl_kernels_avx512;
+extern const xl_kernels xl_kernels_avx512bf16;
+extern const xl_kernels xl_kernels_amx;
 #endif
 
 /* The table called `name`, or NULL if unknown or not supported by this processor;

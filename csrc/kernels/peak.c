@@ -29,10 +29,12 @@ PEAK(peak_avx2, __attribute__((target("avx2,fma"))), 32)
 PEAK(peak_avx512, __attribute__((target("avx512f,avx512vl,avx2,fma"))), 64)
 #endif
 
-double xl_peak_rounds(const xl_kernels *k, ptrdiff_t rounds, real *sink) {
+double xl_peak_rounds(const xl_kernels *k, int mixed, ptrdiff_t rounds, real *sink) {
+    if (mixed && k->peak_mixed) return k->peak_mixed(rounds, sink);
     const real b = (real)0.0009765625, a = 1 - b;
 #ifdef __x86_64__
-    if (!strcmp(k->name, "avx512")) return peak_avx512(rounds, a, b, sink);
+    if (!strncmp(k->name, "avx512", 6) || !strcmp(k->name, "amx"))
+        return peak_avx512(rounds, a, b, sink);
     if (!strcmp(k->name, "avx2")) return peak_avx2(rounds, a, b, sink);
 #endif
     return peak_generic(rounds, a, b, sink);

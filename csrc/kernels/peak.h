@@ -5,8 +5,9 @@
 
 #include "kernels/kernels.h"
 
-/* Runs `rounds` rounds with the vectors of k's instruction set; returns the number of
- * floating-point operations done. *sink receives a value that depends on all of them. */
-double xl_peak_rounds(const xl_kernels *k, ptrdiff_t rounds, real *sink);
+/* Runs `rounds` rounds with the vectors of k's instruction set, of reals, or of bf16 operands (mixed)
+ * where it has such products; returns the number of floating-point operations done. *sink receives a
+ * value that depends on all of them. */
+double xl_peak_rounds(const xl_kernels *k, int mixed, ptrdiff_t rounds, real *sink);
 
 #endif

@@ -29,6 +29,7 @@ typedef struct {
     double eps;
     int tied, attention_bias;
     xl_dtype weights; /* of matrices: XL_DT_REAL, or XL_DT_BF16 for inference */
+    int mixed;        /* products of matrices: see xl_mat */
     double inv_freq[XL_MAX_HEAD_WIDTH / 2];
     xl_mixer mixer[XL_MAX_LAYERS];
 } xl_config;

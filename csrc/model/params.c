@@ -35,6 +35,7 @@ typedef struct {
     xl_plan *plan;
     const uint8_t *wanted;
     xl_dtype matrix;
+    int mixed;
 } taker;
 
 static void *take(taker *t, const char *name, xl_role role, xl_dtype dtype, int ndim,
@@ -49,7 +50,7 @@ static real *vector(taker *t, const char *name, xl_role role, ptrdiff_t n) {
 }
 
 static xl_mat matrix(taker *t, const char *name, xl_role role, ptrdiff_t rows, ptrdiff_t cols) {
-    return (xl_mat){take(t, name, role, t->matrix, 2, XL_SHAPE(rows, cols)), t->matrix};
+    return (xl_mat){take(t, name, role, t->matrix, 2, XL_SHAPE(rows, cols)), t->matrix, t->mixed};
 }
 
 static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer *l) {
@@ -90,7 +91,7 @@ static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer
 }
 
 void xl_params_plan(xl_plan *plan, const xl_config *c, const uint8_t *wanted, xl_params *out) {
-    taker t = {plan, wanted, c->weights};
+    taker t = {plan, wanted, c->weights, c->mixed};
     plan->group = -1;
     plan->prefix = NULL;
     out->embed = matrix(&t, "model.embed_tokens.weight", XL_ROLE_EMBEDDING, c->V, c->d);

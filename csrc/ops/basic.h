@@ -15,9 +15,11 @@
 typedef struct {
     const void *data;
     xl_dtype dtype; /* XL_DT_REAL or XL_DT_BF16 */
+    int mixed;      /* its products, gradients too, may round both operands to bf16 where the
+                     * processor has instructions for that; sums stay `real` */
 } xl_mat;
 
-static inline xl_mat xl_real_mat(const real *p) { return (xl_mat){p, XL_DT_REAL}; }
+static inline xl_mat xl_real_mat(const real *p) { return (xl_mat){p, XL_DT_REAL, 0}; }
 
 /* ---- matmul.c ----------------------------------------------------------------------------- */
 
@@ -97,11 +99,14 @@ xl_status xl_head_loss(xl_ctx *ctx, const xl_head *a, double *sums, real *row_ce
  * softmax) [N, k] and their summed probability mass [N]. */
 xl_status xl_head_topk(xl_ctx *ctx, const xl_head *a, int32_t *ids, real *logp, real *mass,
                        const real *x, xl_mat w, void *scratch);
-/* Per row, over the whole vocabulary: kl = KL(teacher || student), agree = 1 where both have the
- * same most probable token, and both negative log-likelihoods of labels (0 where the label is -1). */
-xl_status xl_head_divergence(xl_ctx *ctx, const xl_head *a, real *kl, real *agree, real *nll,
-                             real *teacher_nll, const real *x, xl_mat w, const real *teacher_x,
-                             xl_mat teacher_w, const int32_t *labels, void *scratch);
+/* Per row, over the whole vocabulary, for one or more students of one teacher: kl = KL(teacher ||
+ * student), agree = 1 where both have the same most probable token, nll of the labels, [students,
+ * N], and the teacher's nll [N] (nll 0 where the label is -1). The teacher's logits are made once.
+ * x[m], w[m]: hidden states [N, d] and head of student m. */
+xl_status xl_head_divergence(xl_ctx *ctx, const xl_head *a, ptrdiff_t students, real *kl,
+                             real *agree, real *nll, real *teacher_nll, const real *const *x,
+                             const xl_mat *w, const real *teacher_x, xl_mat teacher_w,
+                             const int32_t *labels, void *scratch);
 ptrdiff_t xl_head_scratch(const xl_ctx *ctx, const xl_head *a);
 
 /* sums[2] = sum (h - target)^2, sum target^2, over n reals. scratch: xl_sums_scratch(n). */

@@ -265,33 +265,51 @@ static ptrdiff_t arg_max(ptrdiff_t n, const real *z) {
     return best;
 }
 
-xl_status xl_head_divergence(xl_ctx *ctx, const xl_head *a, real *kl, real *agree, real *nll,
-                             real *teacher_nll, const real *x, xl_mat w, const real *teacher_x,
-                             xl_mat teacher_w, const int32_t *labels, void *scratch) {
+#define LANES 8 /* partial sums of a row: one alone waits for each addition */
+
+/* KL(softmax(t) || softmax(z)); e = exp(t - max t) */
+static double row_divergence(ptrdiff_t n, const real *z, const real *t, const real *e, double lse,
+                             double lse_t) {
+    double total[LANES] = {0}, sum[LANES] = {0};
+    ptrdiff_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        for (ptrdiff_t l = 0; l < LANES; l++) {
+            total[l] += (double)e[j + l];
+            sum[l] += (double)e[j + l] * ((double)t[j + l] - (double)z[j + l]);
+        }
+    for (; j < n; j++) {
+        total[0] += (double)e[j];
+        sum[0] += (double)e[j] * ((double)t[j] - (double)z[j]);
+    }
+    for (ptrdiff_t l = 1; l < LANES; l++) total[0] += total[l], sum[0] += sum[l];
+    double d = sum[0] / total[0] - lse_t + lse;
+    return d < 0 ? 0 : d; /* KL >= 0; rounding may leave -1e-7. NaN stays NaN */
+}
+
+xl_status xl_head_divergence(xl_ctx *ctx, const xl_head *a, ptrdiff_t students, real *kl,
+                             real *agree, real *nll, real *teacher_nll, const real *const *x,
+                             const xl_mat *w, const real *teacher_x, xl_mat teacher_w,
+                             const int32_t *labels, void *scratch) {
     XL_TRY(check_labels(ctx, a, labels, NULL));
     workspace s;
     plan(ctx, a, scratch, &s);
     for (ptrdiff_t n0 = 0; n0 < a->N; n0 += ROWS) {
         ptrdiff_t rows = xl_min(ROWS, a->N - n0);
-        XL_TRY(make_logits(ctx, a, s.logits, x, w, n0, rows, s.matmul));
         XL_TRY(make_logits(ctx, a, s.other, teacher_x, teacher_w, n0, rows, s.matmul));
+        for (ptrdiff_t m = 0; m < students; m++) {
+            XL_TRY(make_logits(ctx, a, s.logits, x[m], w[m], n0, rows, s.matmul));
 #pragma omp parallel for num_threads(ctx->threads) schedule(dynamic)
-        for (ptrdiff_t i = 0; i < rows; i++) {
-            ptrdiff_t n = n0 + i;
-            const real *z = s.logits + i * a->V, *t = s.other + i * a->V;
-            real *e = s.row + omp_get_thread_num() * a->V;
-            real lse = log_sum_exp(ctx->k, a->V, z, e);
-            real lse_t = log_sum_exp(ctx->k, a->V, t, e); /* e = exp(t - max t) */
-            double total = 0, sum = 0;
-            for (ptrdiff_t j = 0; j < a->V; j++) {
-                total += (double)e[j];
-                sum += (double)e[j] * ((double)t[j] - (double)z[j]);
+            for (ptrdiff_t i = 0; i < rows; i++) {
+                ptrdiff_t n = n0 + i, at = m * a->N + n;
+                const real *z = s.logits + i * a->V, *t = s.other + i * a->V;
+                real *e = s.row + omp_get_thread_num() * a->V;
+                real lse = log_sum_exp(ctx->k, a->V, z, e);
+                real lse_t = log_sum_exp(ctx->k, a->V, t, e);
+                kl[at] = (real)row_divergence(a->V, z, t, e, (double)lse, (double)lse_t);
+                agree[at] = arg_max(a->V, z) == arg_max(a->V, t) ? (real)1 : (real)0;
+                nll[at] = labels[n] < 0 ? 0 : lse - z[labels[n]];
+                teacher_nll[n] = labels[n] < 0 ? 0 : lse_t - t[labels[n]];
             }
-            double d = sum / total - (double)lse_t + (double)lse;
-            kl[n] = (real)(d < 0 ? 0 : d); /* KL >= 0; rounding may leave -1e-7. NaN stays NaN */
-            agree[n] = arg_max(a->V, z) == arg_max(a->V, t) ? (real)1 : (real)0;
-            nll[n] = labels[n] < 0 ? 0 : lse - z[labels[n]];
-            teacher_nll[n] = labels[n] < 0 ? 0 : lse_t - t[labels[n]];
         }
     }
     return XL_OK;

@@ -1,4 +1,4 @@
-/* Matrix products over threads.
+/* Matrix products over threads. Products of operands rounded to bf16 are in matmul_mixed.c.
  *
  * B is packed into panels, then tiles of C are dealt out. With many columns, or few rows, a thread
  * packs a block of columns for itself and uses it up while it is in the cache; else all threads pack
@@ -6,7 +6,7 @@
  * threads or rows. Very few rows (decoding) skip the packing: every weight is read once, by dot
  * products. */
 #include "kernels/kernels.h"
-#include "ops/basic.h"
+#include "ops/matmul.h"
 
 #include <omp.h>
 
@@ -31,14 +31,14 @@ static ptrdiff_t plan(const xl_ctx *ctx, ptrdiff_t N, ptrdiff_t K, char *base, w
     ptrdiff_t own = own_block(ctx, 0, N), size = 0;
     if (own < BLOCK_N && __builtin_mul_overflow(xl_round_up(N, BLOCK_N), K, &size)) return -1;
     w->packed = xl_take_reals(&p, xl_max(size, (ptrdiff_t)ctx->threads * XL_GEMM_KC * own));
-    w->apack = xl_take_reals(&p, (ptrdiff_t)ctx->threads * XL_GEMM_KC * XL_GEMM_MR_MAX);
+    w->apack = xl_take_reals(&p, (ptrdiff_t)ctx->threads * XL_GEMM_APACK);
     return p.failed ? -1 : p.used;
 }
 
 ptrdiff_t xl_matmul_scratch(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) {
-    (void)M;
     workspace w;
-    return plan(ctx, N, K, NULL, &w);
+    ptrdiff_t size = plan(ctx, N, K, NULL, &w), mixed = xl_matmul_mixed_scratch(ctx, M, N, K);
+    return size < 0 || mixed < 0 ? -1 : xl_max(size, mixed);
 }
 
 static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alpha, const real *a,
@@ -77,7 +77,7 @@ static void by_own_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, re
     for (ptrdiff_t j0 = 0; j0 < N; j0 += block) {
         ptrdiff_t me = omp_get_thread_num(), n = xl_min(block, N - j0), k0 = 0;
         real *packed = w->packed + me * XL_GEMM_KC * block;
-        real *apack = w->apack + me * XL_GEMM_KC * XL_GEMM_MR_MAX;
+        real *apack = w->apack + me * XL_GEMM_APACK;
         do { /* once for K = 0 too: beta applies */
             ptrdiff_t kc = xl_min(XL_GEMM_KC, K - k0);
             pack(k, kc, n, b, k0 * rsb + j0 * csb, rsb, csb, packed);
@@ -103,7 +103,7 @@ static void by_shared_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K,
                 pack(k, kc, xl_min(BLOCK_N, N - j0), b, k0 * rsb + j0 * csb, rsb, csb,
                      w->packed + k0 * columns + j0 * kc);
             }
-        real *apack = w->apack + (ptrdiff_t)omp_get_thread_num() * XL_GEMM_KC * XL_GEMM_MR_MAX;
+        real *apack = w->apack + (ptrdiff_t)omp_get_thread_num() * XL_GEMM_APACK;
 #pragma omp for schedule(dynamic) collapse(2)
         for (ptrdiff_t j = 0; j < blocks_n; j++)
             for (ptrdiff_t i = 0; i < blocks_m; i++)
@@ -124,6 +124,10 @@ xl_status xl_matmul(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
     if (M == 0 || N == 0) return XL_OK;
     if (M <= ROWS_BY_DOTS && csa == 1 && rsb == 1) {
         by_dots(ctx, M, N, K, alpha, a, rsa, b, csb, beta, c, ldc);
+        return XL_OK;
+    }
+    if (b.mixed && ctx->k->gemm_mixed) {
+        xl_matmul_mixed(ctx, M, N, K, alpha, a, rsa, csa, b, rsb, csb, beta, c, ldc, scratch);
         return XL_OK;
     }
     workspace w;

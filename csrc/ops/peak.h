@@ -5,7 +5,8 @@
 #include "base/status.h"
 
 /* Keeps all threads busy with multiply-adds in registers; *flops receives the number of
- * floating-point operations of all threads together. `rounds` rounds a thread. */
-xl_status xl_peak(xl_ctx *ctx, ptrdiff_t rounds, double *flops);
+ * floating-point operations of all threads together. `rounds` rounds a thread; mixed: of bf16
+ * operands, where there are instructions for it. */
+xl_status xl_peak(xl_ctx *ctx, int mixed, ptrdiff_t rounds, double *flops);
 
 #endif

@@ -8,21 +8,23 @@
 
 /* ---- products and rows -------------------------------------------------------------------- */
 
-/* matmul(c [M, N], a, b, transpose_a, transpose_b, alpha, beta): c = beta c + alpha op(a) op(b) */
+/* matmul(c [M, N], a, b, transpose_a, transpose_b, alpha, beta, mixed):
+ * c = beta c + alpha op(a) op(b); mixed: xl_mat */
 static PyObject *matmul(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 7)) return NULL;
+    if (!xl_begin(&c, module, nargs, 8)) return NULL;
     int ta = (int)xl_int(&c, args[3], "transpose_a", 0, 1);
     int tb = (int)xl_int(&c, args[4], "transpose_b", 0, 1);
     real *out = xl_inout(&c, args[0], "c", "MN");
     const real *a = xl_in(&c, args[1], "a", ta ? "KM" : "MK");
     const real *b = xl_in(&c, args[2], "b", tb ? "NK" : "KN");
     real alpha = (real)xl_double(&c, args[5], "alpha"), beta = (real)xl_double(&c, args[6], "beta");
+    xl_mat right = {b, XL_DT_REAL, (int)xl_int(&c, args[7], "mixed", 0, 1)};
     ptrdiff_t M = xl_dim(&c, 'M'), N = xl_dim(&c, 'N'), K = xl_dim(&c, 'K');
     void *scratch = xl_scratch(&c, xl_matmul_scratch(&c.ctx, M, N, K));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_matmul(&c.ctx, M, N, K, alpha, a, ta ? 1 : K, ta ? M : 1, xl_real_mat(b),
-                         tb ? 1 : N, tb ? K : 1, beta, out, N, scratch));
+    XL_RUN(&c, xl_matmul(&c.ctx, M, N, K, alpha, a, ta ? 1 : K, ta ? M : 1, right, tb ? 1 : N,
+                         tb ? K : 1, beta, out, N, scratch));
     return xl_end(&c, c.status);
 }
 
@@ -219,14 +221,15 @@ static PyObject *head_divergence(PyObject *module, PyObject *const *args, Py_ssi
     real *kl = xl_inout(&c, args[0], "kl", "N"), *agree = xl_inout(&c, args[1], "agree", "N");
     real *nll = xl_inout(&c, args[2], "nll", "N");
     real *teacher_nll = xl_inout(&c, args[3], "teacher_nll", "N");
-    const real *x = xl_in(&c, args[4], "x", "ND"), *w = xl_in(&c, args[5], "w", "VD");
+    const real *x = xl_in(&c, args[4], "x", "ND");
+    xl_mat w = xl_real_mat(xl_in(&c, args[5], "w", "VD"));
     const real *tx = xl_in(&c, args[6], "teacher_x", "ND");
     const real *tw = xl_in(&c, args[7], "teacher_w", "VD");
     const int32_t *labels = xl_in_i32(&c, args[8], "labels", "N");
     xl_head head = head_sizes(&c);
     void *scratch = xl_scratch(&c, xl_head_scratch(&c.ctx, &head));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_head_divergence(&c.ctx, &head, kl, agree, nll, teacher_nll, x, xl_real_mat(w), tx,
+    XL_RUN(&c, xl_head_divergence(&c.ctx, &head, 1, kl, agree, nll, teacher_nll, &x, &w, tx,
                                   xl_real_mat(tw), labels, scratch));
     return xl_end(&c, c.status);
 }
@@ -302,14 +305,15 @@ static PyObject *merge_add(PyObject *module, PyObject *const *args, Py_ssize_t n
     return xl_end(&c, c.status);
 }
 
-/* peak(rounds) -> floating-point operations done by all threads; the caller takes the time */
+/* peak(rounds, mixed) -> floating-point operations done by all threads; the caller takes the time */
 static PyObject *peak(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 1)) return NULL;
+    if (!xl_begin(&c, module, nargs, 2)) return NULL;
     ptrdiff_t rounds = xl_int(&c, args[0], "rounds", 1, (ptrdiff_t)1 << 32);
+    int mixed = (int)xl_int(&c, args[1], "mixed", 0, 1);
     if (c.failed) return xl_end(&c, XL_OK);
     double flops = 0;
-    XL_RUN(&c, xl_peak(&c.ctx, rounds, &flops));
+    XL_RUN(&c, xl_peak(&c.ctx, mixed, rounds, &flops));
     PyObject *none = xl_end(&c, c.status);
     if (!none) return NULL;
     Py_DECREF(none);

@@ -10,7 +10,7 @@
 static void free_config(PyObject *capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 /* config_new(sizes i32 [9], eps, inv_freq f64 [D/2], mixers i32 [L, 5]) -> capsule
- * sizes: d, H, G, D, F, V, tied, attention_bias, bf16; mixers: kind, window, sinks, gate_fixed,
+ * sizes: d, H, G, D, F, V, tied, attention_bias, compute (0 f32, 1 mixed, 2 bf16); mixers: kind, window, sinks, gate_fixed,
  * normalizer */
 static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
@@ -32,7 +32,8 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
                           .V = s[5],
                           .tied = s[6],
                           .attention_bias = s[7],
-                          .weights = s[8] ? XL_DT_BF16 : XL_DT_REAL,
+                          .weights = s[8] == 2 ? XL_DT_BF16 : XL_DT_REAL,
+                          .mixed = s[8] != 0,
                           .eps = eps};
     for (ptrdiff_t l = 0; l < xl_min(layers, XL_MAX_LAYERS); l++, m += 5)
         config->mixer[l] = (xl_mixer){.kind = (xl_mixer_kind)m[0],
@@ -372,35 +373,55 @@ static PyObject *model_topk(PyObject *module, PyObject *const *args, Py_ssize_t 
     return xl_end(&c, c.status);
 }
 
-/* model_divergence(config, params, x, teacher config, teacher params, teacher x, labels, kl, agree,
- *                  nll, teacher_nll, work) */
+#define MAX_STUDENTS 64
+
+/* model_divergence(config, params, x [N, d] of the teacher, [(config, params, x)] of the students,
+ *                  labels [N], kl [S, N], agree [S, N], nll [S, N], teacher_nll [N], work) */
 static PyObject *model_divergence(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 12)) return NULL;
-    const xl_config *config = take_config(&c, args[0]), *teacher = take_config(&c, args[3]);
+    if (!xl_begin(&c, module, nargs, 10)) return NULL;
+    const xl_config *teacher = take_config(&c, args[0]);
     if (c.failed) return xl_end(&c, XL_OK);
-    xl_params params, teacher_params;
-    place_params(&c, config, args[1], "params", 0, NULL, &params);
-    place_params(&c, teacher, args[4], "teacher params", 0, NULL, &teacher_params);
-    xl_set_dim(&c, 'D', config->d);
-    const real *x = xl_in(&c, args[2], "x", "ND"), *tx = xl_in(&c, args[5], "teacher x", "ND");
-    const int32_t *labels = xl_in_i32(&c, args[6], "labels", "N");
-    real *kl = xl_inout(&c, args[7], "kl", "N"), *agree = xl_inout(&c, args[8], "agree", "N");
-    real *nll = xl_inout(&c, args[9], "nll", "N"),
-         *tnll = xl_inout(&c, args[10], "teacher nll", "N");
-    if (c.failed) return xl_end(&c, XL_OK);
-    if (config->V != teacher->V || config->d != teacher->d) {
-        PyErr_Format(PyExc_ValueError,
-                     "the models differ in vocab_size (%zd, %zd) or hidden_size (%zd, %zd)",
-                     (Py_ssize_t)config->V, (Py_ssize_t)teacher->V, (Py_ssize_t)config->d,
-                     (Py_ssize_t)teacher->d);
+    xl_params params;
+    place_params(&c, teacher, args[1], "teacher params", 0, NULL, &params);
+    xl_mat head_of_teacher = params.head;
+    xl_set_dim(&c, 'D', teacher->d);
+    const real *tx = xl_in(&c, args[2], "teacher x", "ND"), *x[MAX_STUDENTS];
+    xl_mat w[MAX_STUDENTS];
+    PyObject *list = args[3];
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) > MAX_STUDENTS) {
+        PyErr_Format(PyExc_ValueError, "students must be a list of at most %d", MAX_STUDENTS);
         return NULL;
     }
-    xl_head head = head_args(config, xl_dim(&c, 'N'), 0);
-    void *work = take_work(&c, args[11], xl_head_scratch(&c.ctx, &head));
+    ptrdiff_t students = PyList_GET_SIZE(list);
+    for (ptrdiff_t m = 0; m < students && !c.failed; m++) {
+        PyObject *capsule, *flat, *hidden;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, m), "OOO", &capsule, &flat, &hidden))
+            return NULL;
+        const xl_config *config = take_config(&c, capsule);
+        if (c.failed) break;
+        if (config->V != teacher->V || config->d != teacher->d) {
+            PyErr_Format(PyExc_ValueError,
+                         "the models differ in vocab_size (%zd, %zd) or hidden_size (%zd, %zd)",
+                         (Py_ssize_t)config->V, (Py_ssize_t)teacher->V, (Py_ssize_t)config->d,
+                         (Py_ssize_t)teacher->d);
+            return NULL;
+        }
+        place_params(&c, config, flat, "params", 0, NULL, &params);
+        w[m] = params.head;
+        x[m] = xl_in(&c, hidden, "x", "ND");
+    }
+    const int32_t *labels = xl_in_i32(&c, args[4], "labels", "N");
+    xl_set_dim(&c, 'S', students);
+    real *kl = xl_inout(&c, args[5], "kl", "SN"), *agree = xl_inout(&c, args[6], "agree", "SN");
+    real *nll = xl_inout(&c, args[7], "nll", "SN"),
+         *tnll = xl_inout(&c, args[8], "teacher nll", "N");
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_head_divergence(&c.ctx, &head, kl, agree, nll, tnll, x, params.head, tx,
-                                  teacher_params.head, labels, work));
+    xl_head head = head_args(teacher, xl_dim(&c, 'N'), 0);
+    void *work = take_work(&c, args[9], xl_head_scratch(&c.ctx, &head));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_head_divergence(&c.ctx, &head, students, kl, agree, nll, tnll, x, w, tx,
+                                  head_of_teacher, labels, work));
     return xl_end(&c, c.status);
 }
 

@@ -31,16 +31,12 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 
 
-class FidelityModel(Protocol):
-    """What fidelity needs of a model."""
+class FidelityTeacher(Protocol):
+    """What fidelity needs of a teacher."""
 
-    def hidden(self, ids: Any, /) -> NDArray[Any]:
-        """Hidden states after the last norm, [B, T, d], of int ids [B, T]."""
-
-    def divergence(
-        self, teacher: Any, ids: Any, /, *, teacher_hidden: NDArray[Any]
-    ) -> dict[str, NDArray[Any]]:
-        """kl, agree, nll and teacher_nll, each [B, T] (nll 0 at the last position)."""
+    def divergence(self, students: Any, ids: Any, /) -> dict[str, NDArray[Any]]:
+        """kl, agree and nll [students, B, T], teacher_nll [B, T] of int ids [B, T] (nll 0 at the
+        last position)."""
 
 
 class Interval(NamedTuple):
@@ -67,7 +63,8 @@ class DomainFidelity(BaseModel):
 
     `by_position` has one measure per bucket. `windows` and `windows_by_position` hold the values of
     each window (metric -> [windows] and metric -> [buckets][windows]), aligned between the models:
-    they feed the paired bootstrap.
+    they feed the paired bootstrap. A model that was measured on the first windows only has shorter
+    lists.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -81,7 +78,7 @@ class DomainFidelity(BaseModel):
 class Fidelity(BaseModel):
     """Fidelity of several models to one teacher. `models` includes "teacher" itself (KL 0).
 
-    `tokens` counts the tokens measured per domain, windows of `context` tokens each.
+    `tokens` counts the teacher's tokens per domain, windows of `context` tokens each.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -94,6 +91,15 @@ class Fidelity(BaseModel):
     @property
     def domains(self) -> list[str]:
         return list(self.tokens)
+
+    @property
+    def complete(self) -> list[str]:
+        """The models that were measured on every window of the teacher."""
+
+        def windows(model: str) -> list[int]:
+            return [len(of.windows["kl"]) for of in self.models[model].values()]
+
+        return [name for name in self.models if windows(name) == windows("teacher")]
 
     def mean(self, model: str, bucket: int | None = None) -> Measure:
         """The mean of the domains' measures (perplexity: exp of the mean nll)."""
@@ -162,21 +168,23 @@ def windows_of(
 
 
 def fidelity(
-    models: Mapping[str, FidelityModel],
-    teacher: FidelityModel,
+    models: Mapping[str, Any],
+    teacher: FidelityTeacher,
     documents: Mapping[str, Sequence[Sequence[int]]],
     *,
     context: int = 1024,
     buckets: Sequence[tuple[int, int]] = BUCKETS,
     max_windows: int | None = None,
+    fewer: Mapping[str, int] | None = None,
     separator: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fidelity:
     """Compare `models` with `teacher` on documents (token ids) per domain.
 
     The teacher runs once per batch of windows for all models. `max_windows` bounds the windows of
-    a domain (the first ones). `progress(done, total)` counts windows. Buckets that begin beyond
-    `context` are dropped. Raises UserError where a domain is shorter than one window.
+    a domain (the first ones), `fewer` those of single models: {name: windows, at least 1}.
+    `progress(done, total)` counts windows. Buckets that begin beyond `context` are dropped. Raises
+    UserError where a domain is shorter than one window.
     """
     if "teacher" in models:
         raise UserError("fidelity: the name 'teacher' is the teacher's own", usage=True)
@@ -193,18 +201,23 @@ def fidelity(
                 "add text or shorten the context"
             )
         packed[name] = windows[:max_windows]
+    fewer = fewer or {}
+    for name, count in fewer.items():
+        if name not in models or count < 1:
+            raise UserError(
+                f"fidelity: fewer: {name!r}: {count} is not a known model with at least 1 window",
+                usage=True,
+            )
     total, done = sum(len(w) for w in packed.values()), 0
     found: dict[str, dict[str, DomainFidelity]] = {name: {} for name in ("teacher", *models)}
     for domain, windows in packed.items():
         values: dict[str, list[dict[str, FloatArray]]] = {name: [] for name in found}
-        for batch in _batches(windows, context):
-            hidden = teacher.hidden(batch)
-            out: dict[str, NDArray[Any]] = {}
-            for name, model in models.items():
-                out = model.divergence(teacher, batch, teacher_hidden=hidden)
-                values[name].append({m: np.asarray(out[m], np.float64) for m in _METRICS})
-            if not models:
-                out = teacher.divergence(teacher, batch, teacher_hidden=hidden)
+        for start, stop in _batches(len(windows), context, set(fewer.values())):
+            batch = windows[start:stop]
+            names = [name for name in models if start < fewer.get(name, stop)]
+            out = teacher.divergence([models[name] for name in names], batch)
+            for i, name in enumerate(names):
+                values[name].append({m: np.asarray(out[m][i], np.float64) for m in _METRICS})
             values["teacher"].append(
                 {
                     "kl": np.zeros(batch.shape),
@@ -226,9 +239,13 @@ def fidelity(
     )
 
 
-def _batches(windows: IntArray, context: int) -> Iterator[IntArray]:
+def _batches(windows: int, context: int, ends: set[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of windows that run together; none goes on beyond one of `ends`."""
     rows = max(1, _TOKENS_AT_ONCE // context)
-    return (windows[i : i + rows] for i in range(0, len(windows), rows))
+    starts = sorted({0, *(end for end in ends if end < windows), windows})
+    for begin, end in itertools.pairwise(starts):
+        for start in range(begin, end, rows):
+            yield start, min(start + rows, end)
 
 
 def _summarise(

@@ -1,0 +1,28 @@
+/* avx512.c and vdpbf16ps, which multiplies pairs of bf16 numbers. */
+#include "kernels/kernels.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16"))),             \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")
+#endif
+
+#define XL_ISA avx512bf16
+#define XL_MIXED
+#define XL_VB 64
+#define XL_MR 14
+#define XL_NV 2
+#include "kernels/body.inc.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
