@@ -45,10 +45,8 @@ static const struct {
     int (*supported)(void), (*pays)(void);
 } tables[] = {
 #ifdef __x86_64__
-    {&xl_kernels_amx, has_amx, always},
-    {&xl_kernels_avx512bf16, has_avx512bf16, pairs_pay},
-    {&xl_kernels_avx512, has_avx512, always},
-    {&xl_kernels_avx2, has_avx2, always},
+    {&xl_kernels_amx, has_amx, always},       {&xl_kernels_avx512bf16, has_avx512bf16, pairs_pay},
+    {&xl_kernels_avx512, has_avx512, always}, {&xl_kernels_avx2, has_avx2, always},
 #endif
     {&xl_kernels_generic, always, always},
 };
