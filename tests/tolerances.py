@@ -57,14 +57,16 @@ DOCUMENT_MOVED = 1e-5
 # promises. Measured: 5.4e-4.
 TEACHER_LOGITS = 2e-3
 # Weights rounded to 8 bits of mantissa (2e-3 each, random signs): KL in nats a token between the
-# model and itself. Measured: 5.4e-5, and 1.2 % of the most probable tokens change, near ties.
+# model and itself. Measured: 5.4e-5 where the other operand is float32, 1.5e-4 where it is rounded
+# too, and 1.2 to 1.4 % of the most probable tokens change, near ties.
 BF16_KL = 2e-4
 BF16_AGREE = 0.98
 
 # ---- products of operands rounded to bf16 -------------------------------------------------------
 
-# An operand is off by up to 2^-9 of itself, with random signs; two layers with weights near 1.
+# An operand is off by up to 2^-9 of itself, with random signs; two layers with random weights.
+# Measured: 3.8e-5.
 MIXED_KL = 1e-3
 # Norm of the difference of a tensor's gradients over its norm: two roundings of 2^-9 a product,
-# some ten products deep.
+# some ten products deep. Measured: up to 0.024.
 MIXED_GRADIENT = 0.05

@@ -79,7 +79,6 @@ class _Assessment:
         self.run, self.section = run, run.recipe.evaluate
         self.place = run.path / "evaluation"
         self.models = _Models(run)
-        run.teacher.compute = "f32"  # everything is measured in float32
 
     def piece(self, name: str, make: Callable[[], Any]) -> Any:
         """The contents of a piece, made if its file is not there."""
@@ -179,6 +178,7 @@ def assess(run: Run) -> None:
     if run.directory.done("evaluate") and (place / "parts").is_dir():
         return
     section = run.recipe.evaluate
+    run.teacher.compute = "f32"  # everything is measured in float32, whatever it was trained in
     with run.timed("evaluate"):
         for one in section.fidelity:
             work.piece(f"fidelity-{one.context}", partial(work.fidelity, one))
