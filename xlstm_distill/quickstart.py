@@ -32,9 +32,9 @@ TEACHER = "smollm2-135m-instruct"
 DEFAULT_MINUTES = 30.0
 SAMPLING_SHARE, EVALUATION_SHARE = 0.15, 0.15
 """At most so much of the budget goes to sampling text and to evaluation."""
-_CAUTION = 0.88
+_CAUTION = 0.9
 """Share of each part of the budget that is planned for; the rest is for slow spells."""
-_EVALUATION_CAUTION = 0.97
+_EVALUATION_CAUTION = 0.94
 """The same for the evaluation, most of which is fixed: what is saved here is taken from the request
 sets."""
 _ALIGN_SHARE = 0.5
