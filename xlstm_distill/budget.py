@@ -26,7 +26,7 @@ _SHORT_ROWS = 2.4
 """Requests are short rows of different lengths, read after a shared prefix: their tokens cost so
 many times those of full rows (12 sets of 36 documents took 990 s where full rows take 436)."""
 _CALIBRATION_ROW = 1024
-"""Tokens of a row at most. Windows and packs are as long, and longer rows cost more a token."""
+"""Tokens: the quickstart's windows and packs are as long, and longer rows cost more a token."""
 _CALIBRATION_STEPS = 12
 
 
@@ -64,8 +64,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
     """Measure short pieces of each kind of work; `place` is a directory on the run's disk."""
     assert teacher.tokenizer is not None
     text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
-    row = min(recipe.data.length, _CALIBRATION_ROW)
-    ids = np.array(teacher.tokenizer.encode(text, special=False)[:row])[None]
+    ids = np.array(teacher.tokenizer.encode(text, special=False)[:_CALIBRATION_ROW])[None]
     labels = np.full_like(ids, -1)
     labels[:, :-1] = ids[:, 1:]
     student = linearize(teacher, **recipe.student.model_dump())
