@@ -1,6 +1,6 @@
 """The core against other libraries, in turns in one process, with the share of the machine's peak.
 
-    python benchmarks/bench.py [gemm|mlstm|attention|train ...] [--out DIR] [--seconds S]
+    python benchmarks/bench.py [SUITE ...] [--out DIR] [--seconds S]
 
 Prints a line a case (ours, the rival's, the ratio: above 1 we are faster) and writes
 DIR/SUITE.json. A speed claim anywhere in this project names such a file. `train_rival.py` does the
@@ -20,18 +20,19 @@ import numpy as np
 from rivals import RIVALS, use_threads
 
 from xlstm_distill import bench
+from xlstm_distill.bench_cases import CASES
 
 
 def about() -> dict[str, Any]:
     """The machine and the versions of everything that was measured."""
-    names = ("numpy", "torch", "transformers", "mlstm-kernels", "xlstm_distill")
+    names = ("numpy", "torch", "transformers", "mlstm-kernels")
     return {**bench.machine(), "versions": {name: version(name) for name in names}}
 
 
 def run_suite(suite: str, machine: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
     """Every case of a suite beside its rivals; prints as it goes."""
     rows = []
-    for case in bench.CASES[suite]():
+    for case in CASES[suite]():
         times = bench.measure({"own": case.run, **RIVALS[suite](case)}, seconds)
         row = bench.row(case, times.pop("own"), machine)
         row["rivals"] = {
@@ -49,10 +50,7 @@ def run_suite(suite: str, machine: dict[str, Any], seconds: float) -> list[dict[
 
 def describe(row: dict[str, Any]) -> str:
     """A row as one line."""
-    line = (
-        f"{row['suite']:<10}{row['case']:<42}{1e3 * row['seconds']:>9.2f} ms"
-        f"{row['gflops']:>7.0f} GFLOP/s{row['peak_share']:>6.0%}"
-    )
+    line = bench.figures(row)
     for name, rival in row["rivals"].items():
         line += f" | {name} {1e3 * rival['seconds']:.2f} ms, ratio {rival['ratio']:.2f}"
     return line
@@ -68,7 +66,7 @@ def main() -> int:
         parser.error(f"suite {min(unknown)!r} is not known: {', '.join(bench.SUITES)}")
     use_threads()
     machine = about()
-    print(bench.describe(machine))
+    print(bench.describe(machine), bench.TITLES, sep="\n")
     args.out.mkdir(parents=True, exist_ok=True)
     for suite in args.suites or bench.SUITES:
         result = {"machine": machine, "results": run_suite(suite, machine, args.seconds)}

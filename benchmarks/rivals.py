@@ -1,4 +1,4 @@
-"""What other libraries do for the cases of `xlstm_distill.bench`: functions of a case.
+"""What other libraries do for the cases of `xlstm_distill.bench_cases`: functions of a case.
 
 torch gets as many threads as the core has, float32 or, where the case is "mixed", bf16, and inputs
 of the same distribution.
@@ -6,13 +6,21 @@ of the same distribution.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from torch_student import TorchStudent
 
 from xlstm_distill import runtime
-from xlstm_distill.bench import SMOLLM2_135M, Case
+from xlstm_distill.bench_cases import (
+    COLD_BYTES,
+    SMOLLM2_135M,
+    Case,
+    random_student,
+)
 
 Run = Callable[[], Any]
 
@@ -27,7 +35,9 @@ def gemm(case: Case) -> dict[str, Run]:
     s, dtype = case.sizes, torch.bfloat16 if case.compute == "mixed" else torch.float32
     a, b = torch.randn(s["m"], s["k"]).to(dtype), torch.randn(s["n"], s["k"]).to(dtype)
     c = torch.empty(s["m"], s["n"], dtype=dtype)
-    return {"torch": lambda: torch.mm(a, b.T, out=c)}
+    copies = -(-COLD_BYTES // (b.numel() * b.element_size())) if "cold" in s else 1
+    turn = itertools.cycle(b[None].repeat(copies, 1, 1))
+    return {"torch": lambda: torch.mm(a, next(turn).T, out=c)}
 
 
 def mlstm(case: Case) -> dict[str, Run]:
@@ -42,7 +52,7 @@ def mlstm(case: Case) -> dict[str, Run]:
 
     s = case.sizes
     shape = (1, s["heads"], s["steps"])
-    backward = case.name.endswith("backward")
+    backward = "backward" in case.sizes
     inputs = [torch.rand(*shape, s["d"]) for _ in range(3)]
     inputs += [torch.randn(shape), torch.randn(shape) + 6]
     dh = torch.randn(*shape, s["d"])
@@ -65,12 +75,14 @@ def mlstm(case: Case) -> dict[str, Run]:
 
 
 def attention(case: Case) -> dict[str, Run]:
-    """torch's scaled_dot_product_attention: causal, or with a mask where there is a window."""
+    """torch's scaled_dot_product_attention: causal, or with a mask where there is a window. Beside
+    the hybrid mixer always causal in bf16: the attention that the mixer replaces."""
     s = case.sizes
     heads, groups, steps = s["heads"], s["groups"], s["steps"]
-    backward = case.name.endswith("backward")
-    q = torch.randn(1, heads, steps, s["d"])
-    k, v = (torch.randn(1, groups, steps, s["d"]) for _ in range(2))
+    backward = "backward" in case.sizes
+    dtype = torch.bfloat16 if "mixer" in s or case.compute == "mixed" else torch.float32
+    q = torch.randn(1, heads, steps, s["d"]).to(dtype)
+    k, v = (torch.randn(1, groups, steps, s["d"]).to(dtype) for _ in range(2))
     do = torch.randn_like(q)
     mask = None
     if "window" in s:
@@ -80,7 +92,7 @@ def attention(case: Case) -> dict[str, Run]:
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != groups
         )
 
     def run() -> None:
@@ -94,9 +106,9 @@ def attention(case: Case) -> dict[str, Run]:
     return {"torch sdpa": run}
 
 
-def train(case: Case) -> dict[str, Run]:
-    """transformers' Llama of the same shape with random weights: forward, backward, AdamW; for
-    "mixed" under autocast, which keeps float32 weights as we do."""
+@cache
+def transformers_teacher(dtype: torch.dtype) -> Any:
+    """transformers' Llama of the same shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     names = (
@@ -110,13 +122,87 @@ def train(case: Case) -> dict[str, Run]:
         "tie_word_embeddings",
     )
     config = LlamaConfig(**{n: SMOLLM2_135M[n] for n in names}, max_position_embeddings=8192)
-    model = LlamaForCausalLM(config)
-    ids = torch.randint(SMOLLM2_135M["vocab_size"], (case.sizes["rows"], case.sizes["steps"]))
-    return {"transformers + torch": training_step(model, ids, autocast=case.compute == "mixed")}
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def train(case: Case) -> dict[str, Run]:
+    """transformers + torch training the teacher, and the same student in plain torch: in float32,
+    or, for "mixed", under autocast (which keeps float32 weights as we do) and with bf16 weights."""
+    rows, steps = case.sizes["rows"], case.sizes["steps"]
+    ids = torch.randint(SMOLLM2_135M["vocab_size"], (rows, steps))
+    teacher, student = transformers_teacher, _student(steps)
+    if case.compute == "f32":
+        return {
+            "transformers teacher": training_step(teacher(torch.float32), ids),
+            "torch student": training_step(student, ids),
+        }
+    return {
+        "transformers teacher autocast": training_step(teacher(torch.float32), ids, autocast=True),
+        "transformers teacher bf16": training_step(teacher(torch.bfloat16), ids),
+        "torch student autocast": training_step(student, ids, autocast=True),
+        "torch student compiled": training_step(_compiled(steps), ids, autocast=True),
+    }
+
+
+@cache
+def _student(steps: int) -> TorchStudent:
+    return TorchStudent(random_student(), steps)
+
+
+@cache
+def _compiled(steps: int) -> Any:
+    return torch.compile(_student(steps))
+
+
+def prefill(case: Case) -> dict[str, Run]:
+    """transformers' teacher reading the prompt into a cache, logits of the last token only."""
+    dtype = torch.bfloat16 if case.compute == "mixed" else torch.float32
+    model = transformers_teacher(dtype).eval()
+    ids = torch.randint(SMOLLM2_135M["vocab_size"], (1, case.sizes["steps"]))
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    return {"transformers teacher": run}
+
+
+def decode(case: Case) -> dict[str, Run]:
+    """transformers' teacher: a step behind a cache of as many tokens, float32 and bf16."""
+    if "count" in case.sizes:
+        return {}
+    rows, context = case.sizes["rows"], case.sizes["context"]
+    dtypes = (torch.float32, torch.bfloat16)
+    return {f"transformers {str(d)[6:]}": _step(d, rows, context) for d in dtypes}
+
+
+def _step(dtype: torch.dtype, rows: int, context: int) -> Run:
+    from transformers import DynamicCache
+
+    model, vocab = transformers_teacher(dtype).eval(), SMOLLM2_135M["vocab_size"]
+    past = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        ids = torch.randint(vocab, (rows, context))
+        model(input_ids=ids, past_key_values=past, logits_to_keep=1)
+    token = torch.randint(vocab, (rows, 1))
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(input_ids=token, past_key_values=past)
+            past.crop(-1)
+
+    return run
+
+
+def merge(case: Case) -> dict[str, Run]:
+    """torch.lerp of two flat buffers into a third."""
+    n = case.sizes["n"]
+    a, b, out = torch.randn(n), torch.randn(n), torch.empty(n)
+    return {"torch": lambda: torch.lerp(a, b, 0.5, out=out)}
 
 
 def training_step(model: Any, ids: torch.Tensor, autocast: bool = False) -> Run:
-    """The step of `xlstm_distill.bench.TrainingStep`: cross-entropy, clipping, AdamW.
+    """The step of `xlstm_distill.bench_cases.TrainingStep`: cross-entropy, clipping, AdamW.
 
     autocast: products and what torch thinks fit run in bf16, weights stay as they are.
     """
@@ -142,4 +228,7 @@ RIVALS: dict[str, Callable[[Case], dict[str, Run]]] = {
     "mlstm": mlstm,
     "attention": attention,
     "train": train,
+    "prefill": prefill,
+    "decode": decode,
+    "merge": merge,
 }

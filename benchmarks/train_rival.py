@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import xlstm_distill as xd
 from xlstm_distill import bench, packages
+from xlstm_distill.bench_cases import COMPUTE, SINKS, WINDOW, TrainingStep, model_flops
 from xlstm_distill.linearize import linearize
 from xlstm_distill.model import Model
 
@@ -42,11 +43,11 @@ def compare(name: str, rows: int, steps: int, seconds: float) -> dict[str, Any]:
     path = packages.resolve(name)
     teacher = xd.load(path)
     ids = text_tokens(teacher, rows * steps).reshape(rows, steps)
-    student = linearize(teacher, window=bench.WINDOW, sinks=bench.SINKS)
+    student = linearize(teacher, window=WINDOW, sinks=SINKS)
     sides = {}
     for side, model in (("student", student), ("teacher", teacher)):
-        step = bench.TrainingStep(model, ids)
-        for compute in bench.COMPUTE:
+        step = TrainingStep(model, ids)
+        for compute in COMPUTE:
             sides[f"{side} {compute}"] = step.computing(compute)
     theirs, long = {}, torch.from_numpy(ids.astype(np.int64))
     for dtype in (torch.float32, torch.bfloat16):
@@ -61,12 +62,12 @@ def compare(name: str, rows: int, steps: int, seconds: float) -> dict[str, Any]:
     tokens = rows * steps
     speed = {side: tokens / float(np.median(t)) for side, t in times.items()}
     best = max(v for side, v in speed.items() if side.startswith("transformers"))
-    flops = bench.step_flops(student.config, tokens, steps) / tokens
+    flops = model_flops(student.config, tokens, steps, backward=True) / tokens
     return {
         "batch": [rows, steps],
         "first_loss": losses,
         "tokens_per_second": speed,
-        "student_gflops": {c: flops * speed[f"student {c}"] / 1e9 for c in bench.COMPUTE},
+        "student_gflops": {c: flops * speed[f"student {c}"] / 1e9 for c in COMPUTE},
         "ratio_f32": speed["student f32"] / speed["transformers f32"],
         "ratio_best": speed["student mixed"] / best,
     }
@@ -85,7 +86,7 @@ def main() -> int:
         rows, steps = map(int, batch.split("x"))
         r = compare(args.model, rows, steps, args.seconds)
         r["student_peak_share"] = {
-            c: r["student_gflops"][c] / machine["peak_gflops"][c] for c in bench.COMPUTE
+            c: r["student_gflops"][c] / machine["peak_gflops"][c] for c in COMPUTE
         }
         results.append(r)
         print(f"{batch}: tokens/s")

@@ -10,6 +10,7 @@ given and taken, in true units (C exp(m), n exp(m)): what m is does not matter t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -318,6 +319,24 @@ def head_cases() -> Iterator[Case]:
         pair: Args = {"x": x, "w": w, "teacher_x": rng.standard_normal((n, d))}
         pair |= {"teacher_w": rng.standard_normal((v, d)), "labels": rng.integers(-1, v, n)}
         yield Case(f"divergence {n}x{d} V{v}", DIVERGENCE, pair)
+
+
+SAMPLE = Op(
+    ("sample",),
+    lambda m, a: {"ids": m.sample(a["logits"], a["temperature"], a["top_p"], a["uniform"])},
+)
+
+
+def sample_cases() -> Iterator[Case]:
+    """Equal logits among them, a vocabulary of one, nuclei of one entry and of nearly all."""
+    for temperature, top_p in itertools.product((0.0, 0.7, 1.0), (0.05, 0.5, 0.95, 0.9999, 1.0)):
+        for n, v, spread in [(1, 1, 1.0), (40, 7, 3.0), (300, 1500, 3.0), (64, 257, 0.0)]:
+            rng = seeded("sample", n, v)
+            # multiples of 1/8 are the same in both types, and some are equal
+            logits = np.round(8 * spread * rng.standard_normal((n, v))) / 8
+            args = {"logits": logits, "temperature": temperature, "top_p": top_p}
+            name = f"sample {n} V{v} temperature {temperature} top_p {top_p}"
+            yield Case(name, SAMPLE, {**args, "uniform": rng.random(n)})
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -638,6 +657,7 @@ CASES: list[Case] = [
     *mse_cases(),
     *head_loss_cases(),
     *head_cases(),
+    *sample_cases(),
     *rope_cases(),
     *attention_cases(),
     *feature_map_cases(),

@@ -220,9 +220,9 @@ def test_padding_is_never_read(window, sinks):
             for b, n in enumerate(lengths):
                 x[b, :, n:] = fill
         o, lse = np.full_like(q, np.nan), np.full(q.shape[:3], np.nan, np.float32)
-        c.attention_forward(o, lse, q, k, v, pos, lengths, *span, None, None, None)
+        c.attention_forward(o, lse, q, k, v, pos, lengths, *span, None, None, None, 0)
         d = [np.zeros_like(x) for x in (q, k, v)]
-        c.attention_backward(*d, do, q, k, v, o, lse, pos, lengths, *span)
+        c.attention_backward(*d, do, q, k, v, o, lse, pos, lengths, *span, 0)
         return o, lse, *d
 
     clean, dirty = run(0.0), run(np.nan)
@@ -245,12 +245,12 @@ def test_backward_adds_and_skips_what_is_not_wanted(window, sinks):
     o, lse = np.empty_like(q), np.empty(q.shape[:3])
     pos, span = positions(starts(2, 200, 0)), (min(window or 200, 200), sinks)
     c = core(np.float64)
-    c.attention_forward(o, lse, q, k, v, pos, None, *span, None, None, None)
+    c.attention_forward(o, lse, q, k, v, pos, None, *span, None, None, None, 0)
     for wanted in [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
         given = [
             np.full_like(x, 0.5) if w else None for x, w in zip((q, k, v), wanted, strict=True)
         ]
-        c.attention_backward(*given, do, q, k, v, o, lse, pos, None, *span)
+        c.attention_backward(*given, do, q, k, v, o, lse, pos, None, *span, 0)
         for x, y in zip(given, expected, strict=True):
             if x is not None:
                 assert_close(x, y + 0.5, OP_F64, "added gradient")
@@ -276,7 +276,7 @@ class Cached:
             self.c.attention_step(o, q, k, v, *past, pos, lengths, self.sinks)
         else:
             span = (self.window, self.sinks)
-            self.c.attention_forward(o, None, q, k, v, pos, lengths, *span, *past)
+            self.c.attention_forward(o, None, q, k, v, pos, lengths, *span, *past, 0)
             self.c.attention_append(*past, k, v, pos, lengths, self.sinks)
         for b in range(len(q)):
             n = q.shape[2] if lengths is None else lengths[b]
@@ -402,7 +402,7 @@ def test_the_core_refuses_what_does_not_fit(pos, lengths, slots, message):
     n = None if lengths is None else np.array(lengths, np.int32)
     with pytest.raises(ValueError, match=message):
         core(np.float64).attention_forward(
-            np.empty_like(q), None, q, k, v, np.array([pos], np.int32), n, 4, 1, *past
+            np.empty_like(q), None, q, k, v, np.array([pos], np.int32), n, 4, 1, *past, 0
         )
 
 

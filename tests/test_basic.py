@@ -55,6 +55,39 @@ def test_top_k_breaks_ties_by_the_lower_id():
     assert relative(np.exp(logp).sum(1), mass) < 1e-6
 
 
+def nucleus_by_sorting(p: np.ndarray, top_p: float) -> set[int]:
+    order = np.argsort(-p, kind="stable")
+    before = np.cumsum(p[order], dtype=np.float64) - p[order]
+    return set(order[before < top_p * p.sum(dtype=np.float64)].tolist())
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 0.9999])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+def test_sampling_stays_in_the_nucleus_and_reaches_all_of_it(top_p, spread):
+    random = np.random.default_rng(1)
+    logits = np.round(random.standard_normal((1, 1500)) * spread, 1).astype(np.float32)
+    p = np.exp(logits[0] - logits.max())
+    allowed = nucleus_by_sorting(p, top_p)
+    uniform = (np.arange(20_000) + 0.5) / 20_000
+    tokens = ops.sample(np.repeat(logits, len(uniform), axis=0), 1.0, top_p, uniform)
+    assert set(tokens.tolist()) <= allowed
+    share = np.bincount(tokens, minlength=1500) / len(uniform)
+    kept = np.where(np.isin(np.arange(1500), list(allowed)), p, 0)
+    assert np.max(np.abs(share - kept / kept.sum())) <= 2 / len(uniform)
+
+
+def test_sampling_from_far_apart_and_from_impossible_logits():
+    z = np.array([[-np.inf, 0.0, -300.0, -np.inf]], np.float32)
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        assert ops.sample(z, 1.0, 0.9, [uniform]).tolist() == [1]
+        assert ops.sample(z, 1.0, 1.0, [uniform]).tolist() == [1]
+    for bad in (np.nan, np.inf):
+        rows = np.zeros((4, 5), np.float32)
+        rows[2:, 3] = bad
+        with pytest.raises(FloatingPointError, match="logits of row 2 are not finite"):
+            ops.sample(rows, 1.0, 0.9, np.zeros(4))
+
+
 def vectors(n: int = 50_000, dtype=np.float32):
     random = np.random.default_rng(0)
     p, g = (random.standard_normal(n).astype(dtype) for _ in range(2))

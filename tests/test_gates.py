@@ -199,7 +199,7 @@ def test_gradients_are_added_and_only_where_wanted():
     phi, a = ops.feature_map_forward(x, w), normal("a", B, H, T)
     c = core(np.float64)
     cases = [
-        (c.feature_map_backward, (d, phi, x, w), ops.feature_map_backward(d, x, w)),
+        (c.feature_map_backward, (d, phi, x, w, 0), ops.feature_map_backward(d, x, w)),
         (c.output_gate_backward, (a, q, k, v, gw), ops.output_gate_backward(a, q, k, v, gw)),
         (c.mix_backward, (d, q, phi, a), ops.mix_backward(d, q, phi, a)),
     ]

@@ -63,6 +63,7 @@ LEVELS = [
     [
         "align",
         "bench",
+        "bench_cases",
         "data",
         "distill",
         "evaluate",

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from models import random_batch, random_model
-from tolerances import MIXED_GRADIENT, MIXED_KL, OP_F32
+from tolerances import MIXED_GRADIENT, MIXED_KL, MIXED_OP, OP_F32
 
+from xlstm_distill import ops
 from xlstm_distill.errors import UserError
 from xlstm_distill.optim import AdamW, trainable_names
 from xlstm_distill.parameters import bf16_round, bf16_widen
@@ -88,6 +89,70 @@ def test_what_is_not_finite_stays_so(bad):
     a[3, 5] = bad
     found = product(a, b, False, True)
     assert not np.isfinite(found[3]).any() and np.isfinite(np.delete(found, 3, axis=0)).all()
+
+
+def tensors(*shape: int, seed: str) -> list[Any]:
+    rng = seeded("mixed ops", seed, *shape)
+    return [rng.standard_normal(shape).astype(np.float32) for _ in range(4)]
+
+
+def relative(found: Any, exact: Any) -> float:
+    """Norm of the difference over the norm; NaN counts as infinite."""
+    error = np.linalg.norm(found.astype(np.float64) - exact) / np.linalg.norm(exact)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def mlstm_of(steps: int, width: int, mixed: bool) -> list[Any]:
+    """Outputs, last state and gradients of an mLSTM on softmax features, with documents."""
+    q, k, v, dh = tensors(2, 3, steps, width, seed="mlstm")
+    gates = tensors(2, 3, steps, seed="gates")
+    maps = tensors(3, width, width, seed="maps")
+    reset = seeded("mixed documents", steps).random((2, steps)) < 0.03
+    q, k = (ops.feature_map_forward(x, w, mixed) for x, w in zip((q, k), maps, strict=False))
+    x = (q, k, v, gates[0], gates[1] + 4)
+    h, (c, n, _) = ops.mlstm_forward(*x, scale=1.0, reset=reset, mixed=mixed)
+    dq, dk, dv, di, df, _ = ops.mlstm_backward(dh, *x, scale=1.0, reset=reset, mixed=mixed)
+    dx, dw = ops.feature_map_backward(dq, tensors(2, 3, steps, width, seed="mlstm")[0], maps[0], mixed)
+    return [h, c, n, dq, dk, dv, di, df, dx, dw]
+
+
+@pytest.mark.parametrize(("steps", "width"), [(1, 16), (65, 64), (300, 40), (200, 130)])
+def test_the_mlstm_rounds_operands_only(steps, width, runtime):
+    """Each output is within the rounding of a few products; threads and rows change no bit."""
+    exact = [x.astype(np.float64) for x in mlstm_of(steps, width, False)]
+    found = mlstm_of(steps, width, True)
+    names = ("h", "C", "n", "dq", "dk", "dv", "di", "df", "dx", "dw")
+    for name, x, y in zip(names, found, exact, strict=True):
+        if steps > 1 or name in ("h", "C", "n"):  # of one step h = v: the rest has no gradient
+            assert relative(x, y) <= MIXED_OP, f"{name}: {relative(x, y):.4f}"
+    for threads in (1, 3):
+        runtime.set_threads(threads)
+        for x, y in zip(mlstm_of(steps, width, True), found, strict=True):
+            assert np.array_equal(x, y)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (16, 4), (300, 2)])
+@pytest.mark.parametrize(("steps", "width"), [(1, 16), (100, 64), (700, 40), (60, 400)])
+def test_attention_rounds_operands_only(steps, width, window, sinks, runtime):
+    q, k, v, do = tensors(2, 4, steps, width, seed="attention")
+    k, v = k[:, :2].copy(), v[:, :2].copy()
+    reset = seeded("mixed attention", steps).random((2, steps)) < 0.01
+
+    def run(mixed: bool, rows: slice = slice(None)) -> list[Any]:
+        x, options = (q[rows], k[rows], v[rows], window, sinks, reset[rows]), {"mixed": mixed}
+        o = ops.attention_forward(*x, **options)
+        return [o, *ops.attention_backward(do[rows], *x, **options)]
+
+    exact, found = run(False), run(True)
+    for name, x, y in zip(("o", "dq", "dk", "dv"), found, exact, strict=True):
+        if steps > 1 or name in ("o", "dv"):  # one key: the softmax has no gradient
+            assert relative(x, y.astype(np.float64)) <= MIXED_OP, f"{name}: {relative(x, y):.4f}"
+    for threads in (1, 3):
+        runtime.set_threads(threads)
+        for x, y in zip(run(True), found, strict=True):
+            assert np.array_equal(x, y)
+    for x, y in zip(run(True, slice(1, 2)), found, strict=True):
+        assert np.array_equal(x, y[1:2])
 
 
 def test_a_model_computes_almost_the_same():

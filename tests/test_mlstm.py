@@ -122,7 +122,7 @@ def prefilled_backward(x, dh, state, dstate, normalizer, reset):
     grads, dm = [a.copy() for a in before], np.full((batch, heads), 7.0)
     code = NORMALIZERS.index(normalizer)
     core(np.float64).mlstm_backward(
-        *grads, dm, dh, *x, *state, *dstate, code, width**-0.5, 0, 16, reset, None
+        *grads, dm, dh, *x, *state, *dstate, code, width**-0.5, 0, 16, reset, None, 0
     )
     assert np.all(dm == 0)
     return [a - b for a, b in zip(grads, before, strict=True)]
@@ -204,7 +204,7 @@ def test_gradients_do_not_depend_on_the_chunk(normalizer):
 def test_a_gradient_that_is_not_wanted_costs_the_others_nothing():
     x = inputs(40)
     dh, _ = cotangents(x)
-    none, options = (None,) * 3, (0, 0.4, 0, 16, None, None)
+    none, options = (None,) * 3, (0, 0.4, 0, 16, None, None, 0)
     whole = [np.zeros_like(a) for a in x]
     core(np.float64).mlstm_backward(*whole, *none, dh, *x, *none, *none, *options)
     for wanted in range(5):
@@ -402,7 +402,7 @@ def test_rows_have_their_own_lengths(form):
         for row, length in enumerate(lengths):
             a[row, :, length:] = np.nan  # padding is never read
     h, last = np.full_like(x[2], np.nan), [np.full_like(a, np.nan) for a in state]
-    options = (0, 0.4, form, 16, None, lengths)
+    options = (0, 0.4, form, 16, None, lengths, 0)
     core(np.float64).mlstm_forward(h, *last, *x, *state, *options)
     grads, dfirst = [np.zeros_like(a) for a in x], [np.zeros_like(a) for a in state]
     core(np.float64).mlstm_backward(*grads, *dfirst, dh, *x, *state, *dstate, *options)
@@ -520,7 +520,7 @@ def test_wrong_arguments_are_named():
     h, none = np.empty_like(v), (None,) * 3
     with pytest.raises(ValueError, match=r"lengths\[1\] is 10, T is 9"):
         core(np.float64).mlstm_forward(
-            h, *none, *x, *none, 0, 1.0, 0, 64, None, np.array([9, 10], np.int32)
+            h, *none, *x, *none, 0, 1.0, 0, 64, None, np.array([9, 10], np.int32), 0
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import commands
+from .bench import SUITES
 from .errors import UserError
 
 Arguments = argparse.Namespace
@@ -126,7 +127,7 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument("--control", help="the name of the student that learnt nothing")
     p.add_argument("--out", required=True, help="directory to write")
     p = add("bench", "speed of the core on this machine", commands.bench)
-    p.add_argument("suite", nargs="*", help="gemm, mlstm, attention, train (default: all)")
+    p.add_argument("suite", nargs="*", help="any of " + ", ".join(SUITES) + " (all)")
     p.add_argument("--seconds", type=float, default=1.0, help="seconds a case")
 
 

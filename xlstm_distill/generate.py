@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from . import ops
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -15,47 +15,6 @@ if TYPE_CHECKING:
 
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped from the batch once fewer than this share of its rows is running."""
-
-_NUCLEUS = 512
-"""Entries that a nucleus is first looked for in."""
-
-
-def sample(
-    logits: NDArray[Any], temperature: float, top_p: float, uniform: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """One token a row, [B, V] -> [B], by inverting the distribution function at `uniform` [B].
-
-    temperature 0 takes the most probable token. top_p < 1 keeps the smallest set of most probable
-    tokens whose mass reaches top_p.
-    """
-    if temperature == 0:
-        return np.argmax(logits, axis=1)
-    p = np.exp((logits - logits.max(axis=1, keepdims=True)) / np.float32(temperature))
-    chosen = np.empty(len(p), dtype=np.int64)
-    for row, u in enumerate(uniform):
-        kept = _nucleus(p[row], top_p) if top_p < 1 else np.arange(p.shape[1])
-        total = np.cumsum(p[row, kept], dtype=np.float64)
-        at = int(np.searchsorted(total, u * total[-1], side="right"))
-        chosen[row] = kept[min(at, len(kept) - 1)]
-    return chosen
-
-
-def _nucleus(p: NDArray[Any], top_p: float) -> NDArray[np.int64]:
-    """Indices, upwards, of the fewest largest entries of p whose mass reaches top_p of the whole.
-
-    Of equal entries the first are kept. A nucleus is small as a rule: the sort looks at the largest
-    entries first and at more of them only if their mass does not reach far enough.
-    """
-    wanted = top_p * p.sum(dtype=np.float64)
-    n = min(_NUCLEUS, p.size)
-    while True:
-        floor = np.partition(p, p.size - n)[p.size - n]
-        largest = np.flatnonzero(p >= floor)
-        order = largest[np.argsort(-p[largest], kind="stable")]
-        reached = np.cumsum(p[order], dtype=np.float64)
-        if reached[-1] >= wanted or n == p.size:
-            return np.sort(order[: int(np.searchsorted(reached, wanted)) + 1])
-        n = min(16 * n, p.size)
 
 
 def _check(temperature: float, top_p: float, max_new_tokens: int) -> None:
@@ -100,7 +59,7 @@ def generate_batch(
     running = set(rows)
     while True:
         uniform = np.array([streams[row].random() for row in rows])
-        tokens = sample(logits, temperature, top_p, uniform)
+        tokens = ops.sample(logits, temperature, top_p, uniform)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row not in running:
                 continue
@@ -143,7 +102,7 @@ def generate(
     new: list[int] = []
     shown = ""
     while len(new) < max_new_tokens:
-        token = int(sample(logits, temperature, top_p, random.random(1))[0])
+        token = int(ops.sample(logits, temperature, top_p, random.random(1))[0])
         if token in model.config.eos_token_ids:
             break
         new.append(token)

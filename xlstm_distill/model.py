@@ -50,8 +50,9 @@ class Model:
 
     - "f32": weights and products in float32;
     - "mixed": float32 weights, but the operands of their products are rounded to bf16 where the
-      processor has instructions for it (elsewhere as "f32"); sums, states, norms, attention, cells,
-      gradients and moments stay float32. Trains at up to twice the speed and more;
+      processor has instructions for it (elsewhere as "f32"), and so are those inside attention, the
+      mLSTM and feature maps; sums, states, norms, softmax, gates, gradients and moments stay
+      float32. Trains at up to twice the speed and more;
     - "bf16": matrices also stored as bf16, half the memory; for inference.
 
     It can be set to the other of "f32" and "mixed" at any time. dtype float64 exists for gradient

@@ -171,40 +171,11 @@ static void gemm(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *
 
 /* ---- dot products ------------------------------------------------------------------------- */
 
-/* Two accumulators a row hide the latency of the fused multiply-add; `rows` is a constant here. */
-INLINE void dots_rows(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx, const real *w,
-                      real *y) {
-    vec s0[8], s1[8];
-    for (int r = 0; r < rows; r++) s0[r] = s1[r] = (vec){0};
-    ptrdiff_t i = 0;
-    for (; i + 2 * VL <= n; i += 2 * VL) {
-        vec w0 = load(w + i), w1 = load(w + i + VL);
-        for (int r = 0; r < rows; r++) {
-            s0[r] += w0 * load(x + r * ldx + i);
-            s1[r] += w1 * load(x + r * ldx + i + VL);
-        }
-    }
-    for (int r = 0; r < rows; r++) {
-        real s = lanes_sum(s0[r] + s1[r]);
-        for (ptrdiff_t j = i; j < n; j++) s += w[j] * x[r * ldx + j];
-        y[r] = s;
-    }
-}
-
-static void dots(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const real *w,
-                 real *y) {
-    for (; rows >= 4; rows -= 4, x += 4 * ldx, y += 4) dots_rows(n, 4, x, ldx, w, y);
-    for (; rows >= 1; rows -= 1, x += ldx, y += 1) dots_rows(n, 1, x, ldx, w, y);
-}
-
 #ifdef XL_REAL_F64
-static void dots_bf16(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const xl_bf16 *w,
-                      real *y) {
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        real s = 0;
-        for (ptrdiff_t i = 0; i < n; i++) s += (real)xl_bf16_widen(w[i]) * x[r * ldx + i];
-        y[r] = s;
-    }
+INLINE vec widen(const xl_bf16 *p) {
+    vec x;
+    for (ptrdiff_t l = 0; l < VL; l++) x[l] = (real)xl_bf16_widen(p[l]);
+    return x;
 }
 #else
 typedef uint16_t half_u __attribute__((vector_size(XL_VB / 2), aligned(2), may_alias));
@@ -212,22 +183,55 @@ typedef uint32_t uvec __attribute__((vector_size(XL_VB)));
 INLINE vec widen(const xl_bf16 *p) {
     return (vec)(__builtin_convertvector(*(const half_u *)p, uvec) << 16);
 }
-
-static void dots_bf16(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const xl_bf16 *w,
-                      real *y) {
-    for (ptrdiff_t r = 0; r < rows; r++, x += ldx) {
-        vec s0 = {0}, s1 = {0};
-        ptrdiff_t i = 0;
-        for (; i + 2 * VL <= n; i += 2 * VL) {
-            s0 += widen(w + i) * load(x + i);
-            s1 += widen(w + i + VL) * load(x + i + VL);
-        }
-        real s = lanes_sum(s0 + s1);
-        for (; i < n; i++) s += xl_bf16_widen(w[i]) * x[i];
-        y[r] = s;
-    }
-}
 #endif
+INLINE real widen_one(const xl_bf16 *p) { return (real)xl_bf16_widen(*p); }
+INLINE real load_one(const real *p) { return *p; }
+
+/* A tile of rows of x and rows of w keeps all its sums in registers; `rows` and `count` are constants
+ * here. What the next tile reads of w is asked for: decoding waits for memory. */
+#define DOT_X (XL_VB == 64 ? 4 : 2)
+#define DOTS(name, type, load_vec, load_scalar)                                                    \
+    INLINE void name##_tile(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx,             \
+                            const int count, const type *w, ptrdiff_t ldw, real *y) {              \
+        vec s[DOT_X][XL_DOTS];                                                                       \
+        for (int r = 0; r < rows; r++)                                                             \
+            for (int c = 0; c < count; c++) s[r][c] = (vec){0};                                    \
+        ptrdiff_t i = 0;                                                                           \
+        for (; i + VL <= n; i += VL) {                                                             \
+            vec wi[XL_DOTS];                                                                         \
+            for (int c = 0; c < count; c++) {                                                      \
+                __builtin_prefetch(w + (XL_DOTS + c) * ldw + i);                                     \
+                wi[c] = load_vec(w + c * ldw + i);                                                 \
+            }                                                                                      \
+            for (int r = 0; r < rows; r++) {                                                       \
+                vec xi = load(x + r * ldx + i);                                                    \
+                for (int c = 0; c < count; c++) s[r][c] += wi[c] * xi;                             \
+            }                                                                                      \
+        }                                                                                          \
+        for (int r = 0; r < rows; r++)                                                             \
+            for (int c = 0; c < count; c++) {                                                      \
+                real sum = lanes_sum(s[r][c]);                                                     \
+                for (ptrdiff_t t = i; t < n; t++)                                                  \
+                    sum += load_scalar(w + c * ldw + t) * x[r * ldx + t];                          \
+                y[r * XL_DOTS + c] = sum;                                                            \
+            }                                                                                      \
+    }                                                                                              \
+    static void name(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,   \
+                     const type *w, ptrdiff_t ldw, real *y) {                                      \
+        ptrdiff_t r = 0;                                                                           \
+        if (count == XL_DOTS) {                                                                      \
+            for (; r + DOT_X <= rows; r += DOT_X)                                                  \
+                name##_tile(n, DOT_X, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);             \
+            for (; r < rows; r++)                                                                  \
+                name##_tile(n, 1, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);                 \
+            return;                                                                                \
+        }                                                                                          \
+        for (; r < rows; r++)                                                                      \
+            for (ptrdiff_t c = 0; c < count; c++)                                                  \
+                name##_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);       \
+    }
+DOTS(dots, real, load, load_one)
+DOTS(dots_bf16, xl_bf16, widen, widen_one)
 
 static real dot(ptrdiff_t n, const real *x, const real *y) {
     vec s[4] = {{0}, {0}, {0}, {0}};
@@ -404,12 +408,106 @@ static void sigmoid(ptrdiff_t n, const real *x, real *y) {
     if (i < n) store_part(y + i, n - i, vsigmoid(load_part(x + i, n - i)));
 }
 
-/* Scalar: gates are few (one per head and step). min(x, 0) - log(1 + exp(-|x|)) never overflows. */
+/* min(x, 0) - log(1 + y), y = exp(-|x|), never overflows; log(1 + y) = 2 artanh z, z = y / (2 + y) at
+ * most 1/3: the terms left out are below half an ulp. A NaN fails every comparison and stays. */
+#ifdef XL_REAL_F64
+#define ARTANH_TERMS 17
+#else
+#define ARTANH_TERMS 8
+#endif
+INLINE vec vlogsigmoid(vec x) {
+    vec y = vexp(blend(x > 0, -x, x)), z = y / ((real)2 + y), p = {0};
+    for (int j = ARTANH_TERMS - 1; j >= 0; j--) p = p * (z * z) + (real)1 / (real)(2 * j + 1);
+    return blend(x > 0, (vec){0}, x) - (real)2 * z * p;
+}
+
 static void logsigmoid(ptrdiff_t n, const real *x, real *y) {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        double v = (double)x[i];
-        y[i] = (real)((v > 0 ? 0 : v) - log1p(exp(-fabs(v)))); /* a NaN takes the second arm */
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) store(y + i, vlogsigmoid(load(x + i)));
+    if (i < n) store_part(y + i, n - i, vlogsigmoid(load_part(x + i, n - i)));
+}
+
+/* ---- the mLSTM: rows of a chunk, and one step --------------------------------------------- */
+
+#define STEP_VECTORS 4
+
+static real decay_row(ptrdiff_t n, ptrdiff_t seen, const double *c, double top, real *decay,
+                      real *p) {
+    vec sum = {0};
+    ptrdiff_t i = 0;
+    for (; i < seen && top != -INFINITY; i += VL) {
+        ptrdiff_t w = xl_min(VL, seen - i), room = xl_min(VL, n - i);
+        real exponent[XL_LANES];
+        for (ptrdiff_t l = 0; l < w; l++) exponent[l] = (real)(c[i + l] - top);
+        for (ptrdiff_t l = w; l < VL; l++) exponent[l] = -INFINITY;
+        vec d = vexp(load(exponent)), x = d * (w == VL ? load(p + i) : load_part(p + i, w));
+        sum += x;
+        if (room == VL) {
+            store(decay + i, d);
+            store(p + i, x);
+        } else {
+            store_part(decay + i, room, d);
+            store_part(p + i, room, x);
+        }
     }
+    for (; i < n; i++) decay[i] = p[i] = 0;
+    return lanes_sum(sum);
+}
+
+static real masked_dot(ptrdiff_t n, ptrdiff_t seen, const real *x, real *row) {
+    for (ptrdiff_t i = seen; i < n; i++) row[i] = 0;
+    return dot(seen, x, row);
+}
+
+static void add_mul(ptrdiff_t n, real a, const real *x, real *y) {
+    for (ptrdiff_t i = 0; i < n; i++) y[i] = (y[i] + a) * x[i];
+}
+
+static real mlstm_step(ptrdiff_t D, ptrdiff_t E, real forget, real input, const real *k,
+                       const real *v, real scale, const real *q, real *c, real *n, real *out) {
+    vec along = {0};
+    for (ptrdiff_t d = 0; d < D; d += VL) {
+        ptrdiff_t w = xl_min(VL, D - d);
+        int whole = w == VL;
+        vec x = forget * (whole ? load(n + d) : load_part(n + d, w));
+        x += input * (whole ? load(k + d) : load_part(k + d, w));
+        along += x * (whole ? load(q + d) : load_part(q + d, w));
+        if (whole)
+            store(n + d, x);
+        else
+            store_part(n + d, w, x);
+    }
+    /* columns that stay in registers for all rows of c, which is read and written once */
+    for (ptrdiff_t e = 0; e < E; e += STEP_VECTORS * VL) {
+        ptrdiff_t width = xl_min(STEP_VECTORS * VL, E - e);
+        int whole = width == STEP_VECTORS * VL;
+        vec o[STEP_VECTORS], x[STEP_VECTORS];
+        for (int j = 0; j < STEP_VECTORS; j++) {
+            ptrdiff_t left = xl_max(0, width - j * VL);
+            o[j] = (vec){0};
+            x[j] = whole ? load(v + e + j * VL) : load_part(v + e + j * VL, xl_min(VL, left));
+        }
+        for (ptrdiff_t d = 0; d < D; d++) {
+            real *row = c + d * E + e, a = input * k[d], b = scale * q[d];
+            for (int j = 0; j < STEP_VECTORS; j++) {
+                ptrdiff_t left = xl_min(VL, xl_max(0, width - j * VL));
+                vec r = forget * (whole ? load(row + j * VL) : load_part(row + j * VL, left));
+                r += a * x[j];
+                o[j] += b * r;
+                if (whole)
+                    store(row + j * VL, r);
+                else
+                    store_part(row + j * VL, left, r);
+            }
+        }
+        for (int j = 0; j < STEP_VECTORS; j++)
+            store_part(out + e + j * VL, xl_min(VL, xl_max(0, width - j * VL)), o[j]);
+    }
+    return scale * lanes_sum(along);
+}
+
+static void scale_to(ptrdiff_t n, real a, const real *x, real *y) {
+    for (ptrdiff_t i = 0; i < n; i++) y[i] = a * x[i];
 }
 
 /* ---- rows of the model -------------------------------------------------------------------- */
@@ -481,6 +579,11 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .mr = XL_MR,
     .nr = (int)NR,
     .gemm = gemm,
+    .decay_row = decay_row,
+    .masked_dot = masked_dot,
+    .add_mul = add_mul,
+    .scale_to = scale_to,
+    .mlstm_step = mlstm_step,
     .pack_b = pack_b,
     .pack_b_bf16 = pack_b_bf16,
     .gemm_packed = gemm_packed,
@@ -489,6 +592,7 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .pack_b_mixed = MIXED(pack_b_mixed),
     .pack_b_mixed_bf16 = MIXED(pack_b_mixed_bf16),
     .gemm_mixed = MIXED(gemm_mixed),
+    .gemm_rounded = MIXED(gemm_rounded),
     .peak_mixed = MIXED(peak_mixed),
     .dots = dots,
     .dots_bf16 = dots_bf16,

@@ -14,24 +14,28 @@
 #define XL_GEMM_NC 512
 #define XL_GEMM_MR_MAX 16
 #define XL_GEMM_APACK (XL_GEMM_KC * XL_GEMM_MR_MAX)
-/* the same for operands rounded to bf16: each slice is padded to a multiple of XL_PAIR_K. Two
- * operands of 32 rows or columns stay in a first cache of 48 KiB. */
-#define XL_MIXED_KC 384
+/* the same for operands rounded to bf16, of large and of small products: each slice is padded to a
+ * multiple of XL_PAIR_K. A large slice costs less than reading and writing C once more. */
+#define XL_MIXED_KC 1152
+#define XL_ROUNDED_KC 384
 #define XL_PAIR_K 32
+#define XL_DOTS 4 /* rows of w that `dots` takes at once */
 /* reals of scratch that `gemm` needs */
 #define XL_GEMM_PACK (XL_GEMM_KC * XL_GEMM_NC + XL_GEMM_APACK + 64)
+
+/* C[m,n] = beta*C + alpha * sum_k A(m,k) B(k,n), A(m,k) = a[m*rsa + k*csa], B(k,n) = b[k*rsb + n*csb],
+ * C row-major with row stride ldc; beta = 0 does not read C. The sum over k runs upwards in one order
+ * that depends on k alone: an element of C does not depend on m, n or on the other rows. pack:
+ * XL_GEMM_PACK reals. */
+typedef void (*xl_gemm)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *a,
+                        ptrdiff_t rsa, ptrdiff_t csa, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
+                        real beta, real *c, ptrdiff_t ldc, real *pack);
 
 typedef struct xl_kernels {
     const char *name; /* "generic", "avx2", "avx512", "avx512bf16", "amx" */
     int mr, nr;       /* register tile of the matrix product */
 
-    /* C[m,n] = beta*C + alpha * sum_k A(m,k) B(k,n), A(m,k) = a[m*rsa + k*csa],
-     * B(k,n) = b[k*rsb + n*csb], C row-major with row stride ldc; beta = 0 does not read C.
-     * The sum over k runs upwards in one order that depends on k alone: an element of C does not
-     * depend on m, n or on the other rows. pack: XL_GEMM_PACK reals. */
-    void (*gemm)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *a, ptrdiff_t rsa,
-                 ptrdiff_t csa, const real *b, ptrdiff_t rsb, ptrdiff_t csb, real beta, real *c,
-                 ptrdiff_t ldc, real *pack);
+    xl_gemm gemm;
 
     /* The two halves of gemm, for ops that share a packed B between threads.
      * pack_b: B(k,n) for k < kc, n < n into panels of nr columns: out[panel][k][nr], zero padded.
@@ -58,12 +62,15 @@ typedef struct xl_kernels {
                               ptrdiff_t csb, xl_bf16 *out);
     void (*gemm_mixed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
                        const xl_bf16 *b, real beta, real *c, ptrdiff_t ldc);
+    xl_gemm gemm_rounded; /* the whole product of operands rounded to bf16 */
     double (*peak_mixed)(ptrdiff_t rounds, real *sink); /* as xl_peak_rounds */
 
-    /* y[r] = x_r . w for r < rows <= 8, x_r = x + r*ldx: one pass over w. */
-    void (*dots)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const real *w, real *y);
-    void (*dots_bf16)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const xl_bf16 *w,
-                      real *y);
+    /* y[r * XL_DOTS + c] = x_r . w_c for r < rows, c < count <= XL_DOTS, x_r = x + r*ldx, w_c = w +
+     * c*ldw. A product does not depend on rows and count. */
+    void (*dots)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
+                 const real *w, ptrdiff_t ldw, real *y);
+    void (*dots_bf16)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
+                      const xl_bf16 *w, ptrdiff_t ldw, real *y);
 
     real (*dot)(ptrdiff_t n, const real *x, const real *y);
     real (*sum)(ptrdiff_t n, const real *x);
@@ -84,6 +91,18 @@ typedef struct xl_kernels {
     void (*sigmoid)(ptrdiff_t n, const real *x, real *y);    /* in place allowed */
     void (*logsigmoid)(ptrdiff_t n, const real *x, real *y); /* in place allowed */
 
+    /* Rows of a chunk of the mLSTM, of which the first `seen` entries of n count. decay = exp(c - top),
+     * 0 where top = -INFINITY; p *= decay; both 0 behind `seen`; returns the sum of p. */
+    real (*decay_row)(ptrdiff_t n, ptrdiff_t seen, const double *c, double top, real *decay,
+                      real *p);
+    real (*masked_dot)(ptrdiff_t n, ptrdiff_t seen, const real *x, real *row); /* row: 0 behind */
+    void (*add_mul)(ptrdiff_t n, real a, const real *x, real *y);              /* y = (y + a) x */
+    void (*scale_to)(ptrdiff_t n, real a, const real *x, real *y);             /* y = a x */
+    /* c [D, E] = forget c + input k v^T, n [D] likewise with v = 1, out [E] = scale q c; returns
+     * scale q.n: one pass over the state. */
+    real (*mlstm_step)(ptrdiff_t D, ptrdiff_t E, real forget, real input, const real *k,
+                       const real *v, real scale, const real *q, real *c, real *n, real *out);
+
     /* y = x * rstd * w, rstd = 1/sqrt(mean x^2 + eps) */
     real (*rmsnorm)(ptrdiff_t n, const real *x, const real *w, real eps, real *y);
     /* y = silu(g) * u */
@@ -95,6 +114,11 @@ typedef struct xl_kernels {
     void (*adamw)(ptrdiff_t n, real *p, const real *g, real *m, real *v, real lr, real beta1,
                   real beta2, real eps, real decay, real c1, real c2, real gscale);
 } xl_kernels;
+
+/* The product of an op: mixed: of operands rounded to bf16, where the processor gains by it. */
+static inline xl_gemm xl_gemm_of(const xl_kernels *k, int mixed) {
+    return mixed && k->gemm_rounded ? k->gemm_rounded : k->gemm;
+}
 
 extern const xl_kernels xl_kernels_generic;
 #ifdef __x86_64__

@@ -232,6 +232,15 @@ INLINE void add_tile(ptrdiff_t h, ptrdiff_t w, real alpha, const real *t, ptrdif
         }
 }
 
+/* Asks for a tile of C while the one before it is computed: its rows lie on as many pages, and no
+ * processor foresees that. */
+INLINE void prefetch_tile(const real *c, ptrdiff_t ldc, ptrdiff_t rows) {
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        __builtin_prefetch(c + i * ldc, 1);
+        __builtin_prefetch(c + i * ldc + 16, 1);
+    }
+}
+
 static void gemm_mixed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
                        const xl_bf16 *b, real beta, real *c, ptrdiff_t ldc) {
     ptrdiff_t padded = xl_round_up(kc, XL_PAIR_K);
@@ -247,6 +256,10 @@ static void gemm_mixed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const
             ptrdiff_t h = xl_min(MIXED_MR, m - i), w = xl_min(NR, n - j);
             real *out = c + i * ldc + j;
             const xl_bf16 *ta = a + i * padded, *tb = b + j * padded;
+            if (i + MIXED_MR < m)
+                prefetch_tile(out + MIXED_MR * ldc, ldc, xl_min(MIXED_MR, m - i - MIXED_MR));
+            else if (j + NR < n)
+                prefetch_tile(c + j + NR, ldc, xl_min(MIXED_MR, m));
             if (plain && h == MIXED_MR && w == NR) {
                 tile_mixed(padded, ta, tb, out, ldc, start);
                 continue;
@@ -258,6 +271,31 @@ static void gemm_mixed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const
 #ifdef XL_AMX
     _tile_release();
 #endif
+}
+
+/* Blocks of a whole product: rows and columns of whole tiles whose packed forms fit into `pack`. */
+#define ROUNDED_M 224
+#define ROUNDED_N 256
+
+static void gemm_rounded(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *a,
+                         ptrdiff_t rsa, ptrdiff_t csa, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
+                         real beta, real *c, ptrdiff_t ldc, real *pack) {
+    _Static_assert((ROUNDED_M + ROUNDED_N) * XL_ROUNDED_KC * sizeof(xl_bf16) <=
+                       XL_GEMM_PACK * sizeof(real),
+                   "pack holds a block of either operand");
+    xl_bf16 *of_b = (xl_bf16 *)pack, *of_a = of_b + ROUNDED_N * XL_ROUNDED_KC;
+    for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_ROUNDED_KC) {
+        ptrdiff_t kc = xl_min(XL_ROUNDED_KC, k - k0);
+        for (ptrdiff_t j = 0; j < n; j += ROUNDED_N) {
+            ptrdiff_t w = xl_min(ROUNDED_N, n - j);
+            pack_b_mixed(kc, w, b + k0 * rsb + j * csb, rsb, csb, of_b);
+            for (ptrdiff_t i = 0; i < m; i += ROUNDED_M) {
+                ptrdiff_t h = xl_min(ROUNDED_M, m - i);
+                pack_a_mixed(kc, h, a + i * rsa + k0 * csa, rsa, csa, of_a);
+                gemm_mixed(h, w, kc, alpha, of_a, of_b, k0 ? (real)1 : beta, c + i * ldc + j, ldc);
+            }
+        }
+    }
 }
 
 /* ---- the peak ----------------------------------------------------------------------------- */

@@ -1,7 +1,5 @@
 #include "model/block.h"
 
-#include <string.h>
-
 void xl_block_tape_plan(xl_plan *p, const xl_config *c, const xl_mixer *m, ptrdiff_t N,
                         xl_block_tape *t) {
     xl_mixer_tape_plan(p, c, m, N, &t->mixer);
@@ -64,14 +62,14 @@ xl_status xl_block_finish(xl_ctx *ctx, const xl_config *c, const xl_layer *w, co
     ptrdiff_t N = b->B * b->T, q = c->H * c->D;
     workspace s;
     plan(ctx, c, b, 0, scratch, &s);
-    memcpy(t->mid, x, (size_t)(N * c->d) * sizeof(real));
+    XL_TRY(xl_copy(ctx, N * c->d, t->mid, x));
     XL_TRY(xl_matmul(ctx, N, c->d, q, 1, h, q, 1, w->wo, 1, q, 1, t->mid, c->d, s.mixer));
     XL_TRY(xl_rmsnorm_forward(ctx, N, c->d, t->xn_mlp, t->rstd_mlp, t->mid, w->norm_mlp,
                               (real)c->eps));
     XL_TRY(xl_linear_forward(ctx, N, c->d, c->F, t->gate, t->xn_mlp, w->w_gate, NULL, s.mixer));
     XL_TRY(xl_linear_forward(ctx, N, c->d, c->F, t->up, t->xn_mlp, w->w_up, NULL, s.mixer));
     XL_TRY(xl_swiglu_forward(ctx, N, c->F, t->act, t->gate, t->up));
-    memcpy(y, t->mid, (size_t)(N * c->d) * sizeof(real));
+    XL_TRY(xl_copy(ctx, N * c->d, y, t->mid));
     return xl_matmul(ctx, N, c->d, c->F, 1, t->act, c->F, 1, w->w_down, 1, c->F, 1, y, c->d,
                      s.mixer);
 }
@@ -94,25 +92,25 @@ xl_status xl_block_backward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, co
     workspace s;
     plan(ctx, c, b, 1, scratch, &s);
     XL_TRY(xl_poll(ctx));
-    memset(s.dact, 0, (size_t)(N * F) * sizeof(real));
-    XL_TRY(xl_linear_backward(ctx, N, F, d, s.dact, (real *)g->w_down.data, NULL, dx, t->act,
+    XL_TRY(xl_matmul(ctx, N, F, d, 1, dx, d, 1, w->w_down, F, 1, 0, s.dact, F, s.mixer));
+    XL_TRY(xl_linear_backward(ctx, N, F, d, NULL, (real *)g->w_down.data, NULL, dx, t->act,
                               w->w_down, s.mixer));
     XL_TRY(xl_swiglu_backward(ctx, N, F, t->gate, t->up, s.dact, t->gate, t->up));
-    memset(s.dxn, 0, (size_t)(N * d) * sizeof(real));
-    XL_TRY(xl_linear_backward(ctx, N, d, F, s.dxn, (real *)g->w_gate.data, NULL, t->gate, t->xn_mlp,
+    XL_TRY(xl_matmul(ctx, N, d, F, 1, t->gate, F, 1, w->w_gate, d, 1, 0, s.dxn, d, s.mixer));
+    XL_TRY(xl_linear_backward(ctx, N, d, F, NULL, (real *)g->w_gate.data, NULL, t->gate, t->xn_mlp,
                               w->w_gate, s.mixer));
     XL_TRY(xl_linear_backward(ctx, N, d, F, s.dxn, (real *)g->w_up.data, NULL, t->up, t->xn_mlp,
                               w->w_up, s.mixer));
     XL_TRY(
         xl_rmsnorm_backward(ctx, N, d, dx, g->norm_mlp, s.dxn, t->mid, w->norm_mlp, t->rstd_mlp));
 
-    memset(s.dh, 0, (size_t)(N * q) * sizeof(real));
-    XL_TRY(xl_linear_backward(ctx, N, q, d, s.dh, (real *)g->wo.data, NULL, dx, t->mixer.h, w->wo,
+    XL_TRY(xl_matmul(ctx, N, q, d, 1, dx, d, 1, w->wo, q, 1, 0, s.dh, q, s.mixer));
+    XL_TRY(xl_linear_backward(ctx, N, q, d, NULL, (real *)g->wo.data, NULL, dx, t->mixer.h, w->wo,
                               s.mixer));
-    memset(s.dq, 0, (size_t)(N * q) * sizeof(real));
-    memset(s.dk, 0, (size_t)(N * kv) * sizeof(real));
-    memset(s.dv, 0, (size_t)(N * kv) * sizeof(real));
-    memset(s.dxn, 0, (size_t)(N * d) * sizeof(real));
+    XL_TRY(xl_zero(ctx, N * q, s.dq));
+    XL_TRY(xl_zero(ctx, N * kv, s.dk));
+    XL_TRY(xl_zero(ctx, N * kv, s.dv));
+    XL_TRY(xl_zero(ctx, N * d, s.dxn));
     XL_TRY(xl_mixer_backward(ctx, c, &c->mixer[layer], w, g, b, &t->mixer, s.dq, s.dk, s.dv, s.dxn,
                              s.dh, t->xn_attn, s.mixer));
     XL_TRY(xl_linear_backward(ctx, N, d, q, s.dxn, (real *)g->wq.data, g->bq, s.dq, t->xn_attn,

@@ -14,7 +14,8 @@ static xl_attn attention_args(const xl_config *c, const xl_mixer *m, const xl_ba
                  .T = b->T,
                  .D = c->D,
                  .pos = b->pos,
-                 .lengths = b->lengths};
+                 .lengths = b->lengths,
+                 .mixed = c->mixed};
     xl_attention_span(m, b->span, &a.window, &a.sinks);
     return a;
 }
@@ -31,11 +32,12 @@ static xl_mlstm cell_args(const xl_config *c, const xl_mixer *m, const xl_batch 
                       .form = stepping ? XL_RECURRENT : XL_CHUNKWISE,
                       .chunk = b->chunk,
                       .reset = b->reset,
-                      .lengths = b->lengths};
+                      .lengths = b->lengths,
+                      .mixed = c->mixed};
 }
 
 static xl_fmap map_args(const xl_config *c, const xl_batch *b, ptrdiff_t G) {
-    return (xl_fmap){b->B, c->H, G, b->T, c->D};
+    return (xl_fmap){b->B, c->H, G, b->T, c->D, c->mixed};
 }
 
 static xl_gate gate_args(const xl_config *c, const xl_batch *b) {
@@ -190,15 +192,6 @@ xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, c
 
 /* ---- backward ----------------------------------------------------------------------------- */
 
-/* dv of the mLSTM comes with H heads; key/value heads collect their rep query heads in order. */
-static void add_groups(const xl_config *c, ptrdiff_t N, real *dv, const real *dvm) {
-    ptrdiff_t D = c->D, rep = c->H / c->G;
-    for (ptrdiff_t n = 0; n < N; n++)
-        for (ptrdiff_t h = 0; h < c->H; h++)
-            for (ptrdiff_t j = 0; j < D; j++)
-                dv[(n * c->G + h / rep) * D + j] += dvm[(n * c->H + h) * D + j];
-}
-
 /* Gradient of the mLSTM branch from s->dhm down to dq, dk, dv after RoPE, dxn and parameters. */
 static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m,
                                 const xl_layer *w, const xl_layer *g, const xl_batch *b,
@@ -206,11 +199,11 @@ static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer 
                                 const real *dhm, const real *xn, workspace *s) {
     ptrdiff_t T = b->T, H = c->H, G = c->G, D = c->D, N = b->B * T;
     int gates = xl_has_gates(m);
-    memset(s->dphi_q, 0, (size_t)(N * H * D) * sizeof(real));
-    memset(s->dphi_k, 0, (size_t)(N * H * D) * sizeof(real));
-    memset(s->dvm, 0, (size_t)(N * H * D) * sizeof(real));
-    memset(s->di, 0, (size_t)(N * H) * sizeof(real));
-    memset(s->df, 0, (size_t)(N * H) * sizeof(real));
+    XL_TRY(xl_zero(ctx, N * H * D, s->dphi_q));
+    XL_TRY(xl_zero(ctx, N * H * D, s->dphi_k));
+    XL_TRY(xl_zero(ctx, N * H * D, s->dvm));
+    XL_TRY(xl_zero(ctx, N * H, s->di));
+    XL_TRY(xl_zero(ctx, N * H, s->df));
     xl_mlstm a = cell_args(c, m, b, 0);
     xl_mlstm_state none = {0};
     xl_heads phi_q = view(t->phi_q, T, H, D), phi_k = view(t->phi_k, T, H, D);
@@ -220,7 +213,7 @@ static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer 
                              view(gates ? s->df : NULL, T, H, 1), none, view(dhm, T, H, D), phi_q,
                              phi_k, view(t->v, T, G, D), view(t->i, T, H, 1), view(t->f, T, H, 1),
                              none, none, s->op));
-    if (dv) add_groups(c, N, dv, s->dvm);
+    if (dv) XL_TRY(xl_add_heads(ctx, N, H, G, D, dv, s->dvm));
     xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, G);
     XL_TRY(xl_feature_map_backward(ctx, &mq, view(dq, T, H, D), g->map_q, dphi_q, phi_q,
                                    view(t->q, T, H, D), w->map_q, s->op));
@@ -258,9 +251,9 @@ xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, 
     plan(ctx, c, b, 1, scratch, &s);
     const real *dhm = dh, *dhs = dh;
     if (m->kind == XL_MIX_HYBRID) {
-        memset(s.dhm, 0, (size_t)(N * H * D) * sizeof(real));
-        memset(s.dhs, 0, (size_t)(N * H * D) * sizeof(real));
-        memset(s.do_, 0, (size_t)(N * H) * sizeof(real));
+        XL_TRY(xl_zero(ctx, N * H * D, s.dhm));
+        XL_TRY(xl_zero(ctx, N * H * D, s.dhs));
+        XL_TRY(xl_zero(ctx, N * H, s.do_));
         xl_gate a = gate_args(c, b);
         XL_TRY(xl_mix_backward(ctx, &a, view(s.dhm, T, H, D), view(dq ? s.dhs : NULL, T, H, D),
                                view(s.do_, T, H, 1), view(dh, T, H, D), view(t->hm, T, H, D),

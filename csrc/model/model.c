@@ -112,11 +112,11 @@ xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
                                 w.stream + l * row, NULL, w.block));
     XL_TRY(
         xl_rmsnorm_forward(ctx, N, c->d, w.xn, w.rstd, w.stream + L * row, p->norm, (real)c->eps));
-    memset(w.dxn, 0, (size_t)row * sizeof(real));
+    XL_TRY(xl_zero(ctx, row, w.dxn));
     XL_TRY(xl_head_loss(ctx, head, sums, NULL, g ? w.dxn : NULL, g ? (real *)g->head.data : NULL,
                         w.xn, p->head, labels, target_ids, target_logp, w.block));
     if (!g) return XL_OK;
-    memset(w.dx, 0, (size_t)row * sizeof(real));
+    XL_TRY(xl_zero(ctx, row, w.dx));
     XL_TRY(xl_rmsnorm_backward(ctx, N, c->d, w.dx, g->norm, w.dxn, w.stream + L * row, p->norm,
                                w.rstd));
     for (ptrdiff_t l = L; l-- > 0;)
@@ -169,15 +169,15 @@ xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
         const xl_layer *layer = &p->layer[l];
         one_branch(m, t, hm, hs);
         XL_TRY(xl_block_project(ctx, c, layer, b, &w.tape, w.x, w.block));
-        memcpy(w.teacher.q, t->q, (size_t)q * sizeof(real));
-        memcpy(w.teacher.k, t->k, (size_t)kv * sizeof(real));
-        memcpy(w.teacher.v, t->v, (size_t)kv * sizeof(real));
+        XL_TRY(xl_copy(ctx, q, w.teacher.q, t->q));
+        XL_TRY(xl_copy(ctx, kv, w.teacher.k, t->k));
+        XL_TRY(xl_copy(ctx, kv, w.teacher.v, t->v));
         XL_TRY(xl_mixer_forward(ctx, c, &attention, layer, b, &w.teacher, w.tape.xn_attn, NULL,
                                 w.block));
         XL_TRY(xl_mixer_forward(ctx, c, m, layer, b, t, w.tape.xn_attn, NULL, w.block));
         XL_TRY(xl_mse_forward(ctx, q, sums + 2 * l, t->h, w.teacher.h, w.sums));
         if (g && xl_has_mlstm(m)) {
-            memset(w.dh, 0, (size_t)q * sizeof(real));
+            XL_TRY(xl_zero(ctx, q, w.dh));
             XL_TRY(xl_mse_backward(ctx, q, w.dh, t->h, w.teacher.h, (real)scale));
             XL_TRY(xl_mixer_backward(ctx, c, m, layer, &g->layer[l], b, t, NULL, NULL, NULL, NULL,
                                      w.dh, w.tape.xn_attn, w.block));

@@ -78,13 +78,14 @@ xl_status xl_attention_check(xl_ctx *ctx, const xl_attn *a, const xl_kv *past);
 const real *xl_column_rows(const xl_attn *a, const xl_block *k, ptrdiff_t c0, ptrdiff_t n,
                            xl_heads x, const xl_kv *past, const real *cached, ptrdiff_t b,
                            ptrdiff_t g, real *rows, ptrdiff_t *stride);
-/* B(k, n) into panels, slice by slice of XL_GEMM_KC. */
-void xl_pack(const xl_ctx *ctx, ptrdiff_t k, ptrdiff_t n, const real *b, ptrdiff_t rsb,
+/* B(k, n) into panels, slice by slice; mixed: rounded to bf16 where the kernels have it. One of rsb
+ * and csb is 1, likewise of rsa and csa. */
+void xl_pack(const xl_ctx *ctx, int mixed, ptrdiff_t k, ptrdiff_t n, const real *b, ptrdiff_t rsb,
              ptrdiff_t csb, real *out);
 /* C[m, n] = beta C + alpha A B for a B that xl_pack has packed. */
-void xl_product(const xl_ctx *ctx, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *a,
-                ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c, ptrdiff_t ldc,
-                real *apack);
+void xl_product(const xl_ctx *ctx, int mixed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha,
+                const real *a, ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
+                ptrdiff_t ldc, real *apack);
 /* Masks with -INFINITY what query t does not see among the scores of columns c0 .. c0 + n, as far as
  * the result: whole vectors that hold all it does see. */
 ptrdiff_t xl_mask_row(const xl_attn *a, const xl_block *k, ptrdiff_t t, ptrdiff_t c0, ptrdiff_t n,

@@ -58,9 +58,9 @@ static void score_gradients(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w
                             ptrdiff_t c0, ptrdiff_t n, ptrdiff_t whole, xl_heads dout, xl_heads q,
                             const real *lse, const real *delta, ptrdiff_t b, ptrdiff_t h) {
     ptrdiff_t rows = k->q1 - k->q0, D = a->D, ld = XL_SCORE_STRIDE, nr = ctx->k->nr;
-    xl_product(ctx, rows, xl_round_up(n, nr), D, (real)(1 / sqrt((double)D)), xl_at(q, b, h, k->q0),
+    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, (real)(1 / sqrt((double)D)), xl_at(q, b, h, k->q0),
                q.st, 1, w->keys_t, 0, w->scores, ld, w->apack);
-    xl_product(ctx, rows, xl_round_up(n, nr), D, 1, xl_at(dout, b, h, k->q0), dout.st, 1,
+    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, 1, xl_at(dout, b, h, k->q0), dout.st, 1,
                w->values_t, 0, w->grads, ld, w->apack);
     for (ptrdiff_t i = 0; i < rows; i++) {
         real *p = w->scores + i * ld, *ds = w->grads + i * ld, minus = delta[i];
@@ -86,25 +86,25 @@ static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w,
     for (ptrdiff_t c0 = 0; c0 < k->columns; c0 += XL_COLUMNS) {
         ptrdiff_t n = xl_min(XL_COLUMNS, k->columns - c0), whole = xl_round_up(n, ctx->k->mr);
         const real *x = xl_column_rows(a, k, c0, n, key, NULL, NULL, b, g, w->rows, &stride);
-        xl_pack(ctx, D, n, x, 1, stride, w->keys_t);
-        xl_pack(ctx, n, D, x, stride, 1, w->keys);
+        xl_pack(ctx, a->mixed, D, n, x, 1, stride, w->keys_t);
+        xl_pack(ctx, a->mixed, n, D, x, stride, 1, w->keys);
         x = xl_column_rows(a, k, c0, n, v, NULL, NULL, b, g, w->rows, &stride);
-        xl_pack(ctx, D, n, x, 1, stride, w->values_t);
+        xl_pack(ctx, a->mixed, D, n, x, 1, stride, w->values_t);
         for (ptrdiff_t r = 0; r < rep; r++) {
             ptrdiff_t h = g * rep + r;
             score_gradients(ctx, a, w, k, c0, n, whole, dout, q, lse + (b * a->H + h) * a->T + t0,
                             w->delta + r * rows, b, h);
             if (dq.p)
-                xl_product(ctx, rows, D, n, scale, w->grads, XL_SCORE_STRIDE, 1, w->keys, 1,
+                xl_product(ctx, a->mixed, rows, D, n, scale, w->grads, XL_SCORE_STRIDE, 1, w->keys, 1,
                            xl_at(dq, b, h, t0), dq.st, w->apack);
             if (dk) {
-                xl_pack(ctx, rows, D, xl_at(q, b, h, t0), q.st, 1, w->values);
-                xl_product(ctx, whole, D, rows, scale, w->grads, 1, XL_SCORE_STRIDE, w->values,
+                xl_pack(ctx, a->mixed, rows, D, xl_at(q, b, h, t0), q.st, 1, w->values);
+                xl_product(ctx, a->mixed, whole, D, rows, scale, w->grads, 1, XL_SCORE_STRIDE, w->values,
                            r > 0, w->dk, D, w->apack);
             }
             if (dv) {
-                xl_pack(ctx, rows, D, xl_at(dout, b, h, t0), dout.st, 1, w->values);
-                xl_product(ctx, whole, D, rows, 1, w->scores, 1, XL_SCORE_STRIDE, w->values, r > 0,
+                xl_pack(ctx, a->mixed, rows, D, xl_at(dout, b, h, t0), dout.st, 1, w->values);
+                xl_product(ctx, a->mixed, whole, D, rows, 1, w->scores, 1, XL_SCORE_STRIDE, w->values, r > 0,
                            w->dv, D, w->apack);
             }
         }

@@ -45,8 +45,8 @@ ptrdiff_t xl_attention_step_bytes(const xl_attn *a, ptrdiff_t slots) {
 static void attend(const xl_ctx *ctx, ptrdiff_t D, ptrdiff_t n, const real *q, const real *keys,
                    const real *values, ptrdiff_t ld, real *scores, real *part) {
     const xl_kernels *kn = ctx->k;
-    for (ptrdiff_t j = 0; j < n; j += 8)
-        kn->dots(D, xl_min(8, n - j), keys + j * ld, ld, q, scores + j);
+    for (ptrdiff_t j = 0; j < n; j += XL_DOTS)
+        kn->dots(D, 1, q, D, xl_min(XL_DOTS, n - j), keys + j * ld, ld, scores + j);
     kn->scale(n, (real)(1 / sqrt((double)D)), scores);
     part[0] = kn->max(n, scores);
     part[1] = kn->exp_sum(n, scores, part[0], scores);

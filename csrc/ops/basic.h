@@ -116,6 +116,16 @@ xl_status xl_mse_forward(xl_ctx *ctx, ptrdiff_t n, double *sums, const real *h, 
 xl_status xl_mse_backward(xl_ctx *ctx, ptrdiff_t n, real *dh, const real *h, const real *target,
                           real scale);
 
+/* ---- sample.c ----------------------------------------------------------------------------- */
+
+/* One token a row of logits [N, V]: ids [N]. temperature 0: the most probable one, the first of
+ * equals. Else the first token at which the distribution function of softmax(logits / temperature)
+ * exceeds uniform[n]; top_p < 1 leaves the fewest most probable tokens whose mass reaches top_p, of
+ * equals (as float) the first. XL_FLOATING names a row whose largest logit is not finite. */
+xl_status xl_sample(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, int32_t *ids, const real *logits,
+                    double temperature, double top_p, const double *uniform, void *scratch);
+ptrdiff_t xl_sample_scratch(const xl_ctx *ctx, ptrdiff_t V);
+
 /* ---- adamw.c ------------------------------------------------------------------------------ */
 
 /* One step of AdamW (decoupled decay, bias correction) on n parameters, in place; the gradient is
@@ -126,6 +136,14 @@ xl_status xl_adamw_step(xl_ctx *ctx, ptrdiff_t n, real *p, const real *g, real *
 /* sum of squares in double, added in fixed blocks */
 xl_status xl_sumsq(xl_ctx *ctx, ptrdiff_t n, double *sum, const real *x, void *scratch);
 ptrdiff_t xl_sums_scratch(ptrdiff_t n);
+
+/* ---- flat.c ------------------------------------------------------------------------------- */
+
+xl_status xl_zero(xl_ctx *ctx, ptrdiff_t n, real *x);
+xl_status xl_copy(xl_ctx *ctx, ptrdiff_t n, real *to, const real *from);
+/* to [N, G, D] += from [N, H, D], each group's heads in order */
+xl_status xl_add_heads(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t H, ptrdiff_t G, ptrdiff_t D, real *to,
+                       const real *from);
 
 /* ---- merge.c ------------------------------------------------------------------------------ */
 

@@ -44,6 +44,7 @@ typedef struct {
     ptrdiff_t sinks;    /* >= 0 */
     const int32_t *pos; /* [B, T]: counts up from 0, or from past->pos[b], or starts again at 0 */
     const int32_t *lengths; /* [B] or NULL */
+    int mixed;              /* products of operands rounded to bf16; see xl_mat */
 } xl_attn;
 
 /* o = softmax(q k^T / sqrt(D)) v over {s <= t, same document, t - s < window or pos_s < sinks}.
@@ -74,6 +75,7 @@ xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_heads 
  * x: G heads, phi: H heads, w [H, D, D]. paper.md 1.2, numerics.md. */
 typedef struct {
     ptrdiff_t B, H, G, T, D;
+    int mixed; /* products of operands rounded to bf16; see xl_mat */
 } xl_fmap;
 xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl_heads x,
                                  const real *w, void *scratch);
@@ -97,6 +99,7 @@ typedef struct {
     ptrdiff_t chunk;        /* >= 1 */
     const uint8_t *reset;   /* [B, T] or NULL: a document starts here, the state is forgotten */
     const int32_t *lengths; /* [B] or NULL */
+    int mixed; /* products of operands rounded to bf16 (see xl_mat); the recurrent form has none */
 } xl_mlstm;
 
 /* State: C [B, H, D, E], n [B, H, D], m [B, H], contiguous; C and n are scaled by exp(-m).

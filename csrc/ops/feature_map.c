@@ -42,6 +42,7 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
                                  const real *w, void *scratch) {
     XL_TRY(check(ctx, a));
     const xl_kernels *k = ctx->k;
+    xl_gemm gemm = xl_gemm_of(k, a->mixed);
     ptrdiff_t D = a->D, rep = a->H / a->G;
 #pragma omp parallel num_threads(ctx->threads)
     {
@@ -51,7 +52,7 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
             for (ptrdiff_t h = 0; h < a->H; h++)
                 for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK) {
                     ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
-                    k->gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1,
+                    gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1,
                             0, xl_at(phi, b, h, t0), phi.st, s.pack);
                     for (ptrdiff_t t = t0; t < t0 + rows; t++) {
                         real *z = xl_at(phi, b, h, t);
@@ -80,7 +81,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                                   xl_heads dphi, xl_heads phi, xl_heads x, const real *w,
                                   void *scratch) {
     XL_TRY(check(ctx, a));
-    const xl_kernels *k = ctx->k;
+    xl_gemm gemm = xl_gemm_of(ctx->k, a->mixed);
     ptrdiff_t D = a->D, rep = a->H / a->G;
 #pragma omp parallel num_threads(ctx->threads)
     {
@@ -93,7 +94,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                         for (ptrdiff_t h = g * rep; h < (g + 1) * rep; h++) {
                             ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
                             softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
-                            k->gemm(rows, D, D, 1, s.dz, D, 1, w + h * D * D, 1, D, 1,
+                            gemm(rows, D, D, 1, s.dz, D, 1, w + h * D * D, 1, D, 1,
                                     xl_at(dx, b, g, t0), dx.st, s.pack);
                         }
         }
@@ -104,7 +105,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                     for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK) {
                         ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
                         softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
-                        k->gemm(D, D, rows, 1, xl_at(x, b, h / rep, t0), 1, x.st, s.dz, D, 1, 1,
+                        gemm(D, D, rows, 1, xl_at(x, b, h / rep, t0), 1, x.st, s.dz, D, 1, 1,
                                 dw + h * D * D, D, s.pack);
                     }
         }

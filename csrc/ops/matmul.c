@@ -44,19 +44,22 @@ ptrdiff_t xl_matmul_scratch(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff
 static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alpha, const real *a,
                     ptrdiff_t rsa, xl_mat b, ptrdiff_t csb, real beta, real *c, ptrdiff_t ldc) {
     const xl_kernels *k = ctx->k;
-    ptrdiff_t block = xl_max(8, xl_min(64, N / 64));
+    /* long pieces of memory: it is read fastest from one end to the other */
+    ptrdiff_t block = xl_round_up(xl_max(1, N / (8 * ctx->threads)), XL_DOTS);
 #pragma omp parallel for num_threads(ctx->threads) schedule(dynamic)
     for (ptrdiff_t j0 = 0; j0 < N; j0 += block)
-        for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j++) {
-            real y[ROWS_BY_DOTS];
+        for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j += XL_DOTS) {
+            real y[ROWS_BY_DOTS * XL_DOTS];
+            ptrdiff_t n = xl_min(XL_DOTS, N - j);
             if (b.dtype == XL_DT_BF16)
-                k->dots_bf16(K, M, a, rsa, (const xl_bf16 *)b.data + j * csb, y);
+                k->dots_bf16(K, M, a, rsa, n, (const xl_bf16 *)b.data + j * csb, csb, y);
             else
-                k->dots(K, M, a, rsa, (const real *)b.data + j * csb, y);
-            for (ptrdiff_t i = 0; i < M; i++) {
-                real *p = c + i * ldc + j;
-                *p = beta == 0 ? alpha * y[i] : alpha * y[i] + beta * *p;
-            }
+                k->dots(K, M, a, rsa, n, (const real *)b.data + j * csb, csb, y);
+            for (ptrdiff_t i = 0; i < M; i++)
+                for (ptrdiff_t l = 0; l < n; l++) {
+                    real *p = c + i * ldc + j + l, value = alpha * y[i * XL_DOTS + l];
+                    *p = beta == 0 ? value : value + beta * *p;
+                }
         }
 }
 

@@ -14,7 +14,7 @@
 #include <omp.h>
 #include <string.h>
 
-#define EXP_BLOCK 16 /* rows of the decay are exponentiated in whole vectors */
+#define GATES 256 /* steps whose gates are computed at a time */
 
 /* Work of one thread; S is the length of a chunk. */
 typedef struct {
@@ -29,6 +29,7 @@ typedef struct {
     real *G, *e;         /* dh / divisor [S, E]; gradient of den [S] */
     real *dC, *dn, *dP;  /* of the state behind the chunk; [S, S] */
     real *dq, *dk, *dv, *pack;
+    xl_gemm gemm;
 } workspace;
 
 /* Everything a call works on. */
@@ -82,12 +83,13 @@ static void plan_thread(xl_plan *p, const xl_mlstm *a, workspace *w) {
     w->pack = xl_take_reals(p, XL_GEMM_PACK);
 }
 
-static workspace place_thread(const xl_mlstm *a, char *base) {
+static workspace place_thread(const xl_ctx *ctx, const xl_mlstm *a, char *base) {
     xl_plan measure = {0};
     workspace w;
     plan_thread(&measure, a, &w);
     xl_plan p = {.base = base + omp_get_thread_num() * measure.used, .size = PTRDIFF_MAX};
     plan_thread(&p, a, &w);
+    w.gemm = xl_gemm_of(ctx->k, a->mixed);
     return w;
 }
 
@@ -119,11 +121,14 @@ static ptrdiff_t row_length(const xl_mlstm *a, ptrdiff_t b) {
     return a->lengths ? a->lengths[b] : a->T;
 }
 
-/* log sigmoid(f) = min(f, 0) - log(1 + exp(-|f|)) never overflows; a NaN stays one. */
-static void log_forget(const arrays *r, ptrdiff_t T, ptrdiff_t b, ptrdiff_t h, workspace *w) {
-    for (ptrdiff_t t = 0; t < T; t++) {
-        double f = (double)*xl_at(r->f, b, h, t);
-        w->lf[t] = (f > 0 ? 0 : f) - log1p(exp(-fabs(f)));
+static void log_forget(const xl_ctx *ctx, const arrays *r, ptrdiff_t T, ptrdiff_t b, ptrdiff_t h,
+                       workspace *w) {
+    for (ptrdiff_t t0 = 0; t0 < T; t0 += GATES) {
+        real f[GATES];
+        ptrdiff_t n = xl_min(GATES, T - t0);
+        for (ptrdiff_t t = 0; t < n; t++) f[t] = *xl_at(r->f, b, h, t0 + t);
+        ctx->k->logsigmoid(n, f, f);
+        for (ptrdiff_t t = 0; t < n; t++) w->lf[t0 + t] = (double)f[t];
     }
 }
 
@@ -146,7 +151,7 @@ static double start_state(const xl_mlstm *a, workspace *w, xl_mlstm_state s, ptr
     if (m == -INFINITY) {
         memset(w->C, 0, (size_t)(D * E) * sizeof(real));
         memset(w->n, 0, (size_t)D * sizeof(real));
-    } else {
+    } else if (w->C != s.c + at * D * E) {
         memcpy(w->C, s.c + at * D * E, (size_t)(D * E) * sizeof(real));
         memcpy(w->n, s.n + at * D, (size_t)D * sizeof(real));
     }
@@ -182,25 +187,11 @@ static void chunk_scores(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, con
     const xl_kernels *kn = ctx->k;
     ptrdiff_t D = a->D;
     for (ptrdiff_t t = 0; t < S; t++) {
-        const real *from = xl_at(r->q, b, h, t0 + t);
-        for (ptrdiff_t j = 0; j < D; j++) w->q[t * D + j] = a->scale * from[j];
+        kn->scale_to(D, a->scale, xl_at(r->q, b, h, t0 + t), w->q + t * D);
     }
-    kn->gemm(S, S, D, 1, w->q, D, 1, w->k, 1, D, 0, w->P, S, w->pack);
-    for (ptrdiff_t t = 0; t < S; t++) {
-        real *row = w->decay + t * S, *p = w->P + t * S;
-        double top = w->top[t];
-        if (t < S - 1) {
-            ptrdiff_t width = xl_min(S, xl_round_up(t + 1, EXP_BLOCK));
-            for (ptrdiff_t s = 0; s <= t; s++)
-                row[s] = top == -INFINITY ? -INFINITY : (real)(w->c[s] - top);
-            for (ptrdiff_t s = t + 1; s < width; s++) row[s] = -INFINITY;
-            kn->exp(width, row, row);
-            for (ptrdiff_t s = width; s < S; s++) row[s] = 0;
-        }
-        for (ptrdiff_t s = 0; s <= t; s++) p[s] *= row[s];
-        for (ptrdiff_t s = t + 1; s < S; s++) p[s] = 0;
-        w->den[t] = kn->sum(S, p);
-    }
+    w->gemm(S, S, D, 1, w->q, D, 1, w->k, 1, D, 0, w->P, S, w->pack);
+    for (ptrdiff_t t = 0; t < S; t++)
+        w->den[t] = kn->decay_row(S, t + 1, w->c, w->top[t], w->decay + t * S, w->P + t * S);
     if (m == -INFINITY) return;
     for (ptrdiff_t t = 0; t < S; t++) w->w[t] = (real)(m - w->top[t]);
     kn->exp(S, w->w, w->w);
@@ -219,7 +210,7 @@ static double chunk_state(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, pt
         kn->scale(D, last[s], w->k + s * D);
         kn->add(D, w->k + s * D, w->n);
     }
-    kn->gemm(D, E, S, 1, w->k, 1, D, w->v, E, 1, m == -INFINITY ? 0 : 1, w->C, E, w->pack);
+    w->gemm(D, E, S, 1, w->k, 1, D, w->v, E, 1, m == -INFINITY ? 0 : 1, w->C, E, w->pack);
     return w->b[S - 1] + w->top[S - 1];
 }
 
@@ -249,14 +240,14 @@ static double forward_chunks(const xl_ctx *ctx, const xl_mlstm *a, workspace *w,
         chunk_scores(ctx, a, w, r, b, h, t0, S, m);
         int carry = m != -INFINITY;
         if (carry) {
-            kn->gemm(S, E, D, 1, w->q, D, 1, w->C, E, 1, 0, w->num, E, w->pack);
+            w->gemm(S, E, D, 1, w->q, D, 1, w->C, E, 1, 0, w->num, E, w->pack);
             for (ptrdiff_t t = 0; t < S; t++) kn->scale(E, w->w[t], w->num + t * E);
         }
-        kn->gemm(S, E, S, 1, w->P, S, 1, w->v, E, 1, carry, w->num, E, w->pack);
+        w->gemm(S, E, S, 1, w->P, S, 1, w->v, E, 1, carry, w->num, E, w->pack);
         for (ptrdiff_t t = 0; t < S; t++) {
             real slope, *out = xl_at(r->h, b, h, t0 + t);
             real inverse = inverse_divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
-            for (ptrdiff_t j = 0; j < E; j++) out[j] = w->num[t * E + j] * inverse;
+            kn->scale_to(E, inverse, w->num + t * E, out);
         }
         m = chunk_state(ctx, a, w, S, m);
     }
@@ -274,25 +265,19 @@ static double forward_steps(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, 
         m = old > i ? old : i;
         real F = old == -INFINITY ? 0 : (real)exp(old - m);
         real I = m == -INFINITY ? 0 : (real)exp(i - m);
-        real *out = xl_at(r->h, b, h, t), den = 0, slope;
-        memset(out, 0, (size_t)E * sizeof(real));
-        for (ptrdiff_t d = 0; d < D; d++) {
-            real *row = w->C + d * E, qs = a->scale * q[d];
-            kn->scale(E, F, row);
-            kn->axpy(E, I * k[d], v, row);
-            kn->axpy(E, qs, row, out);
-            w->n[d] = F * w->n[d] + I * k[d];
-            den += qs * w->n[d];
-        }
+        real *out = xl_at(r->h, b, h, t), slope;
+        real den = kn->mlstm_step(D, E, F, I, k, v, a->scale, q, w->C, w->n, out);
         kn->scale(E, inverse_divisor(a, den, m, &slope), out);
     }
     return m;
 }
 
-static void forward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+static void forward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *own, const arrays *r,
                         ptrdiff_t b, ptrdiff_t h) {
     ptrdiff_t T = row_length(a, b), D = a->D, E = a->E, at = b * a->H + h, t = 0;
-    log_forget(r, T, b, h, w);
+    workspace at_last = *own, *w = &at_last;
+    if (r->last.c) w->C = r->last.c + at * D * E, w->n = r->last.n + at * D;
+    log_forget(ctx, r, T, b, h, w);
     double m = start_state(a, w, r->first, at, T && starts(a, w, b, 0));
     while (t < T) {
         ptrdiff_t end = segment_end(a, w, b, t, T);
@@ -302,10 +287,7 @@ static void forward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, cons
         t = end;
     }
     for (; t < a->T; t++) memset(xl_at(r->h, b, h, t), 0, (size_t)E * sizeof(real));
-    if (!r->last.c) return;
-    memcpy(r->last.c + at * D * E, w->C, (size_t)(D * E) * sizeof(real));
-    memcpy(r->last.n + at * D, w->n, (size_t)D * sizeof(real));
-    r->last.m[at] = (real)m;
+    if (r->last.c) r->last.m[at] = (real)m;
 }
 
 /* ---- backward ----------------------------------------------------------------------------- */
@@ -325,34 +307,31 @@ static void backward_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, c
     int carry = m != -INFINITY;
     for (ptrdiff_t t = 0; t < S; t++) {
         real slope, inverse = inverse_divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
-        const real *g = xl_at(r->dh, b, h, t0 + t);
-        for (ptrdiff_t j = 0; j < E; j++) w->G[t * E + j] = g[j] * inverse;
+        kn->scale_to(E, inverse, xl_at(r->dh, b, h, t0 + t), w->G + t * E);
         w->e[t] = -slope * inverse;
     }
-    kn->gemm(S, S, E, 1, w->G, E, 1, w->v, 1, E, 0, w->dP, S, w->pack);
-    if (carry) kn->gemm(S, D, E, 1, w->G, E, 1, w->C, 1, E, 0, w->dq, D, w->pack);
+    w->gemm(S, S, E, 1, w->G, E, 1, w->v, 1, E, 0, w->dP, S, w->pack);
+    if (carry) w->gemm(S, D, E, 1, w->G, E, 1, w->C, 1, E, 0, w->dq, D, w->pack);
     for (ptrdiff_t t = 0; t < S; t++) {
         real *row = w->dP + t * S, *dq = w->dq + t * D;
-        const real *decay = w->decay + t * S;
-        for (ptrdiff_t s = t + 1; s < S; s++) row[s] = 0;
-        real along = kn->dot(S, w->P + t * S, row);
+        real along = kn->masked_dot(S, t + 1, w->P + t * S, row);
         if (carry) along += w->w[t] * kn->dot(D, w->q + t * D, dq);
         real e = w->e[t] *= along;
-        for (ptrdiff_t s = 0; s <= t; s++) row[s] = (row[s] + e) * decay[s];
+        kn->add_mul(t + 1, e, w->decay + t * S, row);
         if (!carry) continue;
         kn->axpy(D, e, w->n, dq);
         kn->scale(D, w->w[t], dq);
     }
-    kn->gemm(S, D, S, 1, w->dP, S, 1, w->k, D, 1, carry, w->dq, D, w->pack);
-    kn->gemm(S, D, E, 1, w->v, E, 1, w->dC, 1, E, 0, w->dk, D, w->pack);
-    kn->gemm(S, E, D, 1, w->k, D, 1, w->dC, E, 1, 0, w->dv, E, w->pack);
+    w->gemm(S, D, S, 1, w->dP, S, 1, w->k, D, 1, carry, w->dq, D, w->pack);
+    w->gemm(S, D, E, 1, w->v, E, 1, w->dC, 1, E, 0, w->dk, D, w->pack);
+    w->gemm(S, E, D, 1, w->k, D, 1, w->dC, E, 1, 0, w->dv, E, w->pack);
     for (ptrdiff_t s = 0; s < S; s++) {
         kn->add(D, w->dn, w->dk + s * D);
         kn->scale(D, last[s], w->dk + s * D);
         kn->scale(E, last[s], w->dv + s * E);
     }
-    kn->gemm(S, D, S, 1, w->dP, 1, S, w->q, D, 1, 1, w->dk, D, w->pack);
-    kn->gemm(S, E, S, 1, w->P, 1, S, w->G, E, 1, 1, w->dv, E, w->pack);
+    w->gemm(S, D, S, 1, w->dP, 1, S, w->q, D, 1, 1, w->dk, D, w->pack);
+    w->gemm(S, E, S, 1, w->P, 1, S, w->G, E, 1, 1, w->dv, E, w->pack);
     if (!carry) return; /* nothing is before it: dC, dn end here */
     kn->scale(D * E, w->w[S - 1], w->dC);
     kn->scale(D, w->w[S - 1], w->dn);
@@ -360,24 +339,22 @@ static void backward_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, c
         kn->scale(E, w->w[t], w->G + t * E);
         kn->axpy(D, w->w[t] * w->e[t], w->q + t * D, w->dn);
     }
-    kn->gemm(D, E, S, 1, w->q, 1, D, w->G, E, 1, 1, w->dC, E, w->pack);
+    w->gemm(D, E, S, 1, w->q, 1, D, w->G, E, 1, 1, w->dC, E, w->pack);
 }
 
-static void add_rows(xl_heads to, const real *from, ptrdiff_t width, real scale, ptrdiff_t b,
-                     ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
-    for (ptrdiff_t t = 0; to.p && t < S; t++) {
-        real *row = xl_at(to, b, h, t0 + t);
-        for (ptrdiff_t j = 0; j < width; j++) row[j] += scale * from[t * width + j];
-    }
+static void add_rows(const xl_ctx *ctx, xl_heads to, const real *from, ptrdiff_t width, real scale,
+                     ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
+    for (ptrdiff_t t = 0; to.p && t < S; t++)
+        ctx->k->axpy(width, scale, from + t * width, xl_at(to, b, h, t0 + t));
 }
 
 /* Adds the chunk's gradients, di_s = k_s.dk_s among them, and leaves x_t = q_t.dq_t - k_t.dk_t. */
 static void add_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
                       ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
     ptrdiff_t D = a->D;
-    add_rows(r->dq, w->dq, D, a->scale, b, h, t0, S);
-    add_rows(r->dk, w->dk, D, 1, b, h, t0, S);
-    add_rows(r->dv, w->dv, a->E, 1, b, h, t0, S);
+    add_rows(ctx, r->dq, w->dq, D, a->scale, b, h, t0, S);
+    add_rows(ctx, r->dk, w->dk, D, 1, b, h, t0, S);
+    add_rows(ctx, r->dv, w->dv, a->E, 1, b, h, t0, S);
     for (ptrdiff_t s = 0; s < S; s++) {
         real kdk = ctx->k->dot(D, w->k + s * D, w->dk + s * D);
         if (r->di.p) *xl_at(r->di, b, h, t0 + s) += kdk;
@@ -419,19 +396,25 @@ static void backward_segment(const xl_ctx *ctx, const xl_mlstm *a, workspace *w,
 
 /* df_t = sigmoid(-f_t) * sum of x from t to the end of the segment; nothing at its first step when
  * no state came in. */
-static void forget_gradient(const arrays *r, const workspace *w, ptrdiff_t b, ptrdiff_t h,
-                            ptrdiff_t start, ptrdiff_t end, int carried) {
+static void forget_gradient(const xl_ctx *ctx, const arrays *r, const workspace *w, ptrdiff_t b,
+                            ptrdiff_t h, ptrdiff_t start, ptrdiff_t end, int carried) {
     double sum = 0;
-    for (ptrdiff_t t = end; r->df.p && t-- > start + !carried;) {
-        sum += w->x[t];
-        *xl_at(r->df, b, h, t) += (real)(sum / (1 + exp((double)*xl_at(r->f, b, h, t))));
+    for (ptrdiff_t t1 = end; r->df.p && t1 > start + !carried; t1 -= GATES) {
+        ptrdiff_t t0 = xl_max(start + !carried, t1 - GATES);
+        real open[GATES]; /* sigmoid(-f) */
+        for (ptrdiff_t t = t0; t < t1; t++) open[t - t0] = -*xl_at(r->f, b, h, t);
+        ctx->k->sigmoid(t1 - t0, open, open);
+        for (ptrdiff_t t = t1; t-- > t0;) {
+            sum += w->x[t];
+            *xl_at(r->df, b, h, t) += (real)(sum * (double)open[t - t0]);
+        }
     }
 }
 
 static void backward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
                          ptrdiff_t b, ptrdiff_t h) {
     ptrdiff_t T = row_length(a, b), D = a->D, E = a->E, at = b * a->H + h, t = 0;
-    log_forget(r, T, b, h, w);
+    log_forget(ctx, r, T, b, h, w);
     int fresh = T && starts(a, w, b, 0);
     do { /* once for an empty row, which hands the gradient on its state through */
         ptrdiff_t end = T ? segment_end(a, w, b, t, T) : 0;
@@ -445,7 +428,7 @@ static void backward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, con
         }
         double m = start_state(a, w, r->first, at, t || fresh);
         if (T) backward_segment(ctx, a, w, r, b, h, t, end, m, has_dlast);
-        forget_gradient(r, w, b, h, t, end, m != -INFINITY);
+        forget_gradient(ctx, r, w, b, h, t, end, m != -INFINITY);
         if (!t && m != -INFINITY && r->dfirst.c) {
             ctx->k->add(D * E, w->dC, r->dfirst.c + at * D * E);
             ctx->k->add(D, w->dn, r->dfirst.n + at * D);
@@ -470,7 +453,7 @@ static xl_status run_rows(xl_ctx *ctx, const xl_mlstm *a, const arrays *r, void 
         XL_TRY(xl_poll(ctx));
 #pragma omp parallel num_threads(ctx->threads)
         {
-            workspace w = place_thread(a, scratch);
+            workspace w = place_thread(ctx, a, scratch);
 #pragma omp for schedule(dynamic)
             for (ptrdiff_t j = first; j < end; j++) function(ctx, a, &w, r, j / a->H, j % a->H);
         }

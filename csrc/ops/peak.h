@@ -9,4 +9,8 @@
  * operands, where there are instructions for it. */
 xl_status xl_peak(xl_ctx *ctx, int mixed, ptrdiff_t rounds, double *flops);
 
+/* Reads n reals once with all threads, as fast as memory gives them; *largest receives the largest
+ * sum of a block, which depends on all of them. */
+xl_status xl_stream(xl_ctx *ctx, ptrdiff_t n, const real *x, double *largest);
+
 #endif

@@ -11,7 +11,7 @@ static xl_heads view(real *p, ptrdiff_t heads, ptrdiff_t T, ptrdiff_t D) {
 
 /* ---- attention ---------------------------------------------------------------------------- */
 
-/* pos [B, T] and lengths? [B], window, sinks, after the arrays that bind the letters. */
+/* pos [B, T] and lengths? [B], after the arrays that bind the letters. */
 static xl_attn attention_sizes(xl_call *c, PyObject *pos, PyObject *lengths) {
     xl_attn a = {.pos = xl_in_i32(c, pos, "pos", "BT"),
                  .lengths = xl_in_i32(c, lengths, "lengths?", "B")};
@@ -32,10 +32,10 @@ static xl_kv cache(xl_call *c, PyObject *const *args, int writeable) {
 }
 
 /* attention_forward(o [B,H,T,D], lse? [B,H,T], q [B,H,T,D], k, v [B,G,T,D], pos [B,T], lengths? [B],
- *                   window, sinks, past k? [B,N,G,D], v, pos [B]) */
+ *                   window, sinks, past k? [B,N,G,D], v, pos [B], mixed) */
 static PyObject *attention_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 12)) return NULL;
+    if (!xl_begin(&c, module, nargs, 13)) return NULL;
     real *q = xl_in(&c, args[2], "q", "BHTD");
     real *k = xl_in(&c, args[3], "k", "BGTD"), *v = xl_in(&c, args[4], "v", "BGTD");
     real *o = xl_inout(&c, args[0], "o", "BHTD"), *lse = xl_inout(&c, args[1], "lse?", "BHT");
@@ -43,6 +43,7 @@ static PyObject *attention_forward(PyObject *module, PyObject *const *args, Py_s
     a.window = xl_int(&c, args[7], "window", 1, PTRDIFF_MAX);
     a.sinks = xl_int(&c, args[8], "sinks", 0, PTRDIFF_MAX);
     xl_kv past = cache(&c, args + 9, 0);
+    a.mixed = (int)xl_int(&c, args[12], "mixed", 0, 1);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, past.slots));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_attention_forward(&c.ctx, &a, view(o, a.H, a.T, a.D), lse, view(q, a.H, a.T, a.D),
@@ -52,10 +53,10 @@ static PyObject *attention_forward(PyObject *module, PyObject *const *args, Py_s
 }
 
 /* attention_backward(dq? [B,H,T,D], dk?, dv? [B,G,T,D], do, q [B,H,T,D], k, v [B,G,T,D], o, lse,
- *                    pos [B,T], lengths? [B], window, sinks) */
+ *                    pos [B,T], lengths? [B], window, sinks, mixed) */
 static PyObject *attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 13)) return NULL;
+    if (!xl_begin(&c, module, nargs, 14)) return NULL;
     real *q = xl_in(&c, args[4], "q", "BHTD"), *dout = xl_in(&c, args[3], "do", "BHTD");
     real *k = xl_in(&c, args[5], "k", "BGTD"), *v = xl_in(&c, args[6], "v", "BGTD");
     real *o = xl_in(&c, args[7], "o", "BHTD"), *lse = xl_in(&c, args[8], "lse", "BHT");
@@ -64,6 +65,7 @@ static PyObject *attention_backward(PyObject *module, PyObject *const *args, Py_
     xl_attn a = attention_sizes(&c, args[9], args[10]);
     a.window = xl_int(&c, args[11], "window", 1, PTRDIFF_MAX);
     a.sinks = xl_int(&c, args[12], "sinks", 0, PTRDIFF_MAX);
+    a.mixed = (int)xl_int(&c, args[13], "mixed", 0, 1);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, 0));
     if (c.failed) return xl_end(&c, XL_OK);
     ptrdiff_t H = a.H, G = a.G, T = a.T, D = a.D;
@@ -111,18 +113,18 @@ static PyObject *attention_step(PyObject *module, PyObject *const *args, Py_ssiz
 
 /* ---- feature map -------------------------------------------------------------------------- */
 
-static xl_fmap map_sizes(const xl_call *c) {
+static xl_fmap map_sizes(xl_call *c, PyObject *mixed) {
     return (xl_fmap){xl_dim(c, 'B'), xl_dim(c, 'H'), xl_dim(c, 'G'), xl_dim(c, 'T'),
-                     xl_dim(c, 'D')};
+                     xl_dim(c, 'D'), (int)xl_int(c, mixed, "mixed", 0, 1)};
 }
 
-/* feature_map_forward(phi [B,H,T,D], x [B,G,T,D], w [H,D,D]) */
+/* feature_map_forward(phi [B,H,T,D], x [B,G,T,D], w [H,D,D], mixed) */
 static PyObject *feature_map_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 3)) return NULL;
+    if (!xl_begin(&c, module, nargs, 4)) return NULL;
     real *x = xl_in(&c, args[1], "x", "BGTD"), *w = xl_in(&c, args[2], "w", "HDD");
     real *phi = xl_inout(&c, args[0], "phi", "BHTD");
-    xl_fmap a = map_sizes(&c);
+    xl_fmap a = map_sizes(&c, args[3]);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_feature_map_scratch(&c.ctx, &a));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_feature_map_forward(&c.ctx, &a, view(phi, a.H, a.T, a.D), view(x, a.G, a.T, a.D),
@@ -130,14 +132,15 @@ static PyObject *feature_map_forward(PyObject *module, PyObject *const *args, Py
     return xl_end(&c, c.status);
 }
 
-/* feature_map_backward(dx? [B,G,T,D], dw? [H,D,D], dphi [B,H,T,D], phi, x [B,G,T,D], w [H,D,D]) */
+/* feature_map_backward(dx? [B,G,T,D], dw? [H,D,D], dphi [B,H,T,D], phi, x [B,G,T,D], w [H,D,D],
+ *                      mixed) */
 static PyObject *feature_map_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 6)) return NULL;
+    if (!xl_begin(&c, module, nargs, 7)) return NULL;
     real *x = xl_in(&c, args[4], "x", "BGTD"), *w = xl_in(&c, args[5], "w", "HDD");
     real *dphi = xl_in(&c, args[2], "dphi", "BHTD"), *phi = xl_in(&c, args[3], "phi", "BHTD");
     real *dx = xl_inout(&c, args[0], "dx?", "BGTD"), *dw = xl_inout(&c, args[1], "dw?", "HDD");
-    xl_fmap a = map_sizes(&c);
+    xl_fmap a = map_sizes(&c, args[6]);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_feature_map_scratch(&c.ctx, &a));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_feature_map_backward(&c.ctx, &a, view(dx, a.G, a.T, a.D), dw,

@@ -9,7 +9,7 @@
 /* ---- products and rows -------------------------------------------------------------------- */
 
 /* matmul(c [M, N], a, b, transpose_a, transpose_b, alpha, beta, mixed):
- * c = beta c + alpha op(a) op(b); mixed: xl_mat */
+ * c = beta c + alpha op(a) op(b); b: reals, or uint16 with the bits of bf16; mixed: xl_mat */
 static PyObject *matmul(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 8)) return NULL;
@@ -17,9 +17,10 @@ static PyObject *matmul(PyObject *module, PyObject *const *args, Py_ssize_t narg
     int tb = (int)xl_int(&c, args[4], "transpose_b", 0, 1);
     real *out = xl_inout(&c, args[0], "c", "MN");
     const real *a = xl_in(&c, args[1], "a", ta ? "KM" : "MK");
-    const real *b = xl_in(&c, args[2], "b", tb ? "NK" : "KN");
+    xl_dtype dtype;
+    const void *b = xl_in_matrix(&c, args[2], "b", tb ? "NK" : "KN", &dtype);
     real alpha = (real)xl_double(&c, args[5], "alpha"), beta = (real)xl_double(&c, args[6], "beta");
-    xl_mat right = {b, XL_DT_REAL, (int)xl_int(&c, args[7], "mixed", 0, 1)};
+    xl_mat right = {b, dtype, (int)xl_int(&c, args[7], "mixed", 0, 1)};
     ptrdiff_t M = xl_dim(&c, 'M'), N = xl_dim(&c, 'N'), K = xl_dim(&c, 'K');
     void *scratch = xl_scratch(&c, xl_matmul_scratch(&c.ctx, M, N, K));
     if (c.failed) return xl_end(&c, XL_OK);
@@ -234,6 +235,23 @@ static PyObject *head_divergence(PyObject *module, PyObject *const *args, Py_ssi
     return xl_end(&c, c.status);
 }
 
+/* sample(ids i32 [N], logits [N, V], temperature, top_p, uniform f64 [N]) */
+static PyObject *sample(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 5)) return NULL;
+    int32_t *ids = xl_inout_i32(&c, args[0], "ids", "N");
+    const real *logits = xl_in(&c, args[1], "logits", "NV");
+    double temperature = xl_double(&c, args[2], "temperature");
+    double top_p = xl_double(&c, args[3], "top_p");
+    const double *uniform = xl_in_f64(&c, args[4], "uniform", "N");
+    ptrdiff_t V = xl_dim(&c, 'V');
+    void *scratch = xl_scratch(&c, xl_sample_scratch(&c.ctx, V));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_sample(&c.ctx, xl_dim(&c, 'N'), V, ids, logits, temperature, top_p, uniform,
+                         scratch));
+    return xl_end(&c, c.status);
+}
+
 /* ---- flat vectors ------------------------------------------------------------------------- */
 
 /* mse_forward(sums f64 [2], h [N], target [N]) */
@@ -320,6 +338,21 @@ static PyObject *peak(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     return PyFloat_FromDouble(flops);
 }
 
+/* stream(x [N]) -> the largest sum of a block of x, read once by all threads: the caller takes the
+ * time */
+static PyObject *stream(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 1)) return NULL;
+    const real *x = xl_in(&c, args[0], "x", "N");
+    if (c.failed) return xl_end(&c, XL_OK);
+    double largest = 0;
+    XL_RUN(&c, xl_stream(&c.ctx, xl_dim(&c, 'N'), x, &largest));
+    PyObject *none = xl_end(&c, c.status);
+    if (!none) return NULL;
+    Py_DECREF(none);
+    return PyFloat_FromDouble(largest);
+}
+
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 PyMethodDef xl_methods_basic[] = {
     METHOD(matmul),
@@ -335,11 +368,13 @@ PyMethodDef xl_methods_basic[] = {
     METHOD(head_loss),
     METHOD(head_topk),
     METHOD(head_divergence),
+    METHOD(sample),
     METHOD(mse_forward),
     METHOD(mse_backward),
     METHOD(adamw_step),
     METHOD(sumsq),
     METHOD(merge_add),
     METHOD(peak),
+    METHOD(stream),
     {NULL, NULL, 0, NULL},
 };

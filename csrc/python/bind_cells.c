@@ -20,7 +20,7 @@ static xl_mlstm_state mlstm_state(xl_call *c, PyObject *const *args, int writeab
     return s;
 }
 
-/* The arguments behind the arrays: normalizer, scale, form, chunk, reset? [B, T], lengths? [B]. */
+/* The arguments behind the arrays: normalizer, scale, form, chunk, reset? [B, T], lengths? [B], mixed. */
 static xl_mlstm mlstm_options(xl_call *c, PyObject *const *args) {
     xl_mlstm a = {.normalizer = (xl_normalizer)xl_int(c, args[0], "normalizer", XL_RATIO, XL_MAX),
                   .scale = (real)xl_double(c, args[1], "scale"),
@@ -28,6 +28,7 @@ static xl_mlstm mlstm_options(xl_call *c, PyObject *const *args) {
                   .chunk = xl_int(c, args[3], "chunk", 1, PTRDIFF_MAX),
                   .reset = xl_in_u8(c, args[4], "reset?", "BT"),
                   .lengths = xl_in_i32(c, args[5], "lengths?", "B"),
+                  .mixed = (int)xl_int(c, args[6], "mixed", 0, 1),
                   .v_rep = 1};
     a.B = xl_dim(c, 'B'), a.H = xl_dim(c, 'H'), a.T = xl_dim(c, 'T');
     a.D = xl_dim(c, 'D'), a.E = xl_dim(c, 'E');
@@ -35,10 +36,11 @@ static xl_mlstm mlstm_options(xl_call *c, PyObject *const *args) {
 }
 
 /* mlstm_forward(h [B,H,T,E], last state C, n, m, q, k [B,H,T,D], v [B,H,T,E], i, f [B,H,T],
- *               state C?, n, m, normalizer, scale, form, chunk, reset? [B,T], lengths? [B]) */
+ *               state C?, n, m, normalizer, scale, form, chunk, reset? [B,T], lengths? [B],
+ *               mixed) */
 static PyObject *mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 18)) return NULL;
+    if (!xl_begin(&c, module, nargs, 19)) return NULL;
     real *q = xl_in(&c, args[4], "q", "BHTD"), *k = xl_in(&c, args[5], "k", "BHTD");
     real *v = xl_in(&c, args[6], "v", "BHTE");
     real *i = xl_in(&c, args[7], "i", "BHT"), *f = xl_in(&c, args[8], "f", "BHT");
@@ -58,7 +60,7 @@ static PyObject *mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize
  *                state C?, n, m, gradient of the last state dC?, dn, dm, then as mlstm_forward) */
 static PyObject *mlstm_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 26)) return NULL;
+    if (!xl_begin(&c, module, nargs, 27)) return NULL;
     real *q = xl_in(&c, args[9], "q", "BHTD"), *k = xl_in(&c, args[10], "k", "BHTD");
     real *v = xl_in(&c, args[11], "v", "BHTE");
     real *i = xl_in(&c, args[12], "i", "BHT"), *f = xl_in(&c, args[13], "f", "BHT");

@@ -65,6 +65,7 @@ class _Attention:
         window: int | None,
         sinks: int,
         reset: ArrayLike | None,
+        mixed: bool,
         *more: ArrayLike,
     ) -> None:
         self.dtype = common_dtype(q, k, v, *more)
@@ -83,10 +84,11 @@ class _Attention:
             row if window is None else min(int(window), row),
             min(int(sinks), row),
         )
+        self.mixed = int(mixed)
 
     def forward(self, lse: Array | None) -> None:
         core(self.dtype).attention_forward(
-            self.o, lse, self.q, self.k, self.v, *self.options, None, None, None
+            self.o, lse, self.q, self.k, self.v, *self.options, None, None, None, self.mixed
         )
 
 
@@ -97,15 +99,17 @@ def attention_forward(
     window: int | None = None,
     sinks: int = 0,
     reset: ArrayLike | None = None,
+    mixed: bool = False,
 ) -> Array:
     """o [B, H, T, D]: softmax attention over the last `window` tokens and the document's `sinks`.
 
     q [B, H, T, D], k and v [B, G, T, D], q and k after RoPE; scale 1/sqrt(D). The window counts the
     current token (None: all of the document), a sink inside it is counted once and there is one
     softmax over the union. reset bool [B, T]: True where a document starts. Time is linear in T for
-    a fixed window; no [T, T] matrix is held. Source: arXiv:2603.15590, section 3; arXiv:2309.17453.
+    a fixed window; no [T, T] matrix is held. mixed: the operands of products are rounded to bf16
+    where the processor gains by it. Source: arXiv:2603.15590, section 3; arXiv:2309.17453.
     """
-    a = _Attention(q, k, v, window, sinks, reset)
+    a = _Attention(q, k, v, window, sinks, reset, mixed)
     a.forward(None)
     return a.o
 
@@ -118,17 +122,20 @@ def attention_backward(
     window: int | None = None,
     sinks: int = 0,
     reset: ArrayLike | None = None,
+    mixed: bool = False,
 ) -> tuple[Array, Array, Array]:
     """(dq [B, H, T, D], dk, dv [B, G, T, D]) of `attention_forward` for do [B, H, T, D].
 
     Runs the forward again for the logsumexp of every row.
     """
-    a = _Attention(q, k, v, window, sinks, reset, do)
+    a = _Attention(q, k, v, window, sinks, reset, mixed, do)
     do = floats("do", do, 4, a.dtype)
     same_shape("do", do, a.q.shape)
     a.forward(a.lse)
     dq, dk, dv = np.zeros_like(a.q), np.zeros_like(a.k), np.zeros_like(a.v)
-    core(a.dtype).attention_backward(dq, dk, dv, do, a.q, a.k, a.v, a.o, a.lse, *a.options)
+    core(a.dtype).attention_backward(
+        dq, dk, dv, do, a.q, a.k, a.v, a.o, a.lse, *a.options, a.mixed
+    )
     return dq, dk, dv
 
 
@@ -142,33 +149,36 @@ def _map(x: ArrayLike, w: ArrayLike, dtype: np.dtype[Any]) -> tuple[Array, Array
     return x, w
 
 
-def _features(x: Array, w: Array) -> Array:
+def _features(x: Array, w: Array, mixed: bool) -> Array:
     phi = np.empty((x.shape[0], w.shape[0], *x.shape[2:]), x.dtype)
-    core(x.dtype).feature_map_forward(phi, x, w)
+    core(x.dtype).feature_map_forward(phi, x, w, int(mixed))
     return phi
 
 
-def feature_map_forward(x: ArrayLike, w: ArrayLike) -> Array:
+def feature_map_forward(x: ArrayLike, w: ArrayLike, mixed: bool = False) -> Array:
     """phi [B, H, T, D]: softmax over features of a head-wise linear map, kept away from zero.
 
     x [B, G, T, D], w [H, D, D]; head h reads x of group h // (H/G) as a row vector:
-    z_j = Σ_i x_i w[h, i, j], p = softmax(z), phi = (p + c/D) / (1 + c), c = 1e-6.
+    z_j = Σ_i x_i w[h, i, j], p = softmax(z), phi = (p + c/D) / (1 + c), c = 1e-6. mixed: x and w are
+    rounded to bf16 where the processor gains by it.
     Source: arXiv:2603.15590, section 3 (Hedgehog, arXiv:2402.04347); the floor is this project's.
     """
-    return _features(*_map(x, w, common_dtype(x, w)))
+    return _features(*_map(x, w, common_dtype(x, w)), mixed)
 
 
-def feature_map_backward(dphi: ArrayLike, x: ArrayLike, w: ArrayLike) -> tuple[Array, Array]:
+def feature_map_backward(
+    dphi: ArrayLike, x: ArrayLike, w: ArrayLike, mixed: bool = False
+) -> tuple[Array, Array]:
     """(dx [B, G, T, D], dw [H, D, D]) of `feature_map_forward` for dphi [B, H, T, D].
 
     Runs the forward again; dx is added over the heads that read a group.
     """
     dtype = common_dtype(dphi, x, w)
     x, w = _map(x, w, dtype)
-    dphi, phi = floats("dphi", dphi, 4, dtype), _features(x, w)
+    dphi, phi = floats("dphi", dphi, 4, dtype), _features(x, w, mixed)
     same_shape("dphi", dphi, phi.shape)
     dx, dw = np.zeros_like(x), np.zeros_like(w)
-    core(dtype).feature_map_backward(dx, dw, dphi, phi, x, w)
+    core(dtype).feature_map_backward(dx, dw, dphi, phi, x, w, int(mixed))
     return dx, dw
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from xlstm_distill.ops.arrays import Array, common_dtype, floats, integers, same_shape
 from xlstm_distill.runtime import core
@@ -233,6 +233,28 @@ def mse_backward(h: ArrayLike, target: ArrayLike, scale: float = 1.0) -> Array:
     dh = np.zeros_like(h)
     core(dtype).mse_backward(dh.reshape(-1), h.reshape(-1), target.reshape(-1), scale)
     return dh
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+def sample(
+    logits: ArrayLike, temperature: float, top_p: float, uniform: ArrayLike
+) -> NDArray[np.int32]:
+    """One token a row: logits [N, V], uniform [N] in [0, 1) -> int32 [N].
+
+    The first token at which the distribution function of softmax(logits / temperature) exceeds
+    `uniform`; temperature 0 takes the most probable one, the first of equals. top_p < 1 leaves the
+    fewest most probable tokens whose mass reaches top_p, of equals the first. Raises
+    FloatingPointError for a row whose largest logit is not finite. Source: arXiv:1904.09751.
+    """
+    dtype = common_dtype(logits)
+    z = floats("logits", logits, 2, dtype)
+    u = floats("uniform", uniform, 1, np.float64)
+    same_shape("uniform", u, z.shape[:1])
+    ids = np.empty(len(z), np.int32)
+    core(dtype).sample(ids, z, float(temperature), float(top_p), u)
+    return ids
 
 
 # ---- optimiser and merge ------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class _Mlstm:
         form: str,
         chunk: int,
         reset: ArrayLike | None,
+        mixed: bool,
         *more: ArrayLike,
     ) -> None:
         self.dtype = common_dtype(q, k, v, i, f, *_members(state), *more)
@@ -115,6 +116,7 @@ class _Mlstm:
             min(int(chunk), max(1, steps)),  # a longer chunk is the whole row
             _reset(reset, batch, steps),
             None,  # lengths: rows of the public functions are full
+            int(mixed),
         )
 
 
@@ -130,6 +132,7 @@ def mlstm_forward(
     form: str = "chunkwise",
     chunk: int = 64,
     reset: ArrayLike | None = None,
+    mixed: bool = False,
 ) -> tuple[Array, MlstmState]:
     """(h [B, H, T, E], state): matrix memory with exponential input gate and sigmoid forget gate.
 
@@ -139,9 +142,10 @@ def mlstm_forward(
     "max" by max(|n.q|, exp(-m)); neither has an eps, and 0/0 gives 0. form "chunkwise" (`chunk`
     steps at a time, linear in T), "parallel" (quadratic) or "recurrent" (a step at a time): the
     same to rounding. reset bool [B, T]: True where a document starts and the state is forgotten.
-    Source: arXiv:2405.04517 (max), arXiv:2603.15590 equations (8)-(10) (ratio).
+    mixed: the operands of the chunkwise form's products are rounded to bf16 where the processor gains
+    by it; gates, normaliser and state are not. Source: arXiv:2405.04517 (max), arXiv:2603.15590 equations (8)-(10) (ratio).
     """
-    a = _Mlstm(q, k, v, i, f, state, normalizer, scale, form, chunk, reset)
+    a = _Mlstm(q, k, v, i, f, state, normalizer, scale, form, chunk, reset, mixed)
     c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
     h = np.empty_like(a.v)
     core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options)
@@ -161,6 +165,7 @@ def mlstm_backward(
     scale: float | None = None,
     chunk: int = 64,
     reset: ArrayLike | None = None,
+    mixed: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array, MlstmState | None]:
     """(dq, dk, dv, di, df, dstate) of `mlstm_forward`, each of the shape of its input.
 
@@ -169,7 +174,7 @@ def mlstm_backward(
     there was no state. The gradient of the normaliser is in all of them; df is 0 where a document
     starts. Under "ratio" a shift of i by a constant has no effect: the sum of di is rounding noise.
     """
-    options = (normalizer, scale, "chunkwise", chunk, reset)
+    options = (normalizer, scale, "chunkwise", chunk, reset, mixed)
     a = _Mlstm(q, k, v, i, f, state, *options, dh, *_members(dstate))
     dh = floats("dh", dh, 4, a.dtype)
     same_shape("dh", dh, a.v.shape)

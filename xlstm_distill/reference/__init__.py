@@ -48,6 +48,7 @@ from xlstm_distill.reference.rows import (
     swiglu_backward,
     swiglu_forward,
 )
+from xlstm_distill.reference.sampling import sample
 from xlstm_distill.reference.slstm import slstm_backward, slstm_forward
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "rmsnorm_backward",
     "rmsnorm_forward",
     "rope_forward",
+    "sample",
     "slstm_backward",
     "slstm_forward",
     "sumsq",
