@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xlstm_distill.model import Model
 
@@ -29,7 +28,7 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, chunk: int) -> 
     shape, count = q.shape, q.shape[2] // chunk
     q, k, v = (x.unflatten(2, (count, chunk)) for x in (q, k, v))
     i = i.unflatten(2, (count, chunk))
-    b = F.logsigmoid(f).unflatten(2, (count, chunk)).cumsum(-1)
+    b = nn.functional.logsigmoid(f).unflatten(2, (count, chunk)).cumsum(-1)
     total = b[..., -1]
     write = total[..., None] - b + i  # exponent of each step in the state behind its chunk
     top = write.amax(-1)
@@ -84,7 +83,7 @@ class TorchStudent(nn.Module):
         return self.weights[(prefix + name).replace(".", "/")]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        return nn.functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.config.head_dim)).transpose(1, 2)
@@ -101,16 +100,23 @@ class TorchStudent(nn.Module):
         v = self._heads(x @ self._w("self_attn.v_proj.weight", layer).T, groups)
         k, v = (y.repeat_interleave(heads // groups, dim=1) for y in (k, v))
         i, f = (
-            (x @ self._w(f"mixer.{g}_proj.weight", layer).T + self._w(f"mixer.{g}_proj.bias", layer))
+            (
+                x @ self._w(f"mixer.{g}_proj.weight", layer).T
+                + self._w(f"mixer.{g}_proj.bias", layer)
+            )
             .transpose(1, 2)
             .float()
             for g in "if"
         )
-        gate = torch.einsum("bhtd,hd->bht", torch.cat((q, k, v), -1), self._w("mixer.o_gate.weight", layer))
+        gate = torch.einsum(
+            "bhtd,hd->bht", torch.cat((q, k, v), -1), self._w("mixer.o_gate.weight", layer)
+        )
         gate = torch.sigmoid(gate + self._w("mixer.o_gate.bias", layer)[:, None])[..., None]
         cos, sin = self.cos[:steps].to(q.dtype), self.sin[:steps].to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        near = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:steps, :steps])
+        near = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask[:steps, :steps]
+        )
         phi_q = self._features(q, self._w("mixer.map_q", layer))
         phi_k = self._features(k, self._w("mixer.map_k", layer))
         far = mlstm(phi_q.float(), phi_k.float(), v.float(), i, f, min(self.chunk, steps))
@@ -119,18 +125,20 @@ class TorchStudent(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
         """An object with `logits` [B, T, V] and, with labels, `loss` (mean cross-entropy)."""
-        x = F.embedding(input_ids, self._w("embed_tokens.weight"))
+        x = nn.functional.embedding(input_ids, self._w("embed_tokens.weight"))
         for layer in range(self.config.num_hidden_layers):
             x = x + self._mixer(self._norm(x, self._w("input_layernorm.weight", layer)), layer)
             y = self._norm(x, self._w("post_attention_layernorm.weight", layer))
-            act = F.silu(y @ self._w("mlp.gate_proj.weight", layer).T)
+            act = nn.functional.silu(y @ self._w("mlp.gate_proj.weight", layer).T)
             up = y @ self._w("mlp.up_proj.weight", layer).T
             x = x + (act * up) @ self._w("mlp.down_proj.weight", layer).T
         head = "embed_tokens.weight"
         logits = self._norm(x, self._w("norm.weight")) @ self._w(head).T
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            )
         return Output(logits, loss)
 
 

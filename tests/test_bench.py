@@ -38,7 +38,15 @@ def test_flops_of_a_plain_model_are_two_a_weight_and_token_and_attention():
 
 
 def test_every_suite_yields_cases_of_its_name():
-    assert set(bench.SUITES) == {"gemm", "mlstm", "attention", "train", "prefill", "decode", "merge"}
+    assert set(bench.SUITES) == {
+        "gemm",
+        "mlstm",
+        "attention",
+        "train",
+        "prefill",
+        "decode",
+        "merge",
+    }
     first = next(bench_cases.CASES["gemm"]())
     assert first.suite == "gemm" and first.flops == 2 * 64 * 1536 * 576
     first.run()

@@ -69,6 +69,27 @@ def test_the_product_is_that_of_the_rounded_operands(shape, isa, runtime):
         assert_close(found, 0.25 * expected + 0.5 * c, OP_F32, f"{where} added")
 
 
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("m", [1, 3, 4, 8, 16, 20])
+def test_weights_in_bf16(m, isa, runtime):
+    """As a model with compute="bf16" multiplies: few rows by dot products, which round as well."""
+    runtime.set_isa(isa)
+    for n, k in ((1, 5), (33, 31), (70, 577), (130, 64)):
+        rng = seeded("bf16 weights", m, n, k)
+        a = rng.standard_normal((m, k)).astype(np.float32)
+        b = np.ascontiguousarray(bf16_round(rng.standard_normal((n, k)).astype(np.float32)))
+        for mixed in (0, 1):
+            out = np.full((m, n), np.nan, np.float32)
+            core(np.float32).matmul(out, a, b, 0, 1, 1.0, 0.0, mixed)
+            left = rounded(a) if mixed and isa in WITH_PAIRS else a.astype(np.float64)
+            expected = left @ bf16_widen(b).astype(np.float64).T
+            assert_close(out, expected, OP_F32, f"bf16 weights {m}x{n}x{k} {isa}")
+            if m <= 16:  # a row does not depend on the others
+                one = np.empty((1, n), np.float32)
+                core(np.float32).matmul(one, a[-1:], b, 0, 1, 1.0, 0.0, mixed)
+                assert np.array_equal(one[0], out[-1])
+
+
 def test_rows_and_threads_do_not_change_a_bit(runtime):
     rng = seeded("mixed rows")
     a = rng.standard_normal((300, 577)).astype(np.float32)
@@ -112,7 +133,9 @@ def mlstm_of(steps: int, width: int, mixed: bool) -> list[Any]:
     x = (q, k, v, gates[0], gates[1] + 4)
     h, (c, n, _) = ops.mlstm_forward(*x, scale=1.0, reset=reset, mixed=mixed)
     dq, dk, dv, di, df, _ = ops.mlstm_backward(dh, *x, scale=1.0, reset=reset, mixed=mixed)
-    dx, dw = ops.feature_map_backward(dq, tensors(2, 3, steps, width, seed="mlstm")[0], maps[0], mixed)
+    dx, dw = ops.feature_map_backward(
+        dq, tensors(2, 3, steps, width, seed="mlstm")[0], maps[0], mixed
+    )
     return [h, c, n, dq, dk, dv, di, df, dx, dw]
 
 

@@ -70,7 +70,7 @@ MIXED_KL = 1e-3
 # Norm of the difference of a tensor's gradients over its norm: two roundings of 2^-9 a product,
 # some ten products deep. Measured: up to 0.024.
 MIXED_GRADIENT = 0.05
-# The same of a sequence op's output: operands of one to four products in a row are off by up to 2^-9
-# with random signs, and a softmax turns a score's absolute error into a relative one. Measured: up to
-# 0.0213 (dq behind a feature map), 0.01 elsewhere.
+# The same of a sequence op's output: operands of one to four products in a row are off by up to
+# 2^-9 with random signs, and a softmax turns a score's absolute error into a relative one.
+# Measured: up to 0.0213 (dq behind a feature map), 0.01 elsewhere.
 MIXED_OP = 0.03

@@ -69,8 +69,8 @@ def bandwidth(seconds: float = 0.5) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, instruction set, threads, measured peaks (GFLOP/s) of float32 and of bf16 operands,
-    and measured rate of reading memory (GB/s)."""
+    """Processor, instruction set, threads, measured peaks (GFLOP/s) of float32 and of bf16
+    operands, and the measured rate of reading memory (GB/s)."""
     return {
         "cpu": runtime.cpu_name(),
         "isa": runtime.isa(),
@@ -142,7 +142,8 @@ def figures(r: Mapping[str, Any]) -> str:
 
 
 TITLES = (
-    f"{'suite':<10} {'case':<42} {'ms':>9} {'GFLOP/s':>8} {'peak':>5} {'memory':>6} {'tokens/s':>10}"
+    f"{'suite':<10} {'case':<42} {'ms':>9} {'GFLOP/s':>8} {'peak':>5} {'memory':>6} "
+    f"{'tokens/s':>10}"
 )
 
 

@@ -1,9 +1,9 @@
 """What `xlstm_distill.bench` measures: the cases of every suite, and how much work each is.
 
-Everything has the shape of SmolLM2-135M unless its name says otherwise, and random contents: nothing
-is downloaded. Floating-point operations count the products that the method needs (causal halves
-once), not what an implementation happens to do; bytes count what has to come from memory at least
-once, for the cases that memory limits.
+Everything has the shape of SmolLM2-135M unless its name says otherwise, and random contents:
+nothing is downloaded. Floating-point operations count the products that the method needs (causal
+halves once), not what an implementation happens to do; bytes count what has to come from memory at
+least once, for the cases that memory limits.
 """
 
 from __future__ import annotations
@@ -349,7 +349,8 @@ def prefill_cases() -> Iterator[Case]:
     steps = 2048
     ids = random_ids(1, steps)
     for who, make in (("student", random_student), ("teacher", random_teacher)):
-        for compute, stored in zip(COMPUTE, ("f32", "bf16"), strict=True):
+        for compute in COMPUTE:
+            stored: Compute = "f32" if compute == "f32" else "bf16"
             model = make(stored)
             flops = model_flops(model.config, steps, steps, logits=1)
 
@@ -391,8 +392,10 @@ def decode_cases() -> Iterator[Case]:
         for rows, context in ((1, CONTEXTS[0]), (1, CONTEXTS[1]), (64, CONTEXTS[0])):
             state, tokens = remembering(model, rows, context), random_ids(rows, 1)[:, 0]
 
-            def run(model: Model = model, state: Any = state, tokens: Any = tokens) -> None:
-                state.lengths[:] = context
+            def run(
+                model: Model = model, state: Any = state, tokens: Any = tokens, at: int = context
+            ) -> None:
+                state.lengths[:] = at
                 model.step(tokens, state)
 
             flops = model_flops(model.config, rows, 1, past=context)

@@ -107,7 +107,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
     )
     found = Rates(
         # Later tokens are dearer than these first ones (a longer cache), and a batch thins out.
-        sample=0.58 * SAMPLE_BATCH / float(np.median(np.diff(times))),
+        sample=0.55 * SAMPLE_BATCH / float(np.median(np.diff(times))),
         align=_rate(n, lambda: student.align_and_grad(ids, grads=grads, trainable=mixer)),
         targets=_rate(n, lambda: teacher.topk(ids, k)),
         distill=_rate(n, distil),

@@ -188,19 +188,21 @@ INLINE real widen_one(const xl_bf16 *p) { return (real)xl_bf16_widen(*p); }
 INLINE real load_one(const real *p) { return *p; }
 
 /* A tile of rows of x and rows of w keeps all its sums in registers; `rows` and `count` are constants
- * here. What the next tile reads of w is asked for: decoding waits for memory. */
+ * here. Decoding waits for memory: rows of w are asked for some tiles ahead, into the second cache (the
+ * first would lose them again). */
+#define DOT_AHEAD 16
 #define DOT_X (XL_VB == 64 ? 4 : 2)
 #define DOTS(name, type, load_vec, load_scalar)                                                    \
     INLINE void name##_tile(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx,             \
                             const int count, const type *w, ptrdiff_t ldw, real *y) {              \
-        vec s[DOT_X][XL_DOTS];                                                                       \
+        vec s[DOT_X][XL_DOTS];                                                                     \
         for (int r = 0; r < rows; r++)                                                             \
             for (int c = 0; c < count; c++) s[r][c] = (vec){0};                                    \
         ptrdiff_t i = 0;                                                                           \
         for (; i + VL <= n; i += VL) {                                                             \
-            vec wi[XL_DOTS];                                                                         \
+            vec wi[XL_DOTS];                                                                       \
             for (int c = 0; c < count; c++) {                                                      \
-                __builtin_prefetch(w + (XL_DOTS + c) * ldw + i);                                     \
+                __builtin_prefetch(w + (DOT_AHEAD + c) * ldw + i, 0, 2);                           \
                 wi[c] = load_vec(w + c * ldw + i);                                                 \
             }                                                                                      \
             for (int r = 0; r < rows; r++) {                                                       \
@@ -213,22 +215,22 @@ INLINE real load_one(const real *p) { return *p; }
                 real sum = lanes_sum(s[r][c]);                                                     \
                 for (ptrdiff_t t = i; t < n; t++)                                                  \
                     sum += load_scalar(w + c * ldw + t) * x[r * ldx + t];                          \
-                y[r * XL_DOTS + c] = sum;                                                            \
+                y[r * XL_DOTS + c] = sum;                                                          \
             }                                                                                      \
     }                                                                                              \
     static void name(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,   \
                      const type *w, ptrdiff_t ldw, real *y) {                                      \
         ptrdiff_t r = 0;                                                                           \
-        if (count == XL_DOTS) {                                                                      \
+        if (count == XL_DOTS) {                                                                    \
             for (; r + DOT_X <= rows; r += DOT_X)                                                  \
-                name##_tile(n, DOT_X, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);             \
+                name##_tile(n, DOT_X, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);         \
             for (; r < rows; r++)                                                                  \
-                name##_tile(n, 1, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);                 \
+                name##_tile(n, 1, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);             \
             return;                                                                                \
         }                                                                                          \
         for (; r < rows; r++)                                                                      \
             for (ptrdiff_t c = 0; c < count; c++)                                                  \
-                name##_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);       \
+                name##_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);     \
     }
 DOTS(dots, real, load, load_one)
 DOTS(dots_bf16, xl_bf16, widen, widen_one)
@@ -594,6 +596,8 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .gemm_mixed = MIXED(gemm_mixed),
     .gemm_rounded = MIXED(gemm_rounded),
     .peak_mixed = MIXED(peak_mixed),
+    .dots_mixed = MIXED(dots_mixed),
+    .round_mixed = MIXED(round_mixed),
     .dots = dots,
     .dots_bf16 = dots_bf16,
     .dot = dot,

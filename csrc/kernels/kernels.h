@@ -71,6 +71,10 @@ typedef struct xl_kernels {
                  const real *w, ptrdiff_t ldw, real *y);
     void (*dots_bf16)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
                       const xl_bf16 *w, ptrdiff_t ldw, real *y);
+    /* dots of rows rounded to bf16; 0 where gemm_mixed is */
+    void (*dots_mixed)(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
+                       ptrdiff_t count, const xl_bf16 *w, ptrdiff_t ldw, real *y);
+    void (*round_mixed)(ptrdiff_t n, const real *x, xl_bf16 *y); /* to nearest, ties to even */
 
     real (*dot)(ptrdiff_t n, const real *x, const real *y);
     real (*sum)(ptrdiff_t n, const real *x);

@@ -298,6 +298,52 @@ static void gemm_rounded(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, cons
     }
 }
 
+/* ---- dot products ------------------------------------------------------------------------- */
+
+static void round_mixed(ptrdiff_t n, const real *x, xl_bf16 *y) {
+    for (ptrdiff_t i = 0; i < n; i += 32) {
+        ptrdiff_t left = n - i;
+        __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+        _mm512_mask_storeu_epi16(y + i, mask, row_pairs(x + i, left));
+    }
+}
+
+/* As the tiles of `dots`: DOT_X rows of x, or one, and XL_DOTS rows of w, or one. */
+INLINE void dots_mixed_tile(ptrdiff_t n, const int rows, const xl_bf16 *x, ptrdiff_t ldx,
+                            const int count, const xl_bf16 *w, ptrdiff_t ldw, real *y) {
+    __m512 s[DOT_X][XL_DOTS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < count; c++) s[r][c] = _mm512_setzero_ps();
+    for (ptrdiff_t i = 0; i < n; i += 32) {
+        __m512bh wi[XL_DOTS];
+        for (int c = 0; c < count; c++) {
+            __builtin_prefetch(w + (DOT_AHEAD + c) * ldw + i, 0, 2);
+            wi[c] = (__m512bh)row_pairs_bf16(w + c * ldw + i, n - i);
+        }
+        for (int r = 0; r < rows; r++) {
+            __m512bh xi = (__m512bh)row_pairs_bf16(x + r * ldx + i, n - i);
+            for (int c = 0; c < count; c++) s[r][c] = _mm512_dpbf16_ps(s[r][c], wi[c], xi);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < count; c++) y[r * XL_DOTS + c] = lanes_sum((vec)s[r][c]);
+}
+
+static void dots_mixed(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
+                       ptrdiff_t count, const xl_bf16 *w, ptrdiff_t ldw, real *y) {
+    ptrdiff_t r = 0;
+    if (count == XL_DOTS) {
+        for (; r + DOT_X <= rows; r += DOT_X)
+            dots_mixed_tile(n, DOT_X, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);
+        for (; r < rows; r++)
+            dots_mixed_tile(n, 1, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);
+        return;
+    }
+    for (; r < rows; r++)
+        for (ptrdiff_t c = 0; c < count; c++)
+            dots_mixed_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);
+}
+
 /* ---- the peak ----------------------------------------------------------------------------- */
 
 /* As xl_peak_rounds, of operands that are ones: 12 independent chains hide the latency of vdpbf16ps,

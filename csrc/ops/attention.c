@@ -134,8 +134,8 @@ void xl_product(const xl_ctx *ctx, int mixed, ptrdiff_t m, ptrdiff_t n, ptrdiff_
         for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_ROUNDED_KC) {
             ptrdiff_t kc = xl_min(XL_ROUNDED_KC, k - k0);
             kn->pack_a_mixed(kc, m, a + k0 * csa, rsa, csa, (xl_bf16 *)apack);
-            kn->gemm_mixed(m, n, kc, alpha, (xl_bf16 *)apack, (const xl_bf16 *)packed + k0 * columns,
-                           k0 ? (real)1 : beta, c, ldc);
+            kn->gemm_mixed(m, n, kc, alpha, (xl_bf16 *)apack,
+                           (const xl_bf16 *)packed + k0 * columns, k0 ? (real)1 : beta, c, ldc);
         }
         return;
     }
@@ -197,16 +197,16 @@ static void block_forward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, 
         xl_pack(ctx, a->mixed, n, D, x, stride, 1, w->values);
         for (ptrdiff_t r = 0; r < rep; r++) {
             ptrdiff_t h = g * rep + r, at = r * rows;
-            xl_product(ctx, a->mixed, rows, xl_round_up(n, kn->nr), D, scale, xl_at(q, b, h, t0), q.st, 1,
-                       w->keys_t, 0, w->scores, XL_SCORE_STRIDE, w->apack);
+            xl_product(ctx, a->mixed, rows, xl_round_up(n, kn->nr), D, scale, xl_at(q, b, h, t0),
+                       q.st, 1, w->keys_t, 0, w->scores, XL_SCORE_STRIDE, w->apack);
             for (ptrdiff_t i = 0; i < rows; i++) {
                 real *row = w->scores + i * XL_SCORE_STRIDE;
                 ptrdiff_t end = xl_mask_row(a, k, t0 + i, c0, n, row);
                 softmax_row(kn, row, end, n, D, c0 == 0, w->top + at + i, w->sum + at + i,
                             xl_at(o, b, h, t0 + i));
             }
-            xl_product(ctx, a->mixed, rows, D, n, 1, w->scores, XL_SCORE_STRIDE, 1, w->values, c0 > 0,
-                       xl_at(o, b, h, t0), o.st, w->apack);
+            xl_product(ctx, a->mixed, rows, D, n, 1, w->scores, XL_SCORE_STRIDE, 1, w->values,
+                       c0 > 0, xl_at(o, b, h, t0), o.st, w->apack);
         }
     }
     for (ptrdiff_t r = 0; r < rep; r++)

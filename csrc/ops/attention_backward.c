@@ -58,8 +58,8 @@ static void score_gradients(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w
                             ptrdiff_t c0, ptrdiff_t n, ptrdiff_t whole, xl_heads dout, xl_heads q,
                             const real *lse, const real *delta, ptrdiff_t b, ptrdiff_t h) {
     ptrdiff_t rows = k->q1 - k->q0, D = a->D, ld = XL_SCORE_STRIDE, nr = ctx->k->nr;
-    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, (real)(1 / sqrt((double)D)), xl_at(q, b, h, k->q0),
-               q.st, 1, w->keys_t, 0, w->scores, ld, w->apack);
+    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, (real)(1 / sqrt((double)D)),
+               xl_at(q, b, h, k->q0), q.st, 1, w->keys_t, 0, w->scores, ld, w->apack);
     xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, 1, xl_at(dout, b, h, k->q0), dout.st, 1,
                w->values_t, 0, w->grads, ld, w->apack);
     for (ptrdiff_t i = 0; i < rows; i++) {
@@ -95,17 +95,17 @@ static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w,
             score_gradients(ctx, a, w, k, c0, n, whole, dout, q, lse + (b * a->H + h) * a->T + t0,
                             w->delta + r * rows, b, h);
             if (dq.p)
-                xl_product(ctx, a->mixed, rows, D, n, scale, w->grads, XL_SCORE_STRIDE, 1, w->keys, 1,
-                           xl_at(dq, b, h, t0), dq.st, w->apack);
+                xl_product(ctx, a->mixed, rows, D, n, scale, w->grads, XL_SCORE_STRIDE, 1, w->keys,
+                           1, xl_at(dq, b, h, t0), dq.st, w->apack);
             if (dk) {
                 xl_pack(ctx, a->mixed, rows, D, xl_at(q, b, h, t0), q.st, 1, w->values);
-                xl_product(ctx, a->mixed, whole, D, rows, scale, w->grads, 1, XL_SCORE_STRIDE, w->values,
-                           r > 0, w->dk, D, w->apack);
+                xl_product(ctx, a->mixed, whole, D, rows, scale, w->grads, 1, XL_SCORE_STRIDE,
+                           w->values, r > 0, w->dk, D, w->apack);
             }
             if (dv) {
                 xl_pack(ctx, a->mixed, rows, D, xl_at(dout, b, h, t0), dout.st, 1, w->values);
-                xl_product(ctx, a->mixed, whole, D, rows, 1, w->scores, 1, XL_SCORE_STRIDE, w->values, r > 0,
-                           w->dv, D, w->apack);
+                xl_product(ctx, a->mixed, whole, D, rows, 1, w->scores, 1, XL_SCORE_STRIDE,
+                           w->values, r > 0, w->dv, D, w->apack);
             }
         }
         if (dk) add_columns(ctx, a, k, j, c0, n, w->dk, dk);

@@ -41,6 +41,11 @@ static xl_status check(xl_ctx *ctx, const xl_fmap *a) {
 xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl_heads x,
                                  const real *w, void *scratch) {
     XL_TRY(check(ctx, a));
+    if (a->T == 1 && a->B > 1) { /* a decoding step: its rows share one product, not one each */
+        xl_fmap rows = {1, a->H, a->G, a->B, a->D, a->mixed};
+        return xl_feature_map_forward(ctx, &rows, (xl_heads){phi.p, 0, phi.sh, phi.sb},
+                                      (xl_heads){x.p, 0, x.sh, x.sb}, w, scratch);
+    }
     const xl_kernels *k = ctx->k;
     xl_gemm gemm = xl_gemm_of(k, a->mixed);
     ptrdiff_t D = a->D, rep = a->H / a->G;
@@ -52,8 +57,8 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
             for (ptrdiff_t h = 0; h < a->H; h++)
                 for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK) {
                     ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
-                    gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1,
-                            0, xl_at(phi, b, h, t0), phi.st, s.pack);
+                    gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1, 0,
+                         xl_at(phi, b, h, t0), phi.st, s.pack);
                     for (ptrdiff_t t = t0; t < t0 + rows; t++) {
                         real *z = xl_at(phi, b, h, t);
                         real by = 1 / (k->exp_sum(D, z, k->max(D, z), z) * (1 + FLOOR));
@@ -95,7 +100,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                             ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
                             softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
                             gemm(rows, D, D, 1, s.dz, D, 1, w + h * D * D, 1, D, 1,
-                                    xl_at(dx, b, g, t0), dx.st, s.pack);
+                                 xl_at(dx, b, g, t0), dx.st, s.pack);
                         }
         }
         if (dw) { /* a task owns a map and adds rows and blocks in order */
@@ -106,7 +111,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                         ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
                         softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
                         gemm(D, D, rows, 1, xl_at(x, b, h / rep, t0), 1, x.st, s.dz, D, 1, 1,
-                                dw + h * D * D, D, s.pack);
+                             dw + h * D * D, D, s.pack);
                     }
         }
     }

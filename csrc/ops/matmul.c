@@ -38,12 +38,16 @@ static ptrdiff_t plan(const xl_ctx *ctx, ptrdiff_t N, ptrdiff_t K, char *base, w
 ptrdiff_t xl_matmul_scratch(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) {
     workspace w;
     ptrdiff_t size = plan(ctx, N, K, NULL, &w), mixed = xl_matmul_mixed_scratch(ctx, M, N, K);
-    return size < 0 || mixed < 0 ? -1 : xl_max(size, mixed);
+    if (size < 0 || mixed < 0) return -1;
+    return xl_max(xl_max(size, mixed), ROWS_BY_DOTS * K * (ptrdiff_t)sizeof(xl_bf16));
 }
 
 static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alpha, const real *a,
-                    ptrdiff_t rsa, xl_mat b, ptrdiff_t csb, real beta, real *c, ptrdiff_t ldc) {
+                    ptrdiff_t rsa, xl_mat b, ptrdiff_t csb, real beta, real *c, ptrdiff_t ldc,
+                    xl_bf16 *rounded) {
     const xl_kernels *k = ctx->k;
+    int pairs = b.dtype == XL_DT_BF16 && b.mixed && k->dots_mixed;
+    for (ptrdiff_t i = 0; pairs && i < M; i++) k->round_mixed(K, a + i * rsa, rounded + i * K);
     /* long pieces of memory: it is read fastest from one end to the other */
     ptrdiff_t block = xl_round_up(xl_max(1, N / (8 * ctx->threads)), XL_DOTS);
 #pragma omp parallel for num_threads(ctx->threads) schedule(dynamic)
@@ -51,7 +55,9 @@ static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
         for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j += XL_DOTS) {
             real y[ROWS_BY_DOTS * XL_DOTS];
             ptrdiff_t n = xl_min(XL_DOTS, N - j);
-            if (b.dtype == XL_DT_BF16)
+            if (pairs)
+                k->dots_mixed(K, M, rounded, K, n, (const xl_bf16 *)b.data + j * csb, csb, y);
+            else if (b.dtype == XL_DT_BF16)
                 k->dots_bf16(K, M, a, rsa, n, (const xl_bf16 *)b.data + j * csb, csb, y);
             else
                 k->dots(K, M, a, rsa, n, (const real *)b.data + j * csb, csb, y);
@@ -126,7 +132,7 @@ xl_status xl_matmul(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
                     real *c, ptrdiff_t ldc, void *scratch) {
     if (M == 0 || N == 0) return XL_OK;
     if (M <= ROWS_BY_DOTS && csa == 1 && rsb == 1) {
-        by_dots(ctx, M, N, K, alpha, a, rsa, b, csb, beta, c, ldc);
+        by_dots(ctx, M, N, K, alpha, a, rsa, b, csb, beta, c, ldc, scratch);
         return XL_OK;
     }
     if (b.mixed && ctx->k->gemm_mixed) {

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define DIGIT_BITS 11
-#define DIGITS 3 /* 33 bits hold those of a float */
+#define DIGITS 3      /* 33 bits hold those of a float */
 #define ROUNDING 1e-9 /* of a number of entries */
 #define VALUES ((ptrdiff_t)1 << DIGIT_BITS)
 
@@ -20,7 +20,8 @@ typedef struct {
 
 static void plan_thread(xl_plan *p, ptrdiff_t V, workspace *w) {
     w->p = xl_take_reals(p, V);
-    w->mass = xl_take(p, "", XL_ROLE_WORK, XL_DT_U8, 2, XL_SHAPE(VALUES, (ptrdiff_t)sizeof(double)));
+    w->mass =
+        xl_take(p, "", XL_ROLE_WORK, XL_DT_U8, 2, XL_SHAPE(VALUES, (ptrdiff_t)sizeof(double)));
 }
 
 static workspace place_thread(ptrdiff_t V, char *base) {

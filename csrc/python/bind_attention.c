@@ -114,8 +114,8 @@ static PyObject *attention_step(PyObject *module, PyObject *const *args, Py_ssiz
 /* ---- feature map -------------------------------------------------------------------------- */
 
 static xl_fmap map_sizes(xl_call *c, PyObject *mixed) {
-    return (xl_fmap){xl_dim(c, 'B'), xl_dim(c, 'H'), xl_dim(c, 'G'), xl_dim(c, 'T'),
-                     xl_dim(c, 'D'), (int)xl_int(c, mixed, "mixed", 0, 1)};
+    return (xl_fmap){xl_dim(c, 'B'), xl_dim(c, 'H'), xl_dim(c, 'G'),
+                     xl_dim(c, 'T'), xl_dim(c, 'D'), (int)xl_int(c, mixed, "mixed", 0, 1)};
 }
 
 /* feature_map_forward(phi [B,H,T,D], x [B,G,T,D], w [H,D,D], mixed) */

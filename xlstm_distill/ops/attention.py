@@ -133,9 +133,7 @@ def attention_backward(
     same_shape("do", do, a.q.shape)
     a.forward(a.lse)
     dq, dk, dv = np.zeros_like(a.q), np.zeros_like(a.k), np.zeros_like(a.v)
-    core(a.dtype).attention_backward(
-        dq, dk, dv, do, a.q, a.k, a.v, a.o, a.lse, *a.options, a.mixed
-    )
+    core(a.dtype).attention_backward(dq, dk, dv, do, a.q, a.k, a.v, a.o, a.lse, *a.options, a.mixed)
     return dq, dk, dv
 
 
@@ -159,8 +157,8 @@ def feature_map_forward(x: ArrayLike, w: ArrayLike, mixed: bool = False) -> Arra
     """phi [B, H, T, D]: softmax over features of a head-wise linear map, kept away from zero.
 
     x [B, G, T, D], w [H, D, D]; head h reads x of group h // (H/G) as a row vector:
-    z_j = Σ_i x_i w[h, i, j], p = softmax(z), phi = (p + c/D) / (1 + c), c = 1e-6. mixed: x and w are
-    rounded to bf16 where the processor gains by it.
+    z_j = Σ_i x_i w[h, i, j], p = softmax(z), phi = (p + c/D) / (1 + c), c = 1e-6. mixed: x and w
+    are rounded to bf16 where the processor gains by it.
     Source: arXiv:2603.15590, section 3 (Hedgehog, arXiv:2402.04347); the floor is this project's.
     """
     return _features(*_map(x, w, common_dtype(x, w)), mixed)

@@ -142,8 +142,9 @@ def mlstm_forward(
     "max" by max(|n.q|, exp(-m)); neither has an eps, and 0/0 gives 0. form "chunkwise" (`chunk`
     steps at a time, linear in T), "parallel" (quadratic) or "recurrent" (a step at a time): the
     same to rounding. reset bool [B, T]: True where a document starts and the state is forgotten.
-    mixed: the operands of the chunkwise form's products are rounded to bf16 where the processor gains
-    by it; gates, normaliser and state are not. Source: arXiv:2405.04517 (max), arXiv:2603.15590 equations (8)-(10) (ratio).
+    mixed: the operands of the chunkwise form's products are rounded to bf16 where the processor
+    gains by it; gates, normaliser and state are not. Source: arXiv:2405.04517 (max),
+    arXiv:2603.15590 equations (8)-(10) (ratio).
     """
     a = _Mlstm(q, k, v, i, f, state, normalizer, scale, form, chunk, reset, mixed)
     c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
