@@ -169,6 +169,16 @@ static void gemm(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, const real *
     }
 }
 
+/* The last, partial vector of a row, filled up with zeros. */
+INLINE vec load_part(const real *p, ptrdiff_t n) {
+    vec x = {0};
+    for (ptrdiff_t l = 0; l < n; l++) x[l] = p[l];
+    return x;
+}
+INLINE void store_part(real *p, ptrdiff_t n, vec x) {
+    for (ptrdiff_t l = 0; l < n; l++) p[l] = x[l];
+}
+
 /* ---- dot products ------------------------------------------------------------------------- */
 
 #ifdef XL_REAL_F64
@@ -193,14 +203,18 @@ INLINE real load_one(const real *p) { return *p; }
 #define DOT_AHEAD 16
 #define DOT_X (XL_VB == 64 ? 4 : 2)
 #define DOTS(name, type, load_vec, load_scalar)                                                    \
+    INLINE vec name##_part(const type *p, ptrdiff_t n) {                                           \
+        vec x = {0};                                                                               \
+        for (ptrdiff_t l = 0; l < n; l++) x[l] = load_scalar(p + l);                               \
+        return x;                                                                                  \
+    }                                                                                              \
     INLINE void name##_tile(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx,             \
                             const int count, const type *w, ptrdiff_t ldw, real *y) {              \
-        vec s[DOT_X][XL_DOTS];                                                                     \
+        vec s[DOT_X][XL_DOTS], wi[XL_DOTS];                                                        \
         for (int r = 0; r < rows; r++)                                                             \
             for (int c = 0; c < count; c++) s[r][c] = (vec){0};                                    \
         ptrdiff_t i = 0;                                                                           \
         for (; i + VL <= n; i += VL) {                                                             \
-            vec wi[XL_DOTS];                                                                       \
             for (int c = 0; c < count; c++) {                                                      \
                 __builtin_prefetch(w + (DOT_AHEAD + c) * ldw + i, 0, 2);                           \
                 wi[c] = load_vec(w + c * ldw + i);                                                 \
@@ -210,13 +224,15 @@ INLINE real load_one(const real *p) { return *p; }
                 for (int c = 0; c < count; c++) s[r][c] += wi[c] * xi;                             \
             }                                                                                      \
         }                                                                                          \
-        for (int r = 0; r < rows; r++)                                                             \
-            for (int c = 0; c < count; c++) {                                                      \
-                real sum = lanes_sum(s[r][c]);                                                     \
-                for (ptrdiff_t t = i; t < n; t++)                                                  \
-                    sum += load_scalar(w + c * ldw + t) * x[r * ldx + t];                          \
-                y[r * XL_DOTS + c] = sum;                                                          \
+        if (i < n) { /* as a vector too: a scalar loop may round otherwise in another tile */      \
+            for (int c = 0; c < count; c++) wi[c] = name##_part(w + c * ldw + i, n - i);           \
+            for (int r = 0; r < rows; r++) {                                                       \
+                vec xi = load_part(x + r * ldx + i, n - i);                                        \
+                for (int c = 0; c < count; c++) s[r][c] += wi[c] * xi;                             \
             }                                                                                      \
+        }                                                                                          \
+        for (int r = 0; r < rows; r++)                                                             \
+            for (int c = 0; c < count; c++) y[r * XL_DOTS + c] = lanes_sum(s[r][c]);               \
     }                                                                                              \
     static void name(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,   \
                      const type *w, ptrdiff_t ldw, real *y) {                                      \
@@ -368,16 +384,6 @@ INLINE vec vexp(vec x) {
     ivec bits = ((ivec)shifted - (ivec)splat((real)EXP_ROUND) + EXP_BIAS) << EXP_SHIFT;
     vec y = p * (vec)bits * (real)2;
     return blend(tiny, (vec){0}, y);
-}
-
-/* The last, partial vector of a row, filled up with zeros. */
-INLINE vec load_part(const real *p, ptrdiff_t n) {
-    vec x = {0};
-    for (ptrdiff_t l = 0; l < n; l++) x[l] = p[l];
-    return x;
-}
-INLINE void store_part(real *p, ptrdiff_t n, vec x) {
-    for (ptrdiff_t l = 0; l < n; l++) p[l] = x[l];
 }
 
 static real exp_sum(ptrdiff_t n, const real *x, real shift, real *y) {
