@@ -147,8 +147,9 @@ xl_status xl_add_heads(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t H, ptrdiff_t G, ptrdi
 
 /* ---- merge.c ------------------------------------------------------------------------------ */
 
-/* out += weight * x in double: a linear merge is one such call for each expert, in an order that
- * the caller fixes, and one rounding at its end. */
-xl_status xl_merge_add(xl_ctx *ctx, ptrdiff_t n, double *out, const real *x, double weight);
+/* out [n] = sum of weights[m] x[m] for m < count, added in double in this order and rounded once. out
+ * may be one of x. */
+xl_status xl_merge(xl_ctx *ctx, ptrdiff_t n, real *out, ptrdiff_t count, const real *const *x,
+                   const double *weights);
 
 #endif

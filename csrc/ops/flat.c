@@ -1,5 +1,5 @@
-/* Buffers of activations: cleared, copied and added by all threads. One thread fills memory at a
- * third of the rate that two reach, and these buffers are as large as the products' own. */
+/* Buffers of activations: cleared, copied and added by all threads, like the products between which
+ * that happens: they are as large. */
 #include "kernels/kernels.h"
 #include "ops/basic.h"
 

@@ -311,15 +311,22 @@ static PyObject *sumsq(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     return PyFloat_FromDouble(sum);
 }
 
-/* merge_add(out f64 [N], x [N], weight) */
-static PyObject *merge_add(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+/* merge(out [N], list of M arrays [N], weights f64 [M]) */
+static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 3)) return NULL;
-    double *out = xl_inout_f64(&c, args[0], "out", "N");
-    const real *x = xl_in(&c, args[1], "x", "N");
-    double weight = xl_double(&c, args[2], "weight");
+    real *out = xl_inout(&c, args[0], "out", "N");
+    const double *weights = xl_in_f64(&c, args[2], "weights", "M");
+    ptrdiff_t count = c.failed ? 0 : xl_dim(&c, 'M');
+    const real **x = xl_scratch(&c, count * (ptrdiff_t)sizeof *x);
+    if (!c.failed && (!PyList_Check(args[1]) || PyList_GET_SIZE(args[1]) != count)) {
+        PyErr_Format(PyExc_ValueError, "arrays must be a list of %zd", (Py_ssize_t)count);
+        c.failed = 1;
+    }
+    for (ptrdiff_t m = 0; m < count && !c.failed; m++)
+        x[m] = xl_in(&c, PyList_GET_ITEM(args[1], m), "arrays", "N");
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_merge_add(&c.ctx, xl_dim(&c, 'N'), out, x, weight));
+    XL_RUN(&c, xl_merge(&c.ctx, xl_dim(&c, 'N'), out, count, x, weights));
     return xl_end(&c, c.status);
 }
 
@@ -373,7 +380,7 @@ PyMethodDef xl_methods_basic[] = {
     METHOD(mse_backward),
     METHOD(adamw_step),
     METHOD(sumsq),
-    METHOD(merge_add),
+    METHOD(merge),
     METHOD(peak),
     METHOD(stream),
     {NULL, NULL, 0, NULL},

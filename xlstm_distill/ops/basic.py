@@ -20,7 +20,6 @@ from xlstm_distill.ops.arrays import Array, common_dtype, floats, integers, same
 from xlstm_distill.runtime import core
 
 KL_FORMS = ("renormalised", "tail", "sampled")
-_MERGE_BLOCK = 1 << 20  # entries added up at a time: 8 MiB of float64 whatever the tensor's size
 
 
 # ---- linear -------------------------------------------------------------------------------------
@@ -322,14 +321,7 @@ def merge_linear(
     same_shape("out", out, shape)
     if out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
         raise ValueError(f"out must be a contiguous, writeable array of {dtype}")
-    flat, sources = out.reshape(-1), [part.reshape(-1) for part in parts]
-    module, total = core(dtype), np.empty(min(_MERGE_BLOCK, out.size))
-    for start in range(0, out.size, _MERGE_BLOCK):
-        end = min(out.size, start + _MERGE_BLOCK)
-        sums = total[: end - start]
-        sums.fill(0)
-        for source, weight in zip(sources, weights, strict=True):
-            if weight != 0:
-                module.merge_add(sums, source[start:end], weight)
-        flat[start:end] = sums
+    used = [n for n, weight in enumerate(weights) if weight != 0]
+    flat = [parts[n].reshape(-1) for n in used]
+    core(dtype).merge(out.reshape(-1), flat, np.array([weights[n] for n in used], np.float64))
     return out
