@@ -330,7 +330,7 @@ class TrainingStep:
 
 
 def train_cases() -> Iterator[Case]:
-    """Training steps of the student on 1 x 2,048 and 4 x 512 tokens, and stage I's on 1 x 1,024."""
+    """Training steps of the student on 1 x 2,048 and 4 x 512 tokens."""
     model = random_student()
     for rows, steps in ((1, 2048), (4, 512)):
         flops = model_flops(model.config, rows * steps, steps, backward=True)

@@ -202,7 +202,7 @@ INLINE real load_one(const real *p) { return *p; }
  * first would lose them again). */
 #define DOT_AHEAD 16
 #define DOT_X (XL_VB == 64 ? 4 : 2)
-#define DOTS(name, type, load_vec, load_scalar)                                                    \
+#define DOT_TILE(name, type, load_vec, load_scalar)                                                \
     INLINE vec name##_part(const type *p, ptrdiff_t n) {                                           \
         vec x = {0};                                                                               \
         for (ptrdiff_t l = 0; l < n; l++) x[l] = load_scalar(p + l);                               \
@@ -233,9 +233,11 @@ INLINE real load_one(const real *p) { return *p; }
         }                                                                                          \
         for (int r = 0; r < rows; r++)                                                             \
             for (int c = 0; c < count; c++) y[r * XL_DOTS + c] = lanes_sum(s[r][c]);               \
-    }                                                                                              \
-    static void name(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,   \
-                     const type *w, ptrdiff_t ldw, real *y) {                                      \
+    }
+/* All rows of x by tiles of DOT_X, with whole tiles of w; else one by one. */
+#define DOTS_BY_TILES(name, x_type, w_type)                                                        \
+    static void name(ptrdiff_t n, ptrdiff_t rows, const x_type *x, ptrdiff_t ldx, ptrdiff_t count, \
+                     const w_type *w, ptrdiff_t ldw, real *y) {                                    \
         ptrdiff_t r = 0;                                                                           \
         if (count == XL_DOTS) {                                                                    \
             for (; r + DOT_X <= rows; r += DOT_X)                                                  \
@@ -248,8 +250,10 @@ INLINE real load_one(const real *p) { return *p; }
             for (ptrdiff_t c = 0; c < count; c++)                                                  \
                 name##_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);     \
     }
-DOTS(dots, real, load, load_one)
-DOTS(dots_bf16, xl_bf16, widen, widen_one)
+DOT_TILE(dots, real, load, load_one)
+DOT_TILE(dots_bf16, xl_bf16, widen, widen_one)
+DOTS_BY_TILES(dots, real, real)
+DOTS_BY_TILES(dots_bf16, real, xl_bf16)
 
 static real dot(ptrdiff_t n, const real *x, const real *y) {
     vec s[4] = {{0}, {0}, {0}, {0}};

@@ -308,7 +308,7 @@ static void round_mixed(ptrdiff_t n, const real *x, xl_bf16 *y) {
     }
 }
 
-/* As the tiles of `dots`: DOT_X rows of x, or one, and XL_DOTS rows of w, or one. */
+/* As DOT_TILE of body.inc.h, by pairs. */
 INLINE void dots_mixed_tile(ptrdiff_t n, const int rows, const xl_bf16 *x, ptrdiff_t ldx,
                             const int count, const xl_bf16 *w, ptrdiff_t ldw, real *y) {
     __m512 s[DOT_X][XL_DOTS];
@@ -329,20 +329,7 @@ INLINE void dots_mixed_tile(ptrdiff_t n, const int rows, const xl_bf16 *x, ptrdi
         for (int c = 0; c < count; c++) y[r * XL_DOTS + c] = lanes_sum((vec)s[r][c]);
 }
 
-static void dots_mixed(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
-                       ptrdiff_t count, const xl_bf16 *w, ptrdiff_t ldw, real *y) {
-    ptrdiff_t r = 0;
-    if (count == XL_DOTS) {
-        for (; r + DOT_X <= rows; r += DOT_X)
-            dots_mixed_tile(n, DOT_X, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);
-        for (; r < rows; r++)
-            dots_mixed_tile(n, 1, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);
-        return;
-    }
-    for (; r < rows; r++)
-        for (ptrdiff_t c = 0; c < count; c++)
-            dots_mixed_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);
-}
+DOTS_BY_TILES(dots_mixed, xl_bf16, xl_bf16)
 
 /* ---- the peak ----------------------------------------------------------------------------- */
 

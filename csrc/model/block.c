@@ -84,7 +84,8 @@ xl_status xl_block_forward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, con
     return xl_block_finish(ctx, c, w, b, t, y, x, t->mixer.h, scratch);
 }
 
-/* x_mid = x + h w_o^T;  y = x_mid + (silu(g) u) w_down^T, read upwards. */
+/* x_mid = x + h w_o^T;  y = x_mid + (silu(g) u) w_down^T, read upwards. The first gradient of a buffer
+ * is written by its product (beta 0), not added to zeros. */
 xl_status xl_block_backward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, const xl_layer *w,
                             const xl_layer *g, const xl_batch *b, xl_block_tape *t, real *dx,
                             const real *x, void *scratch) {
