@@ -39,9 +39,12 @@ MIXERS = {
 
 
 def random_model(mixer: str = "attention", seed: int = 0, dtype=np.float32, **changes) -> Model:
-    """A model whose every parameter is random: maps are not the identity, gates are not zero."""
+    """A model whose every parameter is random: maps are not the identity, gates are not zero.
+
+    `changes` of the configuration may give `mixers`, one a layer; else all layers have `mixer`.
+    """
     layers = changes.get("num_hidden_layers", TINY["num_hidden_layers"])
-    config = ModelConfig(**{**TINY, **changes, "mixers": [MIXERS[mixer]] * layers})
+    config = ModelConfig(**{**TINY, "mixers": [MIXERS[mixer]] * layers, **changes})
     model = Model(config, dtype=dtype)
     random = np.random.default_rng(seed)
     for e in model.params.entries:

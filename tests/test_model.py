@@ -107,6 +107,29 @@ def test_unwanted_gradients_stay_untouched():
     assert {e.name for e in grads.entries if grads.view(e).any()} == wanted
 
 
+@pytest.mark.parametrize("kinds", [["hybrid"] * 3, ["mlstm", "attention", "hybrid"]])
+def test_recomputed_activations_give_the_same_bits(kinds):
+    model = random_model(mixers=[MIXERS[k] for k in kinds], num_hidden_layers=3)
+    ids, reset, labels = random_batch(model, 2, 24)
+    found = []
+    for recompute in (False, True):
+        grads = model.params.zeros_like()
+        sums = model.loss_and_grad(
+            ids,
+            labels,
+            ce_weight=1.0,
+            kl_weight=0.0,
+            reset=reset,
+            grads=grads,
+            recompute=recompute,
+        )
+        found.append((sums, grads.flat))
+    assert found[0][0] == found[1][0]
+    assert np.array_equal(found[0][1], found[1][1])
+    alone = model.loss_and_grad(ids, labels, ce_weight=1.0, kl_weight=0.0, reset=reset)
+    assert alone == found[0][0]
+
+
 def test_gate_zero_with_a_wide_window_is_the_teacher():
     teacher = random_model("attention")
     student = random_model("hybrid")

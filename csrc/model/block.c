@@ -69,6 +69,7 @@ xl_status xl_block_finish(xl_ctx *ctx, const xl_config *c, const xl_layer *w, co
     XL_TRY(xl_linear_forward(ctx, N, c->d, c->F, t->gate, t->xn_mlp, w->w_gate, NULL, s.mixer));
     XL_TRY(xl_linear_forward(ctx, N, c->d, c->F, t->up, t->xn_mlp, w->w_up, NULL, s.mixer));
     XL_TRY(xl_swiglu_forward(ctx, N, c->F, t->act, t->gate, t->up));
+    if (!y) return XL_OK;
     XL_TRY(xl_copy(ctx, N * c->d, y, t->mid));
     return xl_matmul(ctx, N, c->d, c->F, 1, t->act, c->F, 1, w->w_down, 1, c->F, 1, y, c->d,
                      s.mixer);

@@ -20,7 +20,7 @@ ptrdiff_t xl_block_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch
 /* The parts of a block, in order; stage I takes them one by one. */
 xl_status xl_block_project(xl_ctx *ctx, const xl_config *c, const xl_layer *w, const xl_batch *b,
                            xl_block_tape *t, const real *x, void *scratch); /* norm, q, k, v */
-/* y = x + h w_o^T, then + MLP; y may be x */
+/* y = x + h w_o^T, then + MLP; y may be x, or NULL where the tape alone is wanted */
 xl_status xl_block_finish(xl_ctx *ctx, const xl_config *c, const xl_layer *w, const xl_batch *b,
                           xl_block_tape *t, real *y, const real *x, const real *h, void *scratch);
 

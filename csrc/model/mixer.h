@@ -15,7 +15,8 @@ typedef struct {
     ptrdiff_t span;      /* positions that full attention can see: T, or the state's capacity */
     double gate;         /* in [0, 1]: forces every output gate; < 0: the model's own */
     ptrdiff_t chunk;     /* of the chunkwise mLSTM */
-    real *rope;          /* [N, D] table of this batch */
+    int recompute; /* training holds each block's input alone and makes its activations again */
+    real *rope;    /* [N, D] table of this batch */
 } xl_batch;
 
 /* Everything that a layer's mixer leaves for its backward; [N, heads*D] unless said. */

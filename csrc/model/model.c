@@ -88,8 +88,16 @@ static ptrdiff_t train_plan(const xl_ctx *ctx, const xl_config *c, const xl_batc
     w->rstd = xl_take_reals(&p, N);
     w->dx = xl_take_reals(&p, N * c->d);
     w->dxn = xl_take_reals(&p, N * c->d);
-    for (ptrdiff_t l = 0; l < c->layers; l++)
-        xl_block_tape_plan(&p, c, &c->mixer[l], N, &w->tape[l]);
+    xl_block_tape shared;
+    if (b->recompute) widest_tape(&p, c, N, &shared);
+    for (ptrdiff_t l = 0; l < c->layers; l++) {
+        if (b->recompute) {
+            w->tape[l] = shared;
+            one_branch(&c->mixer[l], &w->tape[l].mixer, shared.mixer.hm, shared.mixer.hs);
+        } else {
+            xl_block_tape_plan(&p, c, &c->mixer[l], N, &w->tape[l]);
+        }
+    }
     w->block = xl_take(&p, "", XL_ROLE_WORK, XL_DT_U8, 1, XL_SHAPE(xl_max(block, loss)));
     return p.failed || block < 0 || loss < 0 ? -1 : p.used;
 }
@@ -119,9 +127,14 @@ xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
     XL_TRY(xl_zero(ctx, row, w.dx));
     XL_TRY(xl_rmsnorm_backward(ctx, N, c->d, w.dx, g->norm, w.dxn, w.stream + L * row, p->norm,
                                w.rstd));
-    for (ptrdiff_t l = L; l-- > 0;)
-        XL_TRY(xl_block_backward(ctx, c, l, &p->layer[l], &g->layer[l], b, &w.tape[l], w.dx,
-                                 w.stream + l * row, w.block));
+    for (ptrdiff_t l = L; l-- > 0;) {
+        const real *x = w.stream + l * row;
+        if (b->recompute)
+            XL_TRY(
+                xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape[l], NULL, x, NULL, w.block));
+        XL_TRY(xl_block_backward(ctx, c, l, &p->layer[l], &g->layer[l], b, &w.tape[l], w.dx, x,
+                                 w.block));
+    }
     if (!g->embed.data) return XL_OK;
     return xl_embedding_backward(ctx, N, c->V, c->d, (real *)g->embed.data, w.dx, b->ids);
 }

@@ -13,7 +13,8 @@ xl_status xl_model_forward(xl_ctx *ctx, const xl_config *c, const xl_params *p, 
                            xl_layer_state *states, real *hidden, real *o_gates, void *scratch);
 ptrdiff_t xl_model_forward_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b);
 
-/* Stage II (paper.md (13)): adds gradients into g, sums[3] as xl_head_loss. g NULL: loss only. */
+/* Stage II (paper.md (13)): adds gradients into g, sums[3] as xl_head_loss. g NULL: loss only. With
+ * batch->recompute the activations of one block are held at a time; the results are the same bits. */
 xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, const xl_params *g,
                          xl_batch *b, const xl_head *head, double *sums, const int32_t *labels,
                          const int32_t *target_ids, const real *target_logp, void *scratch);

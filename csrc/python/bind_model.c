@@ -169,12 +169,12 @@ static xl_head head_args(const xl_config *config, ptrdiff_t N, ptrdiff_t k) {
     return (xl_head){.N = N, .d = config->d, .V = config->V, .k = k};
 }
 
-/* work_bytes(what, config, B, T, k, capacity): what 0 forward, 1 train, 2 align, 3 head;
- * capacity > 0: with a state */
+/* work_bytes(what, config, B, T, k, capacity): what 0 forward, 1 train, 2 train with recomputation,
+ * 3 align, 4 head; capacity > 0: with a state */
 static PyObject *work_bytes(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 6)) return NULL;
-    ptrdiff_t what = xl_int(&c, args[0], "what", 0, 3);
+    ptrdiff_t what = xl_int(&c, args[0], "what", 0, 4);
     const xl_config *config = take_config(&c, args[1]);
     ptrdiff_t B = xl_int(&c, args[2], "B", 0, 1 << 24), T = xl_int(&c, args[3], "T", 0, INT32_MAX);
     ptrdiff_t k = xl_int(&c, args[4], "k", 0, INT32_MAX);
@@ -186,11 +186,12 @@ static PyObject *work_bytes(PyObject *module, PyObject *const *args, Py_ssize_t 
                       .span = capacity ? capacity : T,
                       .gate = -1,
                       .chunk = 64,
+                      .recompute = what == 2,
                       .past = capacity ? &some : NULL};
     xl_head head = head_args(config, B * T, k);
     ptrdiff_t bytes = what == 0   ? xl_model_forward_scratch(&c.ctx, config, &batch)
-                      : what == 1 ? xl_model_train_scratch(&c.ctx, config, &batch, &head)
-                      : what == 2 ? xl_model_align_scratch(&c.ctx, config, &batch)
+                      : what <= 2 ? xl_model_train_scratch(&c.ctx, config, &batch, &head)
+                      : what == 3 ? xl_model_align_scratch(&c.ctx, config, &batch)
                                   : xl_head_scratch(&c.ctx, &head);
     if (bytes < 0)
         return PyErr_Format(PyExc_MemoryError, "%zd x %zd tokens need more memory than there is",
@@ -252,10 +253,11 @@ static PyObject *model_forward(PyObject *module, PyObject *const *args, Py_ssize
 }
 
 /* model_train(config, params, ids, pos, reset, lengths, grads, wanted, labels, target_ids,
- *             target_logp, (ce_weight, kl_weight, scale) f64 [3], form, sums f64 [3], work) */
+ *             target_logp, (ce_weight, kl_weight, scale) f64 [3], form, recompute, sums f64 [3],
+ *             work) */
 static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 15)) return NULL;
+    if (!xl_begin(&c, module, nargs, 16)) return NULL;
     const xl_config *config = take_config(&c, args[0]);
     if (c.failed) return xl_end(&c, XL_OK);
     xl_params params, grads;
@@ -269,7 +271,8 @@ static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t
     const real *target_logp = xl_in(&c, args[10], "target_logp?", "BTK");
     const double *weights = xl_in_f64(&c, args[11], "weights", "3");
     ptrdiff_t form = xl_int(&c, args[12], "form", 0, 2);
-    double *sums = xl_inout_f64(&c, args[13], "sums", "3");
+    b.recompute = (int)xl_int(&c, args[13], "recompute", 0, 1);
+    double *sums = xl_inout_f64(&c, args[14], "sums", "3");
     if (c.failed) return xl_end(&c, XL_OK);
     if (config->weights != XL_DT_REAL) {
         PyErr_SetString(PyExc_ValueError, "a model in bf16 cannot be trained");
@@ -278,7 +281,7 @@ static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t
     xl_head head = head_args(config, b.B * b.T, target_ids ? xl_dim(&c, 'K') : 0);
     head.ce_weight = weights[0], head.kl_weight = weights[1], head.scale = weights[2];
     head.form = (xl_kl_form)form;
-    void *work = take_work(&c, args[14], xl_model_train_scratch(&c.ctx, config, &b, &head));
+    void *work = take_work(&c, args[15], xl_model_train_scratch(&c.ctx, config, &b, &head));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_model_train(&c.ctx, config, &params, training ? &grads : NULL, &b, &head, sums,
                               labels, target_ids, target_logp, work));
