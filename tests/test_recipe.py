@@ -12,7 +12,7 @@ import yaml
 from xlstm_distill.budget import Rates, estimate, evaluation_seconds, fidelity_seconds
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate.tasks import ReadTokens
-from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan
+from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan, replan
 from xlstm_distill.recipe import (
     first_difference,
     load_recipe,
@@ -232,6 +232,22 @@ def test_more_time_goes_to_every_part():
     assert list(large.evaluate.tasks) == list(TASKS[: len(large.evaluate.tasks)])
     assert len(large.evaluate.tasks) >= len(small.evaluate.tasks)
     assert large.align.steps >= 250
+
+
+@pytest.mark.parametrize("minutes", [30.0, 90.0])
+def test_stage_two_takes_the_time_that_stage_one_left(minutes):
+    first = plan(SLOW, minutes, READING, spent=40.0)
+    budget = 60 * minutes
+    sampling, aligning, _, evaluation = cost(first, SLOW)
+    planned = 40 + sampling + aligning
+    tokens = []
+    for spent in (0.7 * planned, planned, 1.3 * planned):
+        second = replan(first, SLOW, spent)
+        assert second.model_copy(update={"distill": first.distill}) == first
+        assert spent + cost(second, SLOW)[2] + evaluation <= budget
+        tokens.append(second.distill.steps * second.distill.rows)
+    assert tokens[0] > tokens[1] > tokens[2] > 0
+    assert replan(first, SLOW, 2 * budget).distill.steps == 2  # late, but a run to its end
 
 
 def test_the_smallest_budget_is_still_a_recipe():

@@ -109,10 +109,11 @@ def test_what_trains_and_what_decays(teacher):
         trainable_names(teacher, "mixer")
 
 
-def test_adamw_is_the_reference_tensor_by_tensor(teacher):
+@pytest.mark.parametrize("mixer_rate", [1.0, 3.0])
+def test_adamw_is_the_reference_tensor_by_tensor(teacher, mixer_rate):
     student = student_of(teacher)
     names = trainable_names(student, "all")
-    optimiser = AdamW(student.params, names, weight_decay=0.1)
+    optimiser = AdamW(student.params, names, weight_decay=0.1, mixer_rate=mixer_rate)
     start = {n: student.params[n].copy() for n in student.params}
     random = np.random.default_rng(0)
     grads = student.params.zeros_like()
@@ -127,7 +128,7 @@ def test_adamw_is_the_reference_tensor_by_tensor(teacher):
                 grads[e.name].astype(np.float64).reshape(-1),
                 m.reshape(-1),
                 v.reshape(-1),
-                lr=1e-2,
+                lr=1e-2 * (mixer_rate if ".mixer." in e.name else 1.0),
                 beta1=0.9,
                 beta2=0.95,
                 eps=1e-8,

@@ -36,12 +36,14 @@ def distill(
     kl_form: KlForm = "renormalised",
     k: int = 256,
     lr: float = 1e-4,
+    mixer_lr: float | None = None,
     warmup: float = 0.1,
     schedule: Schedule = "linear",
     clip: float = 1.0,
     beta2: float = 0.95,
     weight_decay: float = 0.1,
     train_what: Train = "all",
+    recompute: bool = False,
     seed: int = 0,
     state: str | Path | None = None,
     save_seconds: float = 120.0,
@@ -51,9 +53,12 @@ def distill(
     targets: a cache made of the same rows (one, or one per domain of `data`), the teacher itself
     (its `k` best tokens are then computed on the way), or None for cross-entropy alone. A step
     takes `rows` rows of `length` tokens, `micro_rows` at a time. The learning rate rises over the
-    share `warmup` of the steps to `lr`, then stays ("constant") or falls to 0 ("linear").
-    train_what: "all" or "mixer" (everything copied from the teacher stays frozen). With `state`,
-    the run can be killed and continued from that file.
+    share `warmup` of the steps to `lr`, then stays ("constant") or falls to 0 ("linear"). mixer_lr:
+    that of the mixers' own tensors, with the same schedule (None: lr). Few steps move the mixers
+    too little at a rate that the teacher's weights bear.
+    train_what: "all" or "mixer" (everything copied from the teacher stays frozen). recompute: less
+    memory for about a quarter more time, the same bits (Model.loss_and_grad). With `state`, the run
+    can be killed and continued from that file.
 
     Metrics: loss, ce, kl (nats, mean over counted tokens), lr, gradient_norm, tokens, seconds.
     """
@@ -66,7 +71,10 @@ def distill(
         )
     batches = as_batches(data, rows, length, seed)
     names = trainable_names(student, train_what)
-    optimiser = AdamW(student.params, names, beta2=beta2, weight_decay=weight_decay)
+    mixer_rate = 1.0 if mixer_lr is None else mixer_lr / lr
+    optimiser = AdamW(
+        student.params, names, beta2=beta2, weight_decay=weight_decay, mixer_rate=mixer_rate
+    )
     settings = {
         "steps": steps,
         "ce_weight": ce_weight,
@@ -74,6 +82,7 @@ def distill(
         "kl_form": kl_form,
         "k": _k_of(targets, k),
         "lr": lr,
+        "mixer_lr": mixer_lr,
         "warmup": warmup,
         "schedule": schedule,
         "clip": clip,
@@ -98,6 +107,7 @@ def distill(
                 grads=grads,
                 trainable=names,
                 scale=1.0 / max(1, count),
+                recompute=recompute,
             )
             sums += found["ce"], found["kl"]
         ce, kl = sums / max(1, count)

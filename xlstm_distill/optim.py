@@ -1,4 +1,4 @@
-"""AdamW over named tensors, which tensors train and decay, learning-rate schedules."""
+"""AdamW over named tensors; which tensors train, which decay and at what rate; schedules."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ _NO_DECAY = ("norm", "bias")
 """Roles without weight decay: vectors that scale or shift."""
 
 
+def in_mixer(name: str) -> bool:
+    """True for the tensors that a student has beside those of its teacher."""
+    return ".mixer." in name
+
+
 def trainable_names(model: Model, which: Train) -> set[str]:
     """Names of the tensors that train: all, or the mixers' new ones ("mixer").
 
@@ -33,7 +38,7 @@ def trainable_names(model: Model, which: Train) -> set[str]:
         for layer, mixer in enumerate(model.config.mixers)
         if mixer.normalizer == "ratio"
     }
-    names = [n for n in model.params.names() if which == "all" or ".mixer." in n]
+    names = [n for n in model.params.names() if which == "all" or in_mixer(n)]
     if not names:
         raise UserError("nothing to train: the model has no mixer parameters; linearize it first")
     return set(names) - frozen
@@ -61,7 +66,10 @@ def learning_rate(
 
 
 class AdamW:
-    """AdamW with decoupled decay on matrices; moments exist for the trained tensors alone."""
+    """AdamW with decoupled decay on matrices; moments exist for the trained tensors alone.
+
+    The mixers' own tensors learn at `mixer_rate` times the learning rate of the others.
+    """
 
     def __init__(
         self,
@@ -71,10 +79,12 @@ class AdamW:
         beta1: float = 0.9,
         beta2: float = 0.95,
         weight_decay: float = 0.1,
+        mixer_rate: float = 1.0,
     ) -> None:
         self.params = params
         self.entries = [e for e in params.entries if e.name in names]
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
+        self.mixer_rate = mixer_rate
         size = sum(e.size for e in self.entries)
         self.m: NDArray[Any] = np.zeros(size, dtype=params.dtype)
         self.v: NDArray[Any] = np.zeros(size, dtype=params.dtype)
@@ -107,7 +117,7 @@ class AdamW:
                 gradient[place],
                 self.m[own],
                 self.v[own],
-                lr=lr,
+                lr=lr * self.mixer_rate if in_mixer(e.name) else lr,
                 beta1=self.beta1,
                 beta2=self.beta2,
                 eps=EPSILON,

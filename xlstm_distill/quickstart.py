@@ -2,8 +2,9 @@
 
 How much fits is measured once, on this machine, before the run begins: a short calibration gives
 the rate of each kind of work, `plan` turns the budget into numbers of documents, steps and windows,
-and these are written to the run's recipe. From then on it is a run like any other: a run that is
-continued does not calibrate again.
+and these are written to the run's recipe. When stage I is done, `replan` sets stage II's steps by
+the time that is really left. From then on it is a run like any other: a run that is continued
+does neither again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ shared machine differs by a half from one minute to another: 243 planned seconds
 _TRAINING_CAUTION = 0.95
 """The same for training. Its packs hold several documents, whose attention is shorter than that of
 the calibration's row: it is 10 to 16 % faster than its calibrated rate, which is a reserve too."""
+_REPLAN_CAUTION = 0.9
+"""The same for stage II once stage I is done. Nothing after it can make up for lost time."""
 _EVALUATION_CAUTION = 0.88
 """The same for the evaluation, most of which is fixed: what is saved here is taken from the request
 sets."""
@@ -117,17 +120,29 @@ def plan(
     row = length / rates.align
     rows, steps = _steps(_ALIGN_SHARE * training, lambda r: r * row, enough=250, most=8)
     values["align"].update(steps=steps, rows=rows)
-    row = length * (1 / rates.distill + 1 / rates.targets)
-    rows, steps = _steps(
-        (1 - _ALIGN_SHARE) * training / experts,
-        lambda r: r * row + rates.update,
-        enough=60,
-        most=16,
-    )
+    rows, steps = _stage_two((1 - _ALIGN_SHARE) * training / experts, rates, length)
     values["distill"].update(steps=steps, rows=rows)
     tokens = length * (values["align"]["steps"] * values["align"]["rows"] + steps * rows)
     values["data"]["domains"]["code"]["sources"][0]["max_tokens"] = max(150_000, tokens)
     return make_recipe(values)
+
+
+def replan(recipe: Recipe, rates: Rates, spent: float) -> Recipe:
+    """The recipe with as many steps of stage II as fit after stage I and `spent` seconds."""
+    assert recipe.minutes is not None
+    values = recipe.model_dump()
+    budget, experts = 60.0 * recipe.minutes, len(recipe.experts)
+    fixed = (experts + 1) * (rates.save + rates.load) + 15 + 0.02 * budget
+    left = (1 - EVALUATION_SHARE) * budget - spent - fixed
+    rows, steps = _stage_two(_REPLAN_CAUTION * left / experts, rates, recipe.data.length)
+    values["distill"].update(steps=steps, rows=rows)
+    return make_recipe(values)
+
+
+def _stage_two(seconds: float, rates: Rates, length: int) -> tuple[int, int]:
+    """(rows a step, steps) of one expert with its targets."""
+    row = length * (1 / rates.distill + 1 / rates.targets)
+    return _steps(seconds, lambda r: r * row + rates.update, enough=60, most=16)
 
 
 def _steps(
@@ -240,13 +255,31 @@ def quickstart(
         work = Run(directory, recipe, reporter, interrupt)
         if teacher is not None:
             work.__dict__["teacher"] = teacher  # the cached property: it is loaded already
+        work.execute(until="align")
+        work.recipe = _replanned(directory, recipe, reporter)
         work.execute()
     return Path(out)
 
 
+def _replanned(directory: RunDirectory, recipe: Recipe, reporter: Reporter) -> Recipe:
+    """The recipe that the rest of the run follows: `replan`, before stage II has begun.
+
+    It reads the log alone, so that a run which is killed here plans the same again.
+    """
+    calibrated = directory.done("calibrate")
+    if calibrated is None or (directory.path / "targets").is_dir():
+        return recipe
+    spent = sum(x["seconds"] for x in directory.read_log() if x.get("event") == "done")
+    recipe = replan(recipe, Rates(**calibrated["rates"]), spent)
+    directory.change(recipe)
+    directory.log("distill", event="planned", steps=recipe.distill.steps, rows=recipe.distill.rows)
+    reporter.note(f"{spent / 60:.1f} minutes so far; stage II: {_stage_two_of(recipe)}")
+    return recipe
+
+
 def describe(recipe: Recipe) -> str:
     """What a budget came to, in a line."""
-    a, d, e = recipe.align, recipe.distill, recipe.evaluate
+    a, e = recipe.align, recipe.evaluate
     length = recipe.data.length
     documents = sum(
         source.documents
@@ -257,7 +290,11 @@ def describe(recipe: Recipe) -> str:
     sets = f"{len(e.tasks)} request sets" + (f" of {max(e.tasks.values())}" if e.tasks else "")
     return (
         f"plan: sample {documents} documents; stage I: {a.steps} steps of {a.rows * length:,} "
-        f"tokens; stage II: {d.steps} steps of {d.rows * length:,} tokens for each of "
-        f"{len(recipe.experts)} experts; fidelity on {e.fidelity[0].windows * length:,} tokens a "
-        f"domain, {sets}"
+        f"tokens; stage II: {_stage_two_of(recipe)}; fidelity on "
+        f"{e.fidelity[0].windows * length:,} tokens a domain, {sets}"
     )
+
+
+def _stage_two_of(recipe: Recipe) -> str:
+    steps, tokens = recipe.distill.steps, recipe.distill.rows * recipe.data.length
+    return f"{steps} steps of {tokens:,} tokens for each of {len(recipe.experts)} experts"

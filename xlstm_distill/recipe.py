@@ -116,7 +116,8 @@ class TargetsSection(_Section):
 
 
 class DistillSection(_Section):
-    """Stage II, the same for every expert."""
+    """Stage II, the same for every expert. `recompute`: activations are made again on the way back,
+    so that long rows fit into memory."""
 
     steps: int = Field(ge=1)
     rows: int = Field(default=16, ge=1)
@@ -125,12 +126,14 @@ class DistillSection(_Section):
     kl_weight: float = Field(default=0.9, ge=0)
     kl_form: Literal["renormalised", "tail"] = "renormalised"
     lr: float = Field(default=1e-4, gt=0)
+    mixer_lr: float | None = Field(default=None, gt=0)
     warmup: float = Field(default=0.1, ge=0, le=1)
     schedule: Literal["linear", "constant"] = "linear"
     clip: float = Field(default=1.0, gt=0)
     beta2: float = Field(default=0.95, gt=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
     train: Literal["all", "mixer"] = "all"
+    recompute: bool = False
 
 
 class MergeSection(_Section):

@@ -116,6 +116,10 @@ class RunDirectory:
         save_recipe(recipe, self.path / RECIPE)
         return recipe
 
+    def change(self, recipe: Recipe) -> None:
+        """Go on with another recipe; the stages that are done must not depend on the difference."""
+        save_recipe(recipe, self.path / RECIPE)
+
     # ---- the log ------------------------------------------------------------------------------
 
     def log(self, stage: str, **values: Any) -> None:
