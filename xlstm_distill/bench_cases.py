@@ -30,6 +30,9 @@ COLD_BYTES = 512 << 20
 """Weights of a product that must find them in memory: far more than any cache holds."""
 CONTEXTS = (64, 7800)
 """Tokens behind a step of decoding."""
+CHART_CONTEXTS = (1024, 4096, 16384, 65536)
+CHART_STEPS = 512
+"""Of a context, the last so many tokens are read for the chart of cost against context."""
 
 SMOLLM2_135M: dict[str, Any] = {
     "family": "llama",
@@ -361,9 +364,9 @@ def prefill_cases() -> Iterator[Case]:
             yield Case("prefill", name, run, flops, steps, {"steps": steps}, compute)
 
 
-def remembering(model: Model, rows: int, context: int) -> DecodeState:
-    """A state that looks as if each row had read `context` tokens."""
-    state = model.new_state(rows, context + 1)
+def remembering(model: Model, rows: int, context: int, room: int = 1) -> DecodeState:
+    """A state that looks as if each row had read `context` tokens, with room for `room` more."""
+    state = model.new_state(rows, context + room)
     random = np.random.default_rng(2)
     for e in state.tensors.entries:
         view = state.tensors.view(e)
@@ -421,6 +424,29 @@ def generation(model: Model) -> Case:
     return Case("decode", name, run, flops, count, sizes, "mixed", need)
 
 
+def context_cases() -> Iterator[Case]:
+    """What a token costs at the end of contexts from 1K to 64K: reading the last CHART_STEPS of
+    them, and generating one more; weights in bf16. `sizes` has the memory of the state."""
+    for who, make in (("student", random_student), ("teacher", random_teacher)):
+        model = make("bf16")
+        for context, steps in itertools.product(CHART_CONTEXTS, (CHART_STEPS, 1)):
+            past = context - steps
+            state, ids = remembering(model, 1, past, steps), random_ids(1, steps)
+
+            def run(
+                model: Model = model, state: Any = state, ids: Any = ids, past: int = past
+            ) -> None:
+                state.lengths[:] = past
+                model.prefill(ids, state)
+
+            flops = model_flops(model.config, steps, steps, past=past, logits=1)
+            need = model.params.raw.nbytes + state_bytes(model.config, 1, past)
+            sizes = {"context": context, "steps": steps, "state_bytes": state.nbytes}
+            name = f"135M {who} {'reads' if steps > 1 else 'writes'} at {context} bf16"
+            limit = need if steps == 1 else 0
+            yield Case("context", name, run, flops, steps, sizes, "mixed", limit)
+
+
 def merge_cases() -> Iterator[Case]:
     """The linear merge of two experts of 135M parameters."""
     n = random_student().params.flat.size
@@ -439,5 +465,6 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "train": train_cases,
     "prefill": prefill_cases,
     "decode": decode_cases,
+    "context": context_cases,
     "merge": merge_cases,
 }

@@ -18,6 +18,7 @@ from .linearize import linearize
 from .model import Model
 from .optim import AdamW, trainable_names
 from .recipe import FidelitySection, Recipe, SampledSource
+from .sampling import sampler
 
 SAMPLE_BATCH = 64
 SAMPLE_FILLED = 0.75
@@ -98,7 +99,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         optimiser.step(grads, 0.0)
 
     times: list[float] = []
-    teacher.generate_batch(
+    sampler(teacher).generate_batch(
         [ids[0, :24].tolist()] * SAMPLE_BATCH,
         _CALIBRATION_STEPS,
         top_p=0.95,
@@ -167,7 +168,9 @@ def estimate(
     }
     weights = 4 * config_size(config) / 2**20
     rows = min(recipe.distill.micro_rows, recipe.distill.rows)
-    activations = 4 * rows * length * config.num_hidden_layers * 24 * config.hidden_size / 2**20
+    layers = config.num_hidden_layers
+    held = layers + 24 if recipe.distill.recompute else 24 * layers  # reals a token, times width
+    activations = 4 * rows * length * held * config.hidden_size / 2**20
     k = min(recipe.targets.k, config.vocab_size)
     token = k * ((2 if config.vocab_size <= 1 << 16 else 4) + 2) + 4
     return {

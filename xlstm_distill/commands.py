@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import bench as benchmarks
-from . import budget, checkpoints, packages, runtime
+from . import budget, checkpoints, packages, plots, runtime
 from .assess import machine_facts, report_facts, write_report
 from .checkpoints import LazyTensors
 from .data import TokenData
@@ -368,7 +368,18 @@ def compare(arguments: Arguments) -> Result:
 
 def bench(arguments: Arguments) -> Result:
     """Speed of the core on this machine."""
-    found = benchmarks.run(arguments.suite or benchmarks.SUITES, arguments.seconds)
+    suites = arguments.suite or benchmarks.SUITES
+    if arguments.chart:
+        if "context" not in suites:
+            raise UserError("--chart needs the suite 'context'; name it, or no suite", usage=True)
+        if Path(arguments.chart).suffix not in plots.FORMATS:
+            expected = ", ".join(plots.FORMATS)
+            raise UserError(f"--chart {arguments.chart}: expected a name in {expected}", usage=True)
+    found = benchmarks.run(suites, arguments.seconds)
     for line in benchmarks.lines(found):
         _say(arguments, line)
+    if arguments.chart:
+        costs = benchmarks.context_costs(found["results"])
+        title = benchmarks.describe(found["machine"])
+        plots.save(plots.context_costs(costs, title), arguments.chart)
     return found

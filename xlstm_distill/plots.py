@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .evaluate.wintie import WinTie
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+FORMATS = (".svg", ".png", ".pdf")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
@@ -59,7 +60,7 @@ def _style(i: int) -> dict[str, Any]:
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure; the format is the path's ending (.svg, .png, .pdf)."""
+    """Write a figure; the format is the path's ending, one of FORMATS."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(_bytes(figure, target.suffix.removeprefix(".") or "svg"))
@@ -193,6 +194,33 @@ def recovery_bars(
     axes.grid(False, axis="y")
     axes.set(title="Recovery (1 = teacher)", xlabel="student / teacher")
     figure.legend(loc="outside lower center", ncols=min(4, max(1, len(recovery))))
+    return figure
+
+
+def context_costs(costs: Mapping[str, Mapping[str, Mapping[int, float]]], title: str) -> Figure:
+    """Tokens a second and memory of the state against the length of the context.
+
+    costs: `bench.context_costs`.
+    """
+    panels = {
+        "reads": "reading, tokens/s",
+        "writes": "generating, tokens/s",
+        "memory": "state of one row, MiB",
+    }
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (what, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            for i, (who, of) in enumerate(costs.items()):
+                contexts = sorted(of[what])
+                values = [of[what][c] for c in contexts]
+                axes.plot(contexts, values, label=who, markersize=4, **_style(i))
+            axes.set(xlabel="context, tokens", ylabel=label, xscale="log", yscale="log")
+            ticks = sorted({c for of in costs.values() for c in of[what]})
+            axes.set_xticks(ticks, [f"{c // 1024}K" if c >= 1024 else str(c) for c in ticks])
+            axes.minorticks_off()
+        axes.legend()
+        figure.suptitle(title)
     return figure
 
 

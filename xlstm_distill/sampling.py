@@ -45,6 +45,12 @@ def prompts(model: Model, style: Style, count: int, seed: int) -> list[list[int]
     return [[*start, *ids] for ids in tokenizer.encode_batch(texts, special=False)]
 
 
+def sampler(teacher: Model) -> Model:
+    """The model that writes: with "mixed" a copy with weights in bf16, to which the products of a
+    batch round them anyway, so that a step reads and packs half the memory."""
+    return teacher.copy(compute="bf16") if teacher.compute == "mixed" else teacher
+
+
 def sample_documents(
     teacher: Model,
     style: Style,
@@ -68,13 +74,14 @@ def sample_documents(
     if teacher.tokenizer is not None:
         stops.update(document_end(teacher.tokenizer))
     asked = prompts(teacher, style, documents, seed)
+    writer = sampler(teacher)
     steps = -(-documents // batch)
     for step in range(steps):
         if _part(folder, step).is_file():
             continue
         started = time.perf_counter()
         own = asked[step * batch : (step + 1) * batch]
-        new = teacher.generate_batch(
+        new = writer.generate_batch(
             own,
             max_new_tokens,
             temperature=temperature,

@@ -17,6 +17,9 @@
 #include "base/real.h"
 #include "base/status.h"
 
+/* Rows from which an op on rows works on all threads: waking them costs more than fewer rows do. */
+#define XL_FEW_ROWS 4
+
 typedef struct {
     real *p;              /* NULL: absent */
     ptrdiff_t sb, sh, st; /* strides of batch, head, time */

@@ -16,7 +16,7 @@ static xl_status check_ids(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, const int32_t 
 xl_status xl_embedding_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, ptrdiff_t d, real *y,
                                const int32_t *ids, xl_mat w) {
     XL_TRY(check_ids(ctx, N, V, ids));
-#pragma omp parallel for num_threads(ctx->threads)
+#pragma omp parallel for num_threads(ctx->threads) if (N >= XL_FEW_ROWS)
     for (ptrdiff_t n = 0; n < N; n++) {
         real *out = y + n * d;
         if (w.dtype == XL_DT_BF16) {

@@ -12,7 +12,7 @@ xl_status xl_output_gate_forward(xl_ctx *ctx, const xl_gate *g, xl_heads a, xl_h
     XL_TRY(check(ctx, g));
     const xl_kernels *kn = ctx->k;
     ptrdiff_t D = g->D, rep = g->H / g->G;
-#pragma omp parallel for num_threads(ctx->threads) collapse(2)
+#pragma omp parallel for num_threads(ctx->threads) collapse(2) if (g->B * g->T >= XL_FEW_ROWS)
     for (ptrdiff_t b = 0; b < g->B; b++)
         for (ptrdiff_t t = 0; t < g->T; t++)
             for (ptrdiff_t h = 0; h < g->H; h++) {
@@ -65,7 +65,7 @@ static real sigmoid(real x) { return (real)(1 / (1 + exp(-(double)x))); }
 
 xl_status xl_mix_forward(xl_ctx *ctx, const xl_gate *g, xl_heads h, xl_heads hm, xl_heads hs,
                          xl_heads a) {
-#pragma omp parallel for num_threads(ctx->threads) collapse(2)
+#pragma omp parallel for num_threads(ctx->threads) collapse(2) if (g->B * g->T >= XL_FEW_ROWS)
     for (ptrdiff_t b = 0; b < g->B; b++)
         for (ptrdiff_t t = 0; t < g->T; t++)
             for (ptrdiff_t n = 0; n < g->H; n++) {

@@ -12,7 +12,7 @@ ptrdiff_t xl_linear_scratch(const xl_ctx *ctx, ptrdiff_t N, ptrdiff_t K, ptrdiff
 xl_status xl_linear_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t K, ptrdiff_t M, real *y,
                             const real *x, xl_mat w, const real *bias, void *scratch) {
     if (bias) {
-#pragma omp parallel for num_threads(ctx->threads)
+#pragma omp parallel for num_threads(ctx->threads) if (N >= XL_FEW_ROWS)
         for (ptrdiff_t n = 0; n < N; n++)
             for (ptrdiff_t m = 0; m < M; m++) y[n * M + m] = bias[m];
     }

@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #define ROWS_BY_DOTS 16 /* up to here packing B costs more than it saves */
+#define ALONE (1 << 14) /* multiplications of dot products that cost less than waking a thread */
 #define BLOCK_M 256     /* rows of a task */
 #define BLOCK_N 192     /* columns of a task; a multiple of every nr */
 #define NARROW_N 64     /* the same where there are few columns and few rows */
@@ -50,7 +51,7 @@ static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
     for (ptrdiff_t i = 0; pairs && i < M; i++) k->round_mixed(K, a + i * rsa, rounded + i * K);
     /* long pieces of memory: it is read fastest from one end to the other */
     ptrdiff_t block = xl_round_up(xl_max(1, N / (8 * ctx->threads)), XL_DOTS);
-#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic)
+#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) if (M * N * K > ALONE)
     for (ptrdiff_t j0 = 0; j0 < N; j0 += block)
         for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j += XL_DOTS) {
             real y[ROWS_BY_DOTS * XL_DOTS];

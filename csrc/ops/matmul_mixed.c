@@ -11,12 +11,15 @@
 
 #define BLOCK_M 256 /* rows of a task, about */
 #define BLOCK_N 192 /* columns of a task; a multiple of every nr */
+#define NARROW_N 64 /* the same where there would be too few tasks to share out evenly */
+#define TASKS 8     /* of a thread, at least, for wide blocks */
 
 typedef struct {
-    xl_bf16 *a, *b;                          /* packed; b: of all of B, or [threads] blocks */
-    ptrdiff_t slice;                         /* of k: a multiple of XL_PAIR_K */
-    ptrdiff_t rows, columns, depth, block_m; /* padded */
-    int own;                                 /* a thread packs its own block of columns */
+    xl_bf16 *a, *b;                 /* packed; b: of all of B, or [threads] blocks */
+    ptrdiff_t slice;                /* of k: a multiple of XL_PAIR_K */
+    ptrdiff_t rows, columns, depth; /* padded */
+    ptrdiff_t block_m, block_n;
+    int own; /* a thread packs its own block of columns */
 } workspace;
 
 static ptrdiff_t plan(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, char *base,
@@ -28,6 +31,8 @@ static ptrdiff_t plan(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, 
     w->rows = xl_round_up(M, mr);
     w->block_m = xl_round_up(BLOCK_M, mr);
     w->own = N >= 4 * BLOCK_N * ctx->threads;
+    ptrdiff_t tasks = xl_ceil_div(M, w->block_m) * xl_ceil_div(N, BLOCK_N);
+    w->block_n = w->own || tasks >= TASKS * ctx->threads ? BLOCK_N : NARROW_N;
     w->columns = w->own ? BLOCK_N * ctx->threads : xl_round_up(N, BLOCK_N);
     /* not w->slice: it falls where K grows, and a caller's last block may be shorter */
     ptrdiff_t of_b = w->own ? XL_MIXED_KC : w->depth;
@@ -61,7 +66,7 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
     const xl_kernels *k = ctx->k;
     workspace w;
     plan(ctx, M, N, K, scratch, &w);
-    ptrdiff_t blocks_m = xl_ceil_div(M, w.block_m), blocks_n = xl_ceil_div(N, BLOCK_N);
+    ptrdiff_t blocks_m = xl_ceil_div(M, w.block_m), blocks_n = xl_ceil_div(N, w.block_n);
     ptrdiff_t slices = xl_max(1, xl_ceil_div(K, w.slice)), shared = w.own ? 0 : blocks_n;
 #pragma omp parallel num_threads(ctx->threads)
     {
@@ -74,8 +79,8 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
                     k->pack_a_mixed(kc, xl_min(w.block_m, M - i), a + i * rsa + k0 * csa, rsa, csa,
                                     place(w.a, w.rows, k0, kc, i));
                 } else {
-                    ptrdiff_t j = (block - blocks_m) * BLOCK_N;
-                    pack_b(k, kc, xl_min(BLOCK_N, N - j), b, k0 * rsb + j * csb, rsb, csb,
+                    ptrdiff_t j = (block - blocks_m) * w.block_n;
+                    pack_b(k, kc, xl_min(w.block_n, N - j), b, k0 * rsb + j * csb, rsb, csb,
                            place(w.b, w.columns, k0, kc, j));
                 }
             }
@@ -93,10 +98,10 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
         } else {
 #pragma omp for schedule(dynamic) collapse(2)
             for (ptrdiff_t i = 0; i < M; i += w.block_m)
-                for (ptrdiff_t j = 0; j < N; j += BLOCK_N)
+                for (ptrdiff_t j = 0; j < N; j += w.block_n)
                     for (ptrdiff_t s = 0; s < slices; s++) {
                         ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0);
-                        k->gemm_mixed(xl_min(w.block_m, M - i), xl_min(BLOCK_N, N - j), kc, alpha,
+                        k->gemm_mixed(xl_min(w.block_m, M - i), xl_min(w.block_n, N - j), kc, alpha,
                                       place(w.a, w.rows, k0, kc, i),
                                       place(w.b, w.columns, k0, kc, j), s ? (real)1 : beta,
                                       c + i * ldc + j, ldc);

@@ -5,7 +5,7 @@
 
 xl_status xl_rmsnorm_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t d, real *y, real *rstd,
                              const real *x, const real *w, real eps) {
-#pragma omp parallel for num_threads(ctx->threads)
+#pragma omp parallel for num_threads(ctx->threads) if (N >= XL_FEW_ROWS)
     for (ptrdiff_t n = 0; n < N; n++) rstd[n] = ctx->k->rmsnorm(d, x + n * d, w, eps, y + n * d);
     return XL_OK;
 }

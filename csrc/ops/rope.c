@@ -4,7 +4,7 @@ xl_status xl_rope_table(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t D, real *table, cons
                         const double *inv_freq) {
     if (D < 2 || D % 2)
         return xl_fail(ctx, XL_VALUE, "head width is %td, RoPE needs an even one", D);
-#pragma omp parallel for num_threads(ctx->threads)
+#pragma omp parallel for num_threads(ctx->threads) if (N >= XL_FEW_ROWS)
     for (ptrdiff_t n = 0; n < N; n++)
         for (ptrdiff_t j = 0; j < D / 2; j++) {
             double angle = (double)pos[n] * inv_freq[j];
@@ -18,7 +18,7 @@ xl_status xl_rope(xl_ctx *ctx, ptrdiff_t B, ptrdiff_t H, ptrdiff_t T, ptrdiff_t 
                   const real *table, int inverse) {
     ptrdiff_t half = D / 2;
     real sign = inverse ? -1 : 1;
-#pragma omp parallel for num_threads(ctx->threads) collapse(2)
+#pragma omp parallel for num_threads(ctx->threads) collapse(2) if (B * T >= XL_FEW_ROWS)
     for (ptrdiff_t b = 0; b < B; b++)
         for (ptrdiff_t t = 0; t < T; t++) {
             const real *c = table + (b * T + t) * D, *s = c + half;

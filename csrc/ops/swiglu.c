@@ -3,7 +3,7 @@
 
 xl_status xl_swiglu_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t F, real *y, const real *gate,
                             const real *up) {
-#pragma omp parallel for num_threads(ctx->threads)
+#pragma omp parallel for num_threads(ctx->threads) if (N >= XL_FEW_ROWS)
     for (ptrdiff_t n = 0; n < N; n++) ctx->k->swiglu(F, gate + n * F, up + n * F, y + n * F);
     return XL_OK;
 }
