@@ -83,7 +83,7 @@ def test_costs_against_context_become_a_chart(tmp_path):
     assert costs == {"a": each, "b": each}
     figure = plots.context_costs(costs, "title")
     assert plots.save(figure, tmp_path / "chart.svg").stat().st_size > 1000
-    assert [axes.get_ylabel() for axes in figure.axes][0] == "reading, tokens/s"
+    assert len(figure.axes) == 3
 
 
 @pytest.mark.parametrize(("steps", "index"), [(1, 1), (8, 0)])

@@ -9,6 +9,8 @@ from tolerances import (
     BF16_KL,
     DOCUMENT_MOVED,
     GATE_ZERO_IS_TEACHER,
+    INT8_REAL_AGREE,
+    INT8_REAL_KL,
     PREFILL_STEP_F32,
     TEACHER_LOGITS,
 )
@@ -96,6 +98,12 @@ def test_documents_do_not_see_each_other(student, ids):
     assert np.array_equal(first, second)
     alone = student.logits(one[:, 170:])[0]
     assert relative(alone, first) <= DOCUMENT_MOVED
+
+
+def test_int8_weights_stay_close(student, ids):
+    found = student.divergence([student.copy(compute="int8")], ids[:, :1024])
+    assert found["kl"].mean() <= INT8_REAL_KL
+    assert found["agree"].mean() >= INT8_REAL_AGREE
 
 
 def test_bf16_weights_stay_close(student, ids):

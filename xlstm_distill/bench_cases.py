@@ -389,9 +389,14 @@ def state_bytes(config: ModelConfig, rows: int, context: int) -> float:
 
 
 def decode_cases() -> Iterator[Case]:
-    """A step of decoding with weights in bf16, behind short and long contexts."""
-    for who, make in (("student", random_student), ("teacher", random_teacher)):
-        model = make("bf16")
+    """A step of decoding with weights in bf16 and int8, behind short and long contexts."""
+    kinds: tuple[tuple[Callable[[Compute], Model], Compute], ...] = (
+        (random_student, "bf16"),
+        (random_student, "int8"),
+        (random_teacher, "bf16"),
+    )
+    for make, stored in kinds:
+        model, who = make(stored), "teacher" if make is random_teacher else "student"
         for rows, context in ((1, CONTEXTS[0]), (1, CONTEXTS[1]), (64, CONTEXTS[0])):
             state, tokens = remembering(model, rows, context), random_ids(rows, 1)[:, 0]
 
@@ -404,9 +409,9 @@ def decode_cases() -> Iterator[Case]:
             flops = model_flops(model.config, rows, 1, past=context)
             need = model.params.raw.nbytes + state_bytes(model.config, rows, context)
             sizes = {"rows": rows, "context": context}
-            name = f"135M {who} {rows} rows at {context} bf16"
+            name = f"135M {who} {rows} rows at {context} {stored}"
             yield Case("decode", name, run, flops, rows, sizes, "mixed", need)
-        if who == "student":
+        if who == "student" and stored == "bf16":
             yield generation(model)
 
 

@@ -129,11 +129,13 @@ def _add_evaluation(add: _Add) -> None:
     p = add("bench", "speed of the core on this machine", commands.bench)
     p.add_argument("suite", nargs="*", help="any of " + ", ".join(SUITES) + " (all)")
     p.add_argument("--seconds", type=float, default=1.0, help="seconds a case")
-    p.add_argument("--chart", metavar="FILE", help="cost against context: a plot (.svg, .png, .pdf)")
+    p.add_argument(
+        "--chart", metavar="FILE", help="cost against context: a plot (.svg, .png, .pdf)"
+    )
 
 
 def _dtype(p: argparse.ArgumentParser) -> None:
-    names = ["f32", "bf16", "float32", "bfloat16", "auto"]
+    names = ["f32", "bf16", "int8", "float32", "bfloat16", "auto"]
     p.add_argument(
         "--dtype", default="f32", choices=names, help="format of the weights (auto: f32)"
     )

@@ -45,6 +45,7 @@ _COMPUTE: dict[str, Compute] = {
     "auto": "f32",
     "bf16": "bf16",
     "bfloat16": "bf16",
+    "int8": "int8",
 }
 _ROWS_AT_ONCE = 4
 

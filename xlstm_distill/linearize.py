@@ -36,14 +36,16 @@ def linearize(
     (paper.md 1.2): feature maps are the identity, gate weights 0, b_f = 6, b_og = -3, b_i = 0
     (log D^1.5 under `max`, below which that normaliser's floor silences the branch).
 
-    Raises UserError for a wrong value or for a model whose weights are stored as bf16.
+    Raises UserError for a wrong value or for a model whose weights are stored as bf16 or int8.
     """
     config = model.config
     layers = config.num_hidden_layers
     if outside := [i for i in keep_attention if not 0 <= i < layers]:
         raise UserError(f"keep_attention: layer {outside[0]} is outside 0..{layers - 1}")
     if model.params.packed:
-        raise UserError('linearize: the weights are bf16; load the teacher with compute="f32"')
+        raise UserError(
+            f'linearize: the weights are {model.compute}; load the teacher with compute="f32"'
+        )
     if config.is_student:
         raise UserError(f"linearize: {model.source or 'the model'} is a student already")
     choice: dict[str, Any] = {

@@ -24,8 +24,9 @@ from .tokenizer import Tokenizer
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
-Compute = Literal["f32", "mixed", "bf16"]
-_COMPUTE: tuple[Compute, ...] = ("f32", "mixed", "bf16")
+Compute = Literal["f32", "mixed", "bf16", "int8"]
+_COMPUTE: tuple[Compute, ...] = ("f32", "mixed", "bf16", "int8")
+_TRAINS = ("f32", "mixed")
 KlForm = Literal["renormalised", "tail", "sampled"]
 
 _KINDS = {"attention": 0, "window": 1, "linear": 2, "mlstm": 3, "hybrid": 4}
@@ -53,7 +54,9 @@ class Model:
       processor has instructions for it (elsewhere as "f32"), and so are those inside attention, the
       mLSTM and feature maps; sums, states, norms, softmax, gates, gradients and moments stay
       float32. Trains at up to twice the speed and more;
-    - "bf16": matrices also stored as bf16, half the memory; for inference.
+    - "bf16": matrices also stored as bf16, half the memory; for inference;
+    - "int8": matrices stored as signed bytes and a scale for each row, a quarter of the memory;
+      for inference. Products of few rows are computed in float32, others as "bf16".
 
     It can be set to the other of "f32" and "mixed" at any time. dtype float64 exists for gradient
     checks.
@@ -111,7 +114,7 @@ class Model:
 
     @compute.setter
     def compute(self, compute: Compute) -> None:
-        if "bf16" in (compute, self._compute) and compute != self._compute:
+        if compute != self._compute and not {compute, self._compute} <= set(_TRAINS):
             raise UserError(
                 f"compute cannot be set from {self._compute} to {compute}: the weights are stored "
                 "in another form; use copy(compute=...)"
@@ -139,7 +142,7 @@ class Model:
         return self
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """All parameters by name (views, or float32 copies of bf16)."""
+        """All parameters by name (views, or float32 copies of bf16 and int8)."""
         return {name: self.params[name] for name in self.params.names()}
 
     def copy(self, *, compute: Compute | None = None, dtype: DTypeLike | None = None) -> Model:

@@ -7,7 +7,8 @@ ptrdiff_t xl_dtype_size(xl_dtype dtype) {
     case XL_DT_REAL: return (ptrdiff_t)sizeof(real);
     case XL_DT_BF16: return (ptrdiff_t)sizeof(xl_bf16);
     case XL_DT_I32: return 4;
-    case XL_DT_U8: return 1;
+    case XL_DT_U8:
+    case XL_DT_I8: return 1;
     }
     return 0;
 }
@@ -20,6 +21,10 @@ void *xl_take(xl_plan *plan, const char *name, xl_role role, xl_dtype dtype, int
         if (shape[i] < 0 || __builtin_mul_overflow(bytes, shape[i], &bytes)) plan->failed = 1;
     if (__builtin_add_overflow(bytes, XL_PLAN_ALIGN - 1, &padded)) plan->failed = 1;
     padded = padded / XL_PLAN_ALIGN * XL_PLAN_ALIGN;
+    if (dtype == XL_DT_I8 && !plan->failed) {
+        bytes = padded + shape[0] * (ptrdiff_t)sizeof(real); /* no more than 9 times as much */
+        padded = xl_round_up(bytes, XL_PLAN_ALIGN);
+    }
     if (__builtin_add_overflow(plan->used, padded, &end)) plan->failed = 1;
     if (plan->base && end > plan->size) plan->failed = 1;
     if (plan->entries && plan->count >= plan->capacity) plan->failed = 1;

@@ -14,7 +14,9 @@
 
 #define XL_PLAN_ALIGN 64 /* bytes; one cache line, one AVX-512 vector */
 
-typedef enum { XL_DT_REAL = 0, XL_DT_BF16, XL_DT_I32, XL_DT_U8 } xl_dtype;
+/* XL_DT_I8: a matrix [rows, cols] of signed bytes, and behind it (xl_scales_at bytes from its start) a
+ * real for each row that its entries are to be multiplied by. */
+typedef enum { XL_DT_REAL = 0, XL_DT_BF16, XL_DT_I32, XL_DT_U8, XL_DT_I8 } xl_dtype;
 
 typedef enum {
     XL_ROLE_EMBEDDING,
@@ -58,6 +60,10 @@ void *xl_take(xl_plan *plan, const char *name, xl_role role, xl_dtype dtype, int
 real *xl_take_reals(xl_plan *plan, ptrdiff_t count);
 
 ptrdiff_t xl_dtype_size(xl_dtype dtype);
+
+static inline ptrdiff_t xl_scales_at(ptrdiff_t rows, ptrdiff_t cols) {
+    return xl_round_up(rows * cols, XL_PLAN_ALIGN);
+}
 
 #define XL_SHAPE(...)                                                                              \
     (const ptrdiff_t[]) { __VA_ARGS__ }

@@ -91,6 +91,15 @@ static void pack_b_bf16(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t r
     }
 }
 
+static void pack_b_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
+                        const real *scale, real *out) {
+    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR)
+        for (ptrdiff_t j = 0; j < NR; j++)
+            for (ptrdiff_t k = 0; k < kc; k++)
+                out[k * NR + j] =
+                    j0 + j < n ? scale[j0 + j] * (real)b[(j0 + j) * csb + k] : (real)0;
+}
+
 /* A(i,k) of XL_MR rows into [k][XL_MR], rows from m on are zeros. */
 INLINE void pack_a(ptrdiff_t m, ptrdiff_t kc, const real *a, ptrdiff_t rsa, ptrdiff_t csa,
                    real *out) {
@@ -194,6 +203,19 @@ INLINE vec widen(const xl_bf16 *p) {
     return (vec)(__builtin_convertvector(*(const half_u *)p, uvec) << 16);
 }
 #endif
+#ifdef XL_REAL_F64
+INLINE vec widen_int8(const int8_t *p) {
+    vec x;
+    for (ptrdiff_t l = 0; l < VL; l++) x[l] = (real)p[l];
+    return x;
+}
+#else
+typedef int8_t byte_u __attribute__((vector_size(XL_VB / 4), aligned(1), may_alias));
+INLINE vec widen_int8(const int8_t *p) {
+    return __builtin_convertvector(__builtin_convertvector(*(const byte_u *)p, ivec), vec);
+}
+#endif
+INLINE real widen_int8_one(const int8_t *p) { return (real)*p; }
 INLINE real widen_one(const xl_bf16 *p) { return (real)xl_bf16_widen(*p); }
 INLINE real load_one(const real *p) { return *p; }
 
@@ -252,7 +274,9 @@ INLINE real load_one(const real *p) { return *p; }
     }
 DOT_TILE(dots, real, load, load_one)
 DOT_TILE(dots_bf16, xl_bf16, widen, widen_one)
+DOT_TILE(dots_int8, int8_t, widen_int8, widen_int8_one)
 DOTS_BY_TILES(dots, real, real)
+DOTS_BY_TILES(dots_int8, real, int8_t)
 DOTS_BY_TILES(dots_bf16, real, xl_bf16)
 
 static real dot(ptrdiff_t n, const real *x, const real *y) {
@@ -598,11 +622,13 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .mlstm_step = mlstm_step,
     .pack_b = pack_b,
     .pack_b_bf16 = pack_b_bf16,
+    .pack_b_int8 = pack_b_int8,
     .gemm_packed = gemm_packed,
     .mixed_mr = MIXED(MIXED_MR),
     .pack_a_mixed = MIXED(pack_a_mixed),
     .pack_b_mixed = MIXED(pack_b_mixed),
     .pack_b_mixed_bf16 = MIXED(pack_b_mixed_bf16),
+    .pack_b_mixed_int8 = MIXED(pack_b_mixed_int8),
     .gemm_mixed = MIXED(gemm_mixed),
     .gemm_rounded = MIXED(gemm_rounded),
     .peak_mixed = MIXED(peak_mixed),
@@ -610,6 +636,7 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .round_mixed = MIXED(round_mixed),
     .dots = dots,
     .dots_bf16 = dots_bf16,
+    .dots_int8 = dots_int8,
     .dot = dot,
     .sum = sum,
     .max = max,

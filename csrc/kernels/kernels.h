@@ -45,6 +45,9 @@ typedef struct xl_kernels {
                    real *out);
     void (*pack_b_bf16)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb, ptrdiff_t csb,
                         real *out);
+    /* of the rows of an int8 matrix: B(k,n) = scale[n] b[n*csb + k] */
+    void (*pack_b_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
+                        const real *scale, real *out);
     void (*gemm_packed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const real *a,
                         ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
                         ptrdiff_t ldc, real *apack);
@@ -60,6 +63,8 @@ typedef struct xl_kernels {
                          xl_bf16 *out);
     void (*pack_b_mixed_bf16)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb,
                               ptrdiff_t csb, xl_bf16 *out);
+    void (*pack_b_mixed_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
+                              const real *scale, xl_bf16 *out);
     void (*gemm_mixed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
                        const xl_bf16 *b, real beta, real *c, ptrdiff_t ldc);
     xl_gemm gemm_rounded; /* the whole product of operands rounded to bf16 */
@@ -71,6 +76,8 @@ typedef struct xl_kernels {
                  const real *w, ptrdiff_t ldw, real *y);
     void (*dots_bf16)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
                       const xl_bf16 *w, ptrdiff_t ldw, real *y);
+    void (*dots_int8)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
+                      const int8_t *w, ptrdiff_t ldw, real *y); /* not scaled */
     /* dots of rows rounded to bf16; 0 where gemm_mixed is */
     void (*dots_mixed)(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
                        ptrdiff_t count, const xl_bf16 *w, ptrdiff_t ldw, real *y);

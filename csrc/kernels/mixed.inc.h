@@ -116,6 +116,30 @@ static void pack_b_mixed_bf16(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdi
                           out + j / NR * NR * xl_round_up(kc, XL_PAIR_K) + j % NR * 2);
 }
 
+/* 32 entries of an int8 row, the first n of them, scaled and rounded; the others 0 */
+INLINE __m512i row_pairs_int8(const int8_t *p, ptrdiff_t n, real scale) {
+    __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
+    __m256i x = _mm256_maskz_loadu_epi8(mask, p);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(x))),
+           high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(x, 1)));
+    return round_pair(scale * high, scale * low);
+}
+
+static void pack_b_mixed_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
+                              const real *scale, xl_bf16 *out) {
+    for (ptrdiff_t j = 0; j < xl_round_up(n, NR); j += 16) {
+        xl_bf16 *to = out + j / NR * NR * xl_round_up(kc, XL_PAIR_K) + j % NR * 2;
+        for (ptrdiff_t k = 0; k < kc; k += XL_PAIR_K) {
+            __m512i r[16];
+            for (ptrdiff_t i = 0; i < 16; i++)
+                r[i] = j + i < n ? row_pairs_int8(b + (j + i) * csb + k, kc - k, scale[j + i])
+                                 : _mm512_setzero_si512();
+            transpose(r);
+            for (ptrdiff_t p = 0; p < 16; p++) _mm512_storeu_si512(to + (k / 2 + p) * 2 * NR, r[p]);
+        }
+    }
+}
+
 /* One of rsa, csa is 1. */
 static void pack_a_mixed(ptrdiff_t kc, ptrdiff_t m, const real *a, ptrdiff_t rsa, ptrdiff_t csa,
                          xl_bf16 *out) {

@@ -11,15 +11,16 @@
 #include "base/status.h"
 #include "ops/cells.h"
 
-/* A weight matrix [rows, cols], row-major, as `real` or as bf16 (inference only). */
+/* A weight matrix [rows, cols], row-major, as `real`, or for inference alone as bf16 or as int8. */
 typedef struct {
     const void *data;
-    xl_dtype dtype; /* XL_DT_REAL or XL_DT_BF16 */
-    int mixed;      /* its products, gradients too, may round both operands to bf16 where the
-                     * processor has instructions for that; sums stay `real` */
+    xl_dtype dtype;    /* XL_DT_REAL, XL_DT_BF16 or XL_DT_I8 */
+    int mixed;         /* its products, gradients too, may round both operands to bf16 where the
+                        * processor has instructions for that; sums stay `real` */
+    const real *scale; /* of each row of an int8 matrix, else NULL */
 } xl_mat;
 
-static inline xl_mat xl_real_mat(const real *p) { return (xl_mat){p, XL_DT_REAL, 0}; }
+static inline xl_mat xl_real_mat(const real *p) { return (xl_mat){p, XL_DT_REAL, 0, NULL}; }
 
 /* ---- matmul.c ----------------------------------------------------------------------------- */
 

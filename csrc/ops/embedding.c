@@ -22,6 +22,9 @@ xl_status xl_embedding_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, ptrdiff_t 
         if (w.dtype == XL_DT_BF16) {
             const xl_bf16 *row = (const xl_bf16 *)w.data + ids[n] * d;
             for (ptrdiff_t j = 0; j < d; j++) out[j] = (real)xl_bf16_widen(row[j]);
+        } else if (w.dtype == XL_DT_I8) {
+            const int8_t *row = (const int8_t *)w.data + ids[n] * d;
+            for (ptrdiff_t j = 0; j < d; j++) out[j] = w.scale[ids[n]] * (real)row[j];
         } else {
             memcpy(out, (const real *)w.data + ids[n] * d, (size_t)d * sizeof(real));
         }

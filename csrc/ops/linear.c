@@ -22,7 +22,7 @@ xl_status xl_linear_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t K, ptrdiff_t M, 
 xl_status xl_linear_backward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t K, ptrdiff_t M, real *dx, real *dw,
                              real *dbias, const real *dy, const real *x, xl_mat w, void *scratch) {
     if (dx) XL_TRY(xl_matmul(ctx, N, K, M, 1, dy, M, 1, w, K, 1, 1, dx, K, scratch));
-    xl_mat input = {x, XL_DT_REAL, w.mixed};
+    xl_mat input = {x, XL_DT_REAL, w.mixed, NULL};
     if (dw) XL_TRY(xl_matmul(ctx, M, K, N, 1, dy, 1, M, input, K, 1, 1, dw, K, scratch));
     if (dbias) {
 #pragma omp parallel for num_threads(ctx->threads) schedule(dynamic)

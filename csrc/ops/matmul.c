@@ -60,19 +60,26 @@ static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
                 k->dots_mixed(K, M, rounded, K, n, (const xl_bf16 *)b.data + j * csb, csb, y);
             else if (b.dtype == XL_DT_BF16)
                 k->dots_bf16(K, M, a, rsa, n, (const xl_bf16 *)b.data + j * csb, csb, y);
+            else if (b.dtype == XL_DT_I8)
+                k->dots_int8(K, M, a, rsa, n, (const int8_t *)b.data + j * csb, csb, y);
             else
                 k->dots(K, M, a, rsa, n, (const real *)b.data + j * csb, csb, y);
             for (ptrdiff_t i = 0; i < M; i++)
                 for (ptrdiff_t l = 0; l < n; l++) {
                     real *p = c + i * ldc + j + l, value = alpha * y[i * XL_DOTS + l];
+                    if (b.scale) value *= b.scale[j + l];
                     *p = beta == 0 ? value : value + beta * *p;
                 }
         }
 }
 
-static void pack(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, xl_mat b, ptrdiff_t at,
-                 ptrdiff_t rsb, ptrdiff_t csb, real *out) {
-    if (b.dtype == XL_DT_BF16)
+/* B(k, n) from k0 and j0 on; one of int8 has rsb 1. */
+static void pack(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, xl_mat b, ptrdiff_t k0,
+                 ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, real *out) {
+    ptrdiff_t at = k0 * rsb + j0 * csb;
+    if (b.dtype == XL_DT_I8)
+        k->pack_b_int8(kc, n, (const int8_t *)b.data + at, csb, b.scale + j0, out);
+    else if (b.dtype == XL_DT_BF16)
         k->pack_b_bf16(kc, n, (const xl_bf16 *)b.data + at, rsb, csb, out);
     else
         k->pack_b(kc, n, (const real *)b.data + at, rsb, csb, out);
@@ -90,7 +97,7 @@ static void by_own_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, re
         real *apack = w->apack + me * XL_GEMM_APACK;
         do { /* once for K = 0 too: beta applies */
             ptrdiff_t kc = xl_min(XL_GEMM_KC, K - k0);
-            pack(k, kc, n, b, k0 * rsb + j0 * csb, rsb, csb, packed);
+            pack(k, kc, n, b, k0, j0, rsb, csb, packed);
             k->gemm_packed(M, n, kc, alpha, a + k0 * csa, rsa, csa, packed, k0 ? (real)1 : beta,
                            c + j0, ldc, apack);
             k0 += kc;
@@ -110,7 +117,7 @@ static void by_shared_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K,
         for (ptrdiff_t s = 0; s < slices; s++)
             for (ptrdiff_t j = 0; j < blocks_n; j++) {
                 ptrdiff_t k0 = s * XL_GEMM_KC, kc = xl_min(XL_GEMM_KC, K - k0), j0 = j * BLOCK_N;
-                pack(k, kc, xl_min(BLOCK_N, N - j0), b, k0 * rsb + j0 * csb, rsb, csb,
+                pack(k, kc, xl_min(BLOCK_N, N - j0), b, k0, j0, rsb, csb,
                      w->packed + k0 * columns + j0 * kc);
             }
         real *apack = w->apack + (ptrdiff_t)omp_get_thread_num() * XL_GEMM_APACK;

@@ -52,9 +52,13 @@ static xl_bf16 *place(xl_bf16 *packed, ptrdiff_t lines, ptrdiff_t k0, ptrdiff_t 
     return packed + k0 * lines + line * xl_round_up(kc, XL_PAIR_K);
 }
 
-static void pack_b(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, xl_mat b, ptrdiff_t at,
-                   ptrdiff_t rsb, ptrdiff_t csb, xl_bf16 *out) {
-    if (b.dtype == XL_DT_BF16)
+/* B(k, n) from k0 and j0 on; one of int8 has rsb 1. */
+static void pack_b(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, xl_mat b, ptrdiff_t k0,
+                   ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, xl_bf16 *out) {
+    ptrdiff_t at = k0 * rsb + j0 * csb;
+    if (b.dtype == XL_DT_I8)
+        k->pack_b_mixed_int8(kc, n, (const int8_t *)b.data + at, csb, b.scale + j0, out);
+    else if (b.dtype == XL_DT_BF16)
         k->pack_b_mixed_bf16(kc, n, (const xl_bf16 *)b.data + at, rsb, csb, out);
     else
         k->pack_b_mixed(kc, n, (const real *)b.data + at, rsb, csb, out);
@@ -80,7 +84,7 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
                                     place(w.a, w.rows, k0, kc, i));
                 } else {
                     ptrdiff_t j = (block - blocks_m) * w.block_n;
-                    pack_b(k, kc, xl_min(w.block_n, N - j), b, k0 * rsb + j * csb, rsb, csb,
+                    pack_b(k, kc, xl_min(w.block_n, N - j), b, k0, j, rsb, csb,
                            place(w.b, w.columns, k0, kc, j));
                 }
             }
@@ -91,7 +95,7 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
                 for (ptrdiff_t s = 0; s < slices; s++) {
                     ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0);
                     ptrdiff_t n = xl_min(BLOCK_N, N - j);
-                    pack_b(k, kc, n, b, k0 * rsb + j * csb, rsb, csb, panel);
+                    pack_b(k, kc, n, b, k0, j, rsb, csb, panel);
                     k->gemm_mixed(M, n, kc, alpha, place(w.a, w.rows, k0, kc, 0), panel,
                                   s ? (real)1 : beta, c + j, ldc);
                 }

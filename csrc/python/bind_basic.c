@@ -20,7 +20,7 @@ static PyObject *matmul(PyObject *module, PyObject *const *args, Py_ssize_t narg
     xl_dtype dtype;
     const void *b = xl_in_matrix(&c, args[2], "b", tb ? "NK" : "KN", &dtype);
     real alpha = (real)xl_double(&c, args[5], "alpha"), beta = (real)xl_double(&c, args[6], "beta");
-    xl_mat right = {b, dtype, (int)xl_int(&c, args[7], "mixed", 0, 1)};
+    xl_mat right = {b, dtype, (int)xl_int(&c, args[7], "mixed", 0, 1), NULL};
     ptrdiff_t M = xl_dim(&c, 'M'), N = xl_dim(&c, 'N'), K = xl_dim(&c, 'K');
     void *scratch = xl_scratch(&c, xl_matmul_scratch(&c.ctx, M, N, K));
     if (c.failed) return xl_end(&c, XL_OK);

@@ -10,7 +10,7 @@
 static void free_config(PyObject *capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 /* config_new(sizes i32 [9], eps, inv_freq f64 [D/2], mixers i32 [L, 5]) -> capsule
- * sizes: d, H, G, D, F, V, tied, attention_bias, compute (0 f32, 1 mixed, 2 bf16); mixers: kind, window, sinks, gate_fixed,
+ * sizes: d, H, G, D, F, V, tied, attention_bias, compute (0 f32, 1 mixed, 2 bf16, 3 int8); mixers: kind, window, sinks, gate_fixed,
  * normalizer */
 static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
@@ -21,6 +21,7 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
     const int32_t *m = xl_in_i32(&c, args[3], "mixers", "L5");
     if (c.failed) return xl_end(&c, XL_OK);
     ptrdiff_t layers = xl_dim(&c, 'L');
+    static const xl_dtype weights[] = {XL_DT_REAL, XL_DT_REAL, XL_DT_BF16, XL_DT_I8};
     xl_config *config = PyMem_Calloc(1, sizeof *config);
     if (!config) return PyErr_NoMemory();
     *config = (xl_config){.layers = layers,
@@ -32,7 +33,7 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
                           .V = s[5],
                           .tied = s[6],
                           .attention_bias = s[7],
-                          .weights = s[8] == 2 ? XL_DT_BF16 : XL_DT_REAL,
+                          .weights = weights[s[8] & 3],
                           .mixed = s[8] != 0,
                           .eps = eps};
     for (ptrdiff_t l = 0; l < xl_min(layers, XL_MAX_LAYERS); l++, m += 5)
@@ -94,7 +95,7 @@ static PyObject *entry_tuple(const xl_entry *e) {
 }
 
 /* plan_list(config, B, capacity) -> ([(name, shape, role, group, dtype, byte offset)], bytes)
- * B = 0: the parameters; else the decode state of B rows. dtype: 0 real, 1 bf16. */
+ * B = 0: the parameters; else the decode state of B rows. dtype: 0 real, 1 bf16, 4 int8. */
 static PyObject *plan_list(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 3)) return NULL;
@@ -275,7 +276,7 @@ static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t
     double *sums = xl_inout_f64(&c, args[14], "sums", "3");
     if (c.failed) return xl_end(&c, XL_OK);
     if (config->weights != XL_DT_REAL) {
-        PyErr_SetString(PyExc_ValueError, "a model in bf16 cannot be trained");
+        PyErr_SetString(PyExc_ValueError, "a model in bf16 or int8 cannot be trained");
         return NULL;
     }
     xl_head head = head_args(config, b.B * b.T, target_ids ? xl_dim(&c, 'K') : 0);
