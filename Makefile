@@ -23,7 +23,7 @@ LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 FAST := not slow and not real and not deep and not data
 TEST := not deep and not data
 
-.PHONY: help venv setup setup-test demo test fast deep asan isas lint bench clean
+.PHONY: help venv setup setup-test demo test fast deep asan isas lint bench bench-rivals clean
 
 help: ## this list
 	@echo "xlstm_distill: make TARGET"
@@ -113,7 +113,15 @@ lint: setup-test ## ruff, mypy, clang-format, all C with warnings as errors (gcc
 
 # ---- benchmarks ----------------------------------------------------------------------------------
 
-bench: setup-test ## speed against torch and transformers in the same run, JSON in runs/bench (SUITE=)
+bench: setup ## speed of the core, with shares of this machine's own peaks (SUITE=)
+	@mkdir -p runs/bench
+	$(BIN)/xlstm-distill bench $(SUITE) --json > runs/bench/core.json
+	@$(PY) -c 'import json; from xlstm_distill import bench; \
+	    print(*bench.lines(json.load(open("runs/bench/core.json"))), sep="\n")'
+
+# llama-cpp-python is built from source: where that fails, its column is left out.
+bench-rivals: setup-test ## the same beside torch, transformers, mlstm-kernels and llama.cpp (SUITE=)
+	$(PY) -m pip install --quiet "llama-cpp-python>=0.3" || echo "llama-cpp-python is left out" >&2
 	$(PY) benchmarks/bench.py $(SUITE) --out runs/bench
 
 clean: ## remove what was built, not the virtual environment and not runs/

@@ -467,16 +467,32 @@ static void logsigmoid(ptrdiff_t n, const real *x, real *y) {
 
 #define STEP_VECTORS 4
 
+/* Doubles that fill a vector, and the reals they become. */
+#define DL (XL_VB / 8)
+typedef double doubles_u __attribute__((vector_size(XL_VB), aligned(8), may_alias));
+typedef double doubles __attribute__((vector_size(XL_VB)));
+typedef real narrowed
+    __attribute__((vector_size(DL * sizeof(real)), aligned(sizeof(real)), may_alias));
+
 static real decay_row(ptrdiff_t n, ptrdiff_t seen, const double *c, double top, real *decay,
                       real *p) {
     vec sum = {0};
+    ivec lane;
     ptrdiff_t i = 0;
+    for (int l = 0; l < XL_LANES; l++) lane[l] = l;
     for (; i < seen && top != -INFINITY; i += VL) {
-        ptrdiff_t w = xl_min(VL, seen - i), room = xl_min(VL, n - i);
-        real exponent[XL_LANES];
-        for (ptrdiff_t l = 0; l < w; l++) exponent[l] = (real)(c[i + l] - top);
-        for (ptrdiff_t l = w; l < VL; l++) exponent[l] = -INFINITY;
-        vec d = vexp(load(exponent)), x = d * (w == VL ? load(p + i) : load_part(p + i, w));
+        ptrdiff_t w = seen - i, room = xl_min(VL, n - i);
+        real exponent[XL_LANES] = {0};
+        if (room == VL)
+            for (ptrdiff_t l = 0; l < VL; l += DL) {
+                doubles x = *(const doubles_u *)(c + i + l) - (top - (doubles){0});
+                *(narrowed *)(exponent + l) = __builtin_convertvector(x, narrowed);
+            }
+        else
+            for (ptrdiff_t l = 0; l < room; l++) exponent[l] = (real)(c[i + l] - top);
+        ivec is_seen = lane < (w < VL ? (int)w : (int)VL); /* what is not may be anything */
+        vec d = blend(is_seen, vexp(load(exponent)), (vec){0});
+        vec x = blend(is_seen, d * (room == VL ? load(p + i) : load_part(p + i, room)), (vec){0});
         sum += x;
         if (room == VL) {
             store(decay + i, d);
@@ -544,6 +560,12 @@ static real mlstm_step(ptrdiff_t D, ptrdiff_t E, real forget, real input, const 
 
 static void scale_to(ptrdiff_t n, real a, const real *x, real *y) {
     for (ptrdiff_t i = 0; i < n; i++) y[i] = a * x[i];
+}
+
+static void combine(ptrdiff_t n, real a, const real *x, real b, const real *z, real *y) {
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) store(y + i, a * load(x + i) + b * load(z + i));
+    if (i < n) store_part(y + i, n - i, a * load_part(x + i, n - i) + b * load_part(z + i, n - i));
 }
 
 /* ---- rows of the model -------------------------------------------------------------------- */
@@ -619,6 +641,7 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .masked_dot = masked_dot,
     .add_mul = add_mul,
     .scale_to = scale_to,
+    .combine = combine,
     .mlstm_step = mlstm_step,
     .pack_b = pack_b,
     .pack_b_bf16 = pack_b_bf16,

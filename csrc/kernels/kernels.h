@@ -109,6 +109,8 @@ typedef struct xl_kernels {
     real (*masked_dot)(ptrdiff_t n, ptrdiff_t seen, const real *x, real *row); /* row: 0 behind */
     void (*add_mul)(ptrdiff_t n, real a, const real *x, real *y);              /* y = (y + a) x */
     void (*scale_to)(ptrdiff_t n, real a, const real *x, real *y);             /* y = a x */
+    /* y = a x + b z; in place allowed */
+    void (*combine)(ptrdiff_t n, real a, const real *x, real b, const real *z, real *y);
     /* c [D, E] = forget c + input k v^T, n [D] likewise with v = 1, out [E] = scale q c; returns
      * scale q.n: one pass over the state. */
     real (*mlstm_step)(ptrdiff_t D, ptrdiff_t E, real forget, real input, const real *k,

@@ -8,25 +8,21 @@
 #include <string.h>
 
 #define SEGMENT 168 /* steps of a task: 6 narrow blocks, 2 wide ones */
+#define PART 28     /* queries whose scores are in hand: they stay in the first cache */
 
 /* ---- scratch ------------------------------------------------------------------------------ */
 
-/* Reals that hold A as bf16: a slice of the queries or of their scores, or all scores transposed. */
-static ptrdiff_t rounded_a(ptrdiff_t rows) {
-    return xl_max(xl_round_up(rows, XL_PAIR_K) * XL_ROUNDED_KC,
-                  xl_round_up(XL_SCORE_STRIDE, XL_PAIR_K) * xl_round_up(rows, XL_PAIR_K));
-}
-
 static void plan(xl_plan *p, const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w) {
     ptrdiff_t rep = a->G > 0 ? a->H / a->G : 0, rows = xl_query_block(a), D = a->D;
-    ptrdiff_t columns = xl_round_up(XL_COLUMNS, ctx->k->nr), width = xl_round_up(D, ctx->k->nr);
-    ptrdiff_t depth = xl_round_up(D, XL_PAIR_K); /* panels of bf16 are padded */
-    w->apack = xl_take_reals(p, xl_max(XL_GEMM_KC * XL_GEMM_MR_MAX, rounded_a(rows)));
+    /* the queries, their scores, or all scores transposed */
+    ptrdiff_t wide = xl_max(XL_SCORE_STRIDE, D);
+    w->apack = xl_take_left(p, ctx, xl_max(rows, wide), xl_max(rows, wide));
+    w->queries = xl_take_reals(p, rows * D);
     w->rows = xl_take_reals(p, XL_COLUMNS * D);
-    w->keys_t = xl_take_reals(p, columns * depth);
-    w->values = xl_take_reals(p, XL_COLUMNS * width);
-    w->values_t = xl_take_reals(p, columns * depth);
-    w->keys = xl_take_reals(p, XL_COLUMNS * width);
+    w->keys_t = xl_take_right(p, ctx, D, XL_COLUMNS);
+    w->values = xl_take_right(p, ctx, XL_COLUMNS, D);
+    w->values_t = xl_take_right(p, ctx, D, XL_COLUMNS);
+    w->keys = xl_take_right(p, ctx, XL_COLUMNS, D);
     w->scores = xl_take_reals(p, rows * XL_SCORE_STRIDE);
     w->grads = xl_take_reals(p, rows * XL_SCORE_STRIDE);
     w->top = xl_take_reals(p, rep * rows);
@@ -111,37 +107,18 @@ const real *xl_column_rows(const xl_attn *a, const xl_block *k, ptrdiff_t c0, pt
     return rows;
 }
 
-void xl_pack(const xl_ctx *ctx, int mixed, ptrdiff_t k, ptrdiff_t n, const real *b, ptrdiff_t rsb,
-             ptrdiff_t csb, real *out) {
-    const xl_kernels *kn = ctx->k;
-    ptrdiff_t columns = xl_round_up(n, kn->nr);
-    if (mixed && kn->gemm_mixed) {
-        for (ptrdiff_t k0 = 0; k0 < k; k0 += XL_ROUNDED_KC)
-            kn->pack_b_mixed(xl_min(XL_ROUNDED_KC, k - k0), n, b + k0 * rsb, rsb, csb,
-                             (xl_bf16 *)out + k0 * columns);
-        return;
-    }
-    for (ptrdiff_t k0 = 0; k0 < k; k0 += XL_GEMM_KC)
-        kn->pack_b(xl_min(XL_GEMM_KC, k - k0), n, b + k0 * rsb, rsb, csb, out + k0 * columns);
+void xl_scaled_queries(const xl_ctx *ctx, const xl_attn *a, xl_heads q, ptrdiff_t b, ptrdiff_t h,
+                       ptrdiff_t t0, ptrdiff_t rows, real *out) {
+    real scale = (real)(1 / sqrt((double)a->D));
+    for (ptrdiff_t i = 0; i < rows; i++)
+        ctx->k->scale_to(a->D, scale, xl_at(q, b, h, t0 + i), out + i * a->D);
 }
 
-void xl_product(const xl_ctx *ctx, int mixed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha,
-                const real *a, ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
-                ptrdiff_t ldc, real *apack) {
-    const xl_kernels *kn = ctx->k;
-    ptrdiff_t columns = xl_round_up(n, kn->nr);
-    if (mixed && kn->gemm_mixed) {
-        for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_ROUNDED_KC) {
-            ptrdiff_t kc = xl_min(XL_ROUNDED_KC, k - k0);
-            kn->pack_a_mixed(kc, m, a + k0 * csa, rsa, csa, (xl_bf16 *)apack);
-            kn->gemm_mixed(m, n, kc, alpha, (xl_bf16 *)apack,
-                           (const xl_bf16 *)packed + k0 * columns, k0 ? (real)1 : beta, c, ldc);
-        }
-        return;
-    }
-    for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_GEMM_KC)
-        kn->gemm_packed(m, n, xl_min(XL_GEMM_KC, k - k0), alpha, a + k0 * csa, rsa, csa,
-                        packed + k0 * columns, k0 ? (real)1 : beta, c, ldc, apack);
+void xl_product(const xl_ctx *ctx, int mixed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const real *a,
+                ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c, ptrdiff_t ldc,
+                real *pack) {
+    xl_left left = xl_pack_left(ctx, mixed, m, k, a, rsa, csa, pack);
+    xl_packed_product(ctx, mixed, m, n, k, 1, left, packed, beta, c, ldc);
 }
 
 /* Columns behind the sinks are neighbours: query at position p sees those from p - window + 1 to p,
@@ -187,27 +164,29 @@ static void block_forward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, 
                           const xl_kv *past, ptrdiff_t b, ptrdiff_t g) {
     const xl_kernels *kn = ctx->k;
     ptrdiff_t rep = a->H / a->G, D = a->D, rows = k->q1 - k->q0, t0 = k->q0, stride;
-    real scale = (real)(1 / sqrt((double)D));
     for (ptrdiff_t c0 = 0; c0 < k->columns; c0 += XL_COLUMNS) {
         ptrdiff_t n = xl_min(XL_COLUMNS, k->columns - c0);
         const real *x =
             xl_column_rows(a, k, c0, n, key, past, past ? past->k : NULL, b, g, w->rows, &stride);
-        xl_pack(ctx, a->mixed, D, n, x, 1, stride, w->keys_t);
+        xl_pack_right(ctx, a->mixed, D, n, x, 1, stride, w->keys_t);
         x = xl_column_rows(a, k, c0, n, v, past, past ? past->v : NULL, b, g, w->rows, &stride);
-        xl_pack(ctx, a->mixed, n, D, x, stride, 1, w->values);
-        for (ptrdiff_t r = 0; r < rep; r++) {
-            ptrdiff_t h = g * rep + r, at = r * rows;
-            xl_product(ctx, a->mixed, rows, xl_round_up(n, kn->nr), D, scale, xl_at(q, b, h, t0),
-                       q.st, 1, w->keys_t, 0, w->scores, XL_SCORE_STRIDE, w->apack);
-            for (ptrdiff_t i = 0; i < rows; i++) {
-                real *row = w->scores + i * XL_SCORE_STRIDE;
-                ptrdiff_t end = xl_mask_row(a, k, t0 + i, c0, n, row);
-                softmax_row(kn, row, end, n, D, c0 == 0, w->top + at + i, w->sum + at + i,
-                            xl_at(o, b, h, t0 + i));
+        xl_pack_right(ctx, a->mixed, n, D, x, stride, 1, w->values);
+        for (ptrdiff_t h = g * rep; h < (g + 1) * rep; h++)
+            for (ptrdiff_t i0 = 0; i0 < rows; i0 += PART) {
+                ptrdiff_t part = xl_min(PART, rows - i0), at = (h - g * rep) * rows + i0;
+                real *out = xl_at(o, b, h, t0 + i0);
+                xl_scaled_queries(ctx, a, q, b, h, t0 + i0, part, w->queries);
+                xl_product(ctx, a->mixed, part, xl_round_up(n, kn->nr), D, w->queries, D, 1,
+                           w->keys_t, 0, w->scores, XL_SCORE_STRIDE, w->apack);
+                for (ptrdiff_t i = 0; i < part; i++) {
+                    real *row = w->scores + i * XL_SCORE_STRIDE;
+                    ptrdiff_t end = xl_mask_row(a, k, t0 + i0 + i, c0, n, row);
+                    softmax_row(kn, row, end, n, D, c0 == 0, w->top + at + i, w->sum + at + i,
+                                out + i * o.st);
+                }
+                xl_product(ctx, a->mixed, part, D, n, w->scores, XL_SCORE_STRIDE, 1, w->values,
+                           c0 > 0, out, o.st, w->apack);
             }
-            xl_product(ctx, a->mixed, rows, D, n, 1, w->scores, XL_SCORE_STRIDE, 1, w->values,
-                       c0 > 0, xl_at(o, b, h, t0), o.st, w->apack);
-        }
     }
     for (ptrdiff_t r = 0; r < rep; r++)
         for (ptrdiff_t i = 0; i < rows; i++) {

@@ -2,8 +2,8 @@
 #ifndef XL_ATTENTION_H
 #define XL_ATTENTION_H
 
-#include "kernels/kernels.h"
 #include "ops/cells.h"
+#include "ops/product.h"
 
 /* Columns (keys) of a chunk: its packed keys and a block's scores stay in L2. */
 #define XL_COLUMNS XL_GEMM_KC
@@ -62,6 +62,7 @@ static inline ptrdiff_t xl_slot(const xl_kv *past, ptrdiff_t sinks, ptrdiff_t po
  * [rep, query block]. */
 typedef struct {
     real *scores, *grads, *top, *sum, *delta;
+    real *queries;         /* [query block, D] */
     real *rows;            /* [XL_COLUMNS, D]: keys or values that do not lie together */
     real *keys_t, *values; /* packed: B(D, n) of scores, B(n, D) of outputs */
     real *values_t, *keys; /* likewise for the backward */
@@ -78,14 +79,13 @@ xl_status xl_attention_check(xl_ctx *ctx, const xl_attn *a, const xl_kv *past);
 const real *xl_column_rows(const xl_attn *a, const xl_block *k, ptrdiff_t c0, ptrdiff_t n,
                            xl_heads x, const xl_kv *past, const real *cached, ptrdiff_t b,
                            ptrdiff_t g, real *rows, ptrdiff_t *stride);
-/* B(k, n) into panels, slice by slice; mixed: rounded to bf16 where the kernels have it. One of rsb
- * and csb is 1, likewise of rsa and csa. */
-void xl_pack(const xl_ctx *ctx, int mixed, ptrdiff_t k, ptrdiff_t n, const real *b, ptrdiff_t rsb,
-             ptrdiff_t csb, real *out);
-/* C[m, n] = beta C + alpha A B for a B that xl_pack has packed. */
-void xl_product(const xl_ctx *ctx, int mixed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha,
-                const real *a, ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
-                ptrdiff_t ldc, real *apack);
+/* Queries t0 .. t0 + rows over sqrt(D), [rows, D]: products by one number more cost a pass. */
+void xl_scaled_queries(const xl_ctx *ctx, const xl_attn *a, xl_heads q, ptrdiff_t b, ptrdiff_t h,
+                       ptrdiff_t t0, ptrdiff_t rows, real *out);
+/* C[m, n] = beta C + A B for a packed B; A is packed into `pack`. */
+void xl_product(const xl_ctx *ctx, int mixed, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const real *a,
+                ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c, ptrdiff_t ldc,
+                real *pack);
 /* Masks with -INFINITY what query t does not see among the scores of columns c0 .. c0 + n, as far as
  * the result: whole vectors that hold all it does see. */
 ptrdiff_t xl_mask_row(const xl_attn *a, const xl_block *k, ptrdiff_t t, ptrdiff_t c0, ptrdiff_t n,

@@ -53,20 +53,22 @@ static void add_columns(const xl_ctx *ctx, const xl_attn *a, const xl_block *k, 
     ctx->k->add((end - c) * D, rows + (c - c0) * D, buffer + (sinks + t - first) * D);
 }
 
-/* p of a head's block in w->scores, ds in w->grads; both 0 in the columns n .. whole. */
+/* p of a head's block in w->scores, ds / sqrt(D) in w->grads; both 0 in the columns n .. whole. */
 static void score_gradients(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, const xl_block *k,
                             ptrdiff_t c0, ptrdiff_t n, ptrdiff_t whole, xl_heads dout, xl_heads q,
                             const real *lse, const real *delta, ptrdiff_t b, ptrdiff_t h) {
     ptrdiff_t rows = k->q1 - k->q0, D = a->D, ld = XL_SCORE_STRIDE, nr = ctx->k->nr;
-    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, (real)(1 / sqrt((double)D)),
-               xl_at(q, b, h, k->q0), q.st, 1, w->keys_t, 0, w->scores, ld, w->apack);
-    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, 1, xl_at(dout, b, h, k->q0), dout.st, 1,
+    real scale = (real)(1 / sqrt((double)D));
+    xl_scaled_queries(ctx, a, q, b, h, k->q0, rows, w->queries);
+    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, w->queries, D, 1, w->keys_t, 0,
+               w->scores, ld, w->apack);
+    xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, xl_at(dout, b, h, k->q0), dout.st, 1,
                w->values_t, 0, w->grads, ld, w->apack);
     for (ptrdiff_t i = 0; i < rows; i++) {
         real *p = w->scores + i * ld, *ds = w->grads + i * ld, minus = delta[i];
         ptrdiff_t end = xl_mask_row(a, k, k->q0 + i, c0, n, p);
         ctx->k->exp_sum(end, p, lse[i], p);
-        for (ptrdiff_t c = 0; c < xl_min(end, n); c++) ds[c] = p[c] * (ds[c] - minus);
+        for (ptrdiff_t c = 0; c < xl_min(end, n); c++) ds[c] = scale * p[c] * (ds[c] - minus);
         if (end < whole) memset(p + end, 0, (size_t)(whole - end) * sizeof(real));
         end = xl_min(end, n);
         memset(ds + end, 0, (size_t)(whole - end) * sizeof(real));
@@ -78,7 +80,6 @@ static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w,
                            xl_heads key, xl_heads v, xl_heads o, const real *lse, ptrdiff_t b,
                            ptrdiff_t g) {
     ptrdiff_t rep = a->H / a->G, D = a->D, rows = k->q1 - k->q0, t0 = k->q0, stride;
-    real scale = (real)(1 / sqrt((double)D));
     for (ptrdiff_t r = 0; r < rep; r++)
         for (ptrdiff_t i = 0; i < rows; i++)
             w->delta[r * rows + i] = ctx->k->dot(D, xl_at(dout, b, g * rep + r, t0 + i),
@@ -86,26 +87,26 @@ static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w,
     for (ptrdiff_t c0 = 0; c0 < k->columns; c0 += XL_COLUMNS) {
         ptrdiff_t n = xl_min(XL_COLUMNS, k->columns - c0), whole = xl_round_up(n, ctx->k->mr);
         const real *x = xl_column_rows(a, k, c0, n, key, NULL, NULL, b, g, w->rows, &stride);
-        xl_pack(ctx, a->mixed, D, n, x, 1, stride, w->keys_t);
-        xl_pack(ctx, a->mixed, n, D, x, stride, 1, w->keys);
+        xl_pack_right(ctx, a->mixed, D, n, x, 1, stride, w->keys_t);
+        xl_pack_right(ctx, a->mixed, n, D, x, stride, 1, w->keys);
         x = xl_column_rows(a, k, c0, n, v, NULL, NULL, b, g, w->rows, &stride);
-        xl_pack(ctx, a->mixed, D, n, x, 1, stride, w->values_t);
+        xl_pack_right(ctx, a->mixed, D, n, x, 1, stride, w->values_t);
         for (ptrdiff_t r = 0; r < rep; r++) {
             ptrdiff_t h = g * rep + r;
             score_gradients(ctx, a, w, k, c0, n, whole, dout, q, lse + (b * a->H + h) * a->T + t0,
                             w->delta + r * rows, b, h);
             if (dq.p)
-                xl_product(ctx, a->mixed, rows, D, n, scale, w->grads, XL_SCORE_STRIDE, 1, w->keys,
-                           1, xl_at(dq, b, h, t0), dq.st, w->apack);
+                xl_product(ctx, a->mixed, rows, D, n, w->grads, XL_SCORE_STRIDE, 1, w->keys, 1,
+                           xl_at(dq, b, h, t0), dq.st, w->apack);
             if (dk) {
-                xl_pack(ctx, a->mixed, rows, D, xl_at(q, b, h, t0), q.st, 1, w->values);
-                xl_product(ctx, a->mixed, whole, D, rows, scale, w->grads, 1, XL_SCORE_STRIDE,
-                           w->values, r > 0, w->dk, D, w->apack);
+                xl_pack_right(ctx, a->mixed, rows, D, xl_at(q, b, h, t0), q.st, 1, w->values);
+                xl_product(ctx, a->mixed, whole, D, rows, w->grads, 1, XL_SCORE_STRIDE, w->values,
+                           r > 0, w->dk, D, w->apack);
             }
             if (dv) {
-                xl_pack(ctx, a->mixed, rows, D, xl_at(dout, b, h, t0), dout.st, 1, w->values);
-                xl_product(ctx, a->mixed, whole, D, rows, 1, w->scores, 1, XL_SCORE_STRIDE,
-                           w->values, r > 0, w->dv, D, w->apack);
+                xl_pack_right(ctx, a->mixed, rows, D, xl_at(dout, b, h, t0), dout.st, 1, w->values);
+                xl_product(ctx, a->mixed, whole, D, rows, w->scores, 1, XL_SCORE_STRIDE, w->values,
+                           r > 0, w->dv, D, w->apack);
             }
         }
         if (dk) add_columns(ctx, a, k, j, c0, n, w->dk, dk);

@@ -8,8 +8,8 @@
  * and the state behind the chunk is C' = w_S C + sum_s D_Ss k_s v_s^T, m' = mu_S. The parallel form
  * is one chunk as long as the segment; the recurrent form is written by itself. Exponents are kept in
  * double: b reaches some hundreds, and what is exponentiated are differences of such sums. */
-#include "kernels/kernels.h"
 #include "ops/cells.h"
+#include "ops/product.h"
 
 #include <omp.h>
 #include <string.h>
@@ -20,17 +20,37 @@
 typedef struct {
     double *lf;          /* [T]: log f */
     double *b, *c, *top; /* [S]: b, c and M of the chunk in hand */
-    real *C, *n;         /* state before it */
-    real *q, *k, *v;     /* its rows [S, D] [S, D] [S, E]; q is scaled */
+    real *last;          /* [S]: weights of its steps in U and u */
+    real keep, add;      /* C' = keep C + add U */
+    real *C, *n;         /* a state */
+    real *U, *u;         /* what a chunk adds to a state; backward: to its gradient */
+    real *q, *k;         /* rows of the chunk times a number each [S, D] */
     real *decay, *P;     /* [S, S]: D and (q k^T) o D, zeros above the diagonal */
-    real *w, *den, *num; /* [S] [S] [S, E] */
+    real *w, *den;       /* [S] */
+    real *num, *carried; /* [S, E]: P v, q C */
     real *saved;         /* backward: C, n before each chunk of the segment */
     double *saved_m, *x; /* [chunks]; [T]: x_t of the gate gradients */
     real *G, *e;         /* dh / divisor [S, E]; gradient of den [S] */
     real *dC, *dn, *dP;  /* of the state behind the chunk; [S, S] */
-    real *dq, *dk, *dv, *pack;
-    xl_gemm gemm;
+    real *dq, *dk, *dv;  /* [S, D] [S, D] [S, E] */
+    /* packed operands: q, which serves two products, and what serves one; right: v or G, which serve two,
+     * and what serves one */
+    real *left_q, *left, *right_v, *right;
 } workspace;
+
+/* Rows of a chunk, st reals apart. */
+typedef struct {
+    const real *p;
+    ptrdiff_t st;
+} rows;
+
+/* A chunk of a row and head: S steps from t0 on. */
+typedef struct {
+    ptrdiff_t b, h, t0, S;
+    double m;          /* of the state before it with the first step's log f added; -inf: none */
+    const real *C, *n; /* that state */
+    rows q, k, v;      /* q is scaled */
+} chunk;
 
 /* Everything a call works on. */
 typedef struct {
@@ -52,23 +72,26 @@ static double *take_doubles(xl_plan *p, ptrdiff_t count) {
 
 /* The parallel form needs [T, T] forward; the backward is chunkwise always and keeps one state for
  * each chunk of the longest segment: (T / S) (D E + D) reals a thread. */
-static void plan_thread(xl_plan *p, const xl_mlstm *a, workspace *w) {
+static void plan_thread(xl_plan *p, const xl_ctx *ctx, const xl_mlstm *a, workspace *w) {
     ptrdiff_t S = chunk_length(a), back = backward_chunk_length(a), D = a->D, E = a->E, T = a->T;
-    ptrdiff_t chunks = xl_ceil_div(T, back);
+    ptrdiff_t chunks = xl_ceil_div(T, back), wide = xl_max(D, E), most = xl_max(S, wide);
     w->lf = take_doubles(p, T);
     w->b = take_doubles(p, S);
     w->c = take_doubles(p, S);
     w->top = take_doubles(p, S);
+    w->last = xl_take_reals(p, S);
     w->C = xl_take_reals(p, D * E);
     w->n = xl_take_reals(p, D);
+    w->U = xl_take_reals(p, D * E);
+    w->u = xl_take_reals(p, D);
     w->q = xl_take_reals(p, S * D);
     w->k = xl_take_reals(p, S * D);
-    w->v = xl_take_reals(p, S * E);
     w->decay = xl_take(p, "", XL_ROLE_WORK, XL_DT_REAL, 2, XL_SHAPE(S, S));
     w->P = xl_take(p, "", XL_ROLE_WORK, XL_DT_REAL, 2, XL_SHAPE(S, S));
     w->w = xl_take_reals(p, S);
     w->den = xl_take_reals(p, S);
     w->num = xl_take_reals(p, S * E);
+    w->carried = xl_take_reals(p, S * E);
     w->saved = xl_take(p, "", XL_ROLE_WORK, XL_DT_REAL, 3, XL_SHAPE(chunks, D, E + 1));
     w->saved_m = take_doubles(p, chunks);
     w->x = take_doubles(p, T);
@@ -80,16 +103,18 @@ static void plan_thread(xl_plan *p, const xl_mlstm *a, workspace *w) {
     w->dq = xl_take_reals(p, back * D);
     w->dk = xl_take_reals(p, back * D);
     w->dv = xl_take_reals(p, back * E);
-    w->pack = xl_take_reals(p, XL_GEMM_PACK);
+    w->left_q = xl_take_left(p, ctx, S, D);
+    w->left = xl_take_left(p, ctx, most, most);
+    w->right_v = xl_take_right(p, ctx, S, wide);
+    w->right = xl_take_right(p, ctx, most, xl_round_up(wide, XL_PAIR_K));
 }
 
 static workspace place_thread(const xl_ctx *ctx, const xl_mlstm *a, char *base) {
     xl_plan measure = {0};
     workspace w;
-    plan_thread(&measure, a, &w);
+    plan_thread(&measure, ctx, a, &w);
     xl_plan p = {.base = base + omp_get_thread_num() * measure.used, .size = PTRDIFF_MAX};
-    plan_thread(&p, a, &w);
-    w.gemm = xl_gemm_of(ctx->k, a->mixed);
+    plan_thread(&p, ctx, a, &w);
     return w;
 }
 
@@ -97,7 +122,7 @@ ptrdiff_t xl_mlstm_scratch(const xl_ctx *ctx, const xl_mlstm *a) {
     xl_plan p = {0};
     workspace w;
     ptrdiff_t total;
-    plan_thread(&p, a, &w);
+    plan_thread(&p, ctx, a, &w);
     return p.failed || __builtin_mul_overflow(p.used, (ptrdiff_t)ctx->threads, &total) ? -1 : total;
 }
 
@@ -158,60 +183,88 @@ static double start_state(const xl_mlstm *a, workspace *w, xl_mlstm_state s, ptr
     return m;
 }
 
-/* k, v and the exponents of steps t0 .. t0+S-1, and the last row of the decay. m is the stabiliser of
- * the state with the first step's log f added: that decay acts on the carry alone, so b starts at 0
- * and never meets the mask of a document start. */
-static void load_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
-                       ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S, double m) {
-    ptrdiff_t D = a->D, E = a->E;
-    double sum = 0, top = m;
+static rows rows_at(xl_heads x, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t) {
+    return (rows){xl_at(x, b, h, t), x.st};
+}
+
+static void scale_rows(const xl_ctx *ctx, ptrdiff_t S, ptrdiff_t width, const real *by, rows x,
+                       real *to) {
+    for (ptrdiff_t s = 0; s < S; s++)
+        ctx->k->scale_to(width, by[s], x.p + s * x.st, to + s * width);
+}
+
+/* The chunk at step t0 behind the state (C, n, m), its exponents, and how the state goes on. m gets
+ * the first step's log f added: that decay acts on the carry alone, so b starts at 0 and never meets
+ * the mask of a document start. */
+static chunk open_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
+                        ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S, const real *C,
+                        const real *n, double m) {
+    if (m != -INFINITY) m += w->lf[t0];
+    double sum = 0, own = -INFINITY;
     for (ptrdiff_t t = 0; t < S; t++) {
-        memcpy(w->k + t * D, xl_at(r->k, b, h, t0 + t), (size_t)D * sizeof(real));
-        memcpy(w->v + t * E, xl_at(r->v, b, h / a->v_rep, t0 + t), (size_t)E * sizeof(real));
         sum += t ? w->lf[t0 + t] : 0;
         w->b[t] = sum;
         w->c[t] = (double)*xl_at(r->i, b, h, t0 + t) - sum;
-        top = w->c[t] > top ? w->c[t] : top;
-        w->top[t] = top;
+        own = w->c[t] <= own ? own : w->c[t]; /* a NaN stays */
+        w->top[t] = own <= m ? m : own;
     }
-    real *last = w->decay + (S - 1) * S;
-    for (ptrdiff_t s = 0; s < S; s++) last[s] = top == -INFINITY ? top : (real)(w->c[s] - top);
-    ctx->k->exp(S, last, last);
-    w->w[S - 1] = m == -INFINITY ? m : (real)(m - top);
-    ctx->k->exp(1, w->w + S - 1, w->w + S - 1);
+    double top = w->top[S - 1];
+    for (ptrdiff_t s = 0; s < S; s++) w->last[s] = (real)(own == -INFINITY ? own : w->c[s] - own);
+    ctx->k->exp(S, w->last, w->last);
+    w->keep = m == -INFINITY ? 0 : (real)exp(m - top);
+    w->add = own == -INFINITY ? 0 : (real)exp(own - top);
+    chunk c = {b,
+               h,
+               t0,
+               S,
+               m,
+               C,
+               n,
+               rows_at(r->q, b, h, t0),
+               rows_at(r->k, b, h, t0),
+               rows_at(r->v, b, h / a->v_rep, t0)};
+    if (a->scale != 1) {
+        for (ptrdiff_t t = 0; t < S; t++)
+            ctx->k->scale_to(a->D, a->scale, c.q.p + t * c.q.st, w->q + t * a->D);
+        c.q = (rows){w->q, a->D};
+    }
+    return c;
 }
 
-/* The rest of the decay and the carry, q, and P = (q k^T) o decay; den = rowsum P + w q.n. */
-static void chunk_scores(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
-                         ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S, double m) {
+/* P = (q k^T) o decay, den = rowsum P + w q.n, and q packed; w where there is a state. */
+static xl_left chunk_scores(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const chunk *c) {
     const xl_kernels *kn = ctx->k;
-    ptrdiff_t D = a->D;
-    for (ptrdiff_t t = 0; t < S; t++) {
-        kn->scale_to(D, a->scale, xl_at(r->q, b, h, t0 + t), w->q + t * D);
-    }
-    w->gemm(S, S, D, 1, w->q, D, 1, w->k, 1, D, 0, w->P, S, w->pack);
+    ptrdiff_t D = a->D, S = c->S;
+    xl_left q = xl_pack_left(ctx, a->mixed, S, D, c->q.p, c->q.st, 1, w->left_q);
+    xl_pack_right(ctx, a->mixed, D, S, c->k.p, 1, c->k.st, w->right);
+    xl_packed_product(ctx, a->mixed, S, S, D, 1, q, w->right, 0, w->P, S);
     for (ptrdiff_t t = 0; t < S; t++)
         w->den[t] = kn->decay_row(S, t + 1, w->c, w->top[t], w->decay + t * S, w->P + t * S);
-    if (m == -INFINITY) return;
-    for (ptrdiff_t t = 0; t < S; t++) w->w[t] = (real)(m - w->top[t]);
+    if (c->m == -INFINITY) return q;
+    for (ptrdiff_t t = 0; t < S; t++) w->w[t] = (real)(c->m - w->top[t]);
     kn->exp(S, w->w, w->w);
-    for (ptrdiff_t t = 0; t < S; t++) w->den[t] += w->w[t] * kn->dot(D, w->q + t * D, w->n);
+    for (ptrdiff_t t = 0; t < S; t++) w->den[t] += w->w[t] * kn->dot(D, c->q.p + t * c->q.st, c->n);
+    return q;
 }
 
-/* C, n behind the chunk, returns their m. Scales the rows of w->k. */
-static double chunk_state(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, ptrdiff_t S,
-                          double m) {
+/* The state behind the chunk into C, n, which may be those before it; returns its m. right_v: v
+ * packed. */
+static double chunk_state(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const chunk *c,
+                          real *C, real *n) {
     const xl_kernels *kn = ctx->k;
-    ptrdiff_t D = a->D, E = a->E;
-    const real *last = w->decay + (S - 1) * S;
-    kn->scale(D * E, w->w[S - 1], w->C); /* zeros where there is no state */
-    kn->scale(D, w->w[S - 1], w->n);
-    for (ptrdiff_t s = 0; s < S; s++) {
-        kn->scale(D, last[s], w->k + s * D);
-        kn->add(D, w->k + s * D, w->n);
-    }
-    w->gemm(D, E, S, 1, w->k, 1, D, w->v, E, 1, m == -INFINITY ? 0 : 1, w->C, E, w->pack);
+    ptrdiff_t D = a->D, E = a->E, S = c->S;
+    scale_rows(ctx, S, D, w->last, c->k, w->k);
+    memset(w->u, 0, (size_t)D * sizeof(real));
+    for (ptrdiff_t s = 0; s < S; s++) kn->add(D, w->k + s * D, w->u);
+    xl_left k = xl_pack_left(ctx, a->mixed, D, S, w->k, 1, D, w->left);
+    xl_packed_product(ctx, a->mixed, D, E, S, 1, k, w->right_v, 0, w->U, E);
+    kn->combine(D * E, w->keep, c->C, w->add, w->U, C);
+    kn->combine(D, w->keep, c->n, w->add, w->u, n);
     return w->b[S - 1] + w->top[S - 1];
+}
+
+static void pack_v(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const chunk *c) {
+    xl_pack_right(ctx, a->mixed, c->S, a->E, c->v.p, c->v.st, 1, w->right_v);
 }
 
 /* 1 / divisor of a step, 0 where the divisor is 0; *slope is d divisor / d den. mu is the exponent of
@@ -235,21 +288,24 @@ static double forward_chunks(const xl_ctx *ctx, const xl_mlstm *a, workspace *w,
     ptrdiff_t D = a->D, E = a->E;
     for (ptrdiff_t t0 = start; t0 < end; t0 += chunk_length(a)) {
         ptrdiff_t S = xl_min(chunk_length(a), end - t0);
-        if (m != -INFINITY) m += w->lf[t0];
-        load_chunk(ctx, a, w, r, b, h, t0, S, m);
-        chunk_scores(ctx, a, w, r, b, h, t0, S, m);
-        int carry = m != -INFINITY;
-        if (carry) {
-            w->gemm(S, E, D, 1, w->q, D, 1, w->C, E, 1, 0, w->num, E, w->pack);
-            for (ptrdiff_t t = 0; t < S; t++) kn->scale(E, w->w[t], w->num + t * E);
+        chunk c = open_chunk(ctx, a, w, r, b, h, t0, S, w->C, w->n, m);
+        xl_left q = chunk_scores(ctx, a, w, &c);
+        if (c.m != -INFINITY) {
+            xl_pack_right(ctx, a->mixed, D, E, c.C, E, 1, w->right);
+            xl_packed_product(ctx, a->mixed, S, E, D, 1, q, w->right, 0, w->carried, E);
         }
-        w->gemm(S, E, S, 1, w->P, S, 1, w->v, E, 1, carry, w->num, E, w->pack);
+        pack_v(ctx, a, w, &c);
+        xl_left P = xl_pack_left(ctx, a->mixed, S, S, w->P, S, 1, w->left);
+        xl_packed_product(ctx, a->mixed, S, E, S, 1, P, w->right_v, 0, w->num, E);
         for (ptrdiff_t t = 0; t < S; t++) {
             real slope, *out = xl_at(r->h, b, h, t0 + t);
             real inverse = inverse_divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
-            kn->scale_to(E, inverse, w->num + t * E, out);
+            if (c.m == -INFINITY)
+                kn->scale_to(E, inverse, w->num + t * E, out);
+            else
+                kn->combine(E, inverse, w->num + t * E, inverse * w->w[t], w->carried + t * E, out);
         }
-        m = chunk_state(ctx, a, w, S, m);
+        m = chunk_state(ctx, a, w, &c, w->C, w->n);
     }
     return m;
 }
@@ -297,68 +353,83 @@ static void forward_row(const xl_ctx *ctx, const xl_mlstm *a, workspace *own, co
  *     e_t = -(d divisor / d den) / divisor * G_t.num_t,  G_t.num_t = P_t.(G v^T)_t + w_t q_t.(C G_t)
  *     dS = (G v^T + e 1^T) o decay                       on the scores q k^T
  *     dq = dS k + w (G C^T + e n^T)      dk = dS^T q + last (v dC^T + 1 dn^T)
- *     dv = P^T G + last k dC             dC' = w_S dC + q^T (w G),  dn' = w_S dn + q^T (w e)
+ *     dv = P^T G + last k dC             dC' = keep dC + (w q)^T G,  dn' = keep dn + (w q)^T e
  * where last is the last row of the decay. */
 static void backward_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
-                           ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S, double m) {
+                           const chunk *c) {
     const xl_kernels *kn = ctx->k;
-    ptrdiff_t D = a->D, E = a->E;
-    const real *last = w->decay + (S - 1) * S;
-    int carry = m != -INFINITY;
+    ptrdiff_t D = a->D, E = a->E, S = c->S;
+    int carry = c->m != -INFINITY, mixed = a->mixed;
+    chunk_scores(ctx, a, w, c);
     for (ptrdiff_t t = 0; t < S; t++) {
         real slope, inverse = inverse_divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
-        kn->scale_to(E, inverse, xl_at(r->dh, b, h, t0 + t), w->G + t * E);
+        kn->scale_to(E, inverse, xl_at(r->dh, c->b, c->h, c->t0 + t), w->G + t * E);
         w->e[t] = -slope * inverse;
     }
-    w->gemm(S, S, E, 1, w->G, E, 1, w->v, 1, E, 0, w->dP, S, w->pack);
-    if (carry) w->gemm(S, D, E, 1, w->G, E, 1, w->C, 1, E, 0, w->dq, D, w->pack);
+    xl_left left = xl_pack_left(ctx, mixed, S, E, w->G, E, 1, w->left);
+    xl_pack_right(ctx, mixed, E, S, c->v.p, 1, c->v.st, w->right);
+    xl_packed_product(ctx, mixed, S, S, E, 1, left, w->right, 0, w->dP, S);
+    if (carry) {
+        xl_pack_right(ctx, mixed, E, D, c->C, 1, E, w->right);
+        xl_packed_product(ctx, mixed, S, D, E, 1, left, w->right, 0, w->dq, D);
+    }
     for (ptrdiff_t t = 0; t < S; t++) {
         real *row = w->dP + t * S, *dq = w->dq + t * D;
         real along = kn->masked_dot(S, t + 1, w->P + t * S, row);
-        if (carry) along += w->w[t] * kn->dot(D, w->q + t * D, dq);
+        if (carry) along += w->w[t] * kn->dot(D, c->q.p + t * c->q.st, dq);
         real e = w->e[t] *= along;
         kn->add_mul(t + 1, e, w->decay + t * S, row);
-        if (!carry) continue;
-        kn->axpy(D, e, w->n, dq);
-        kn->scale(D, w->w[t], dq);
+        if (carry) kn->combine(D, w->w[t], dq, w->w[t] * e, c->n, dq);
     }
-    w->gemm(S, D, S, 1, w->dP, S, 1, w->k, D, 1, carry, w->dq, D, w->pack);
-    w->gemm(S, D, E, 1, w->v, E, 1, w->dC, 1, E, 0, w->dk, D, w->pack);
-    w->gemm(S, E, D, 1, w->k, D, 1, w->dC, E, 1, 0, w->dv, E, w->pack);
+    left = xl_pack_left(ctx, mixed, S, S, w->dP, S, 1, w->left);
+    xl_pack_right(ctx, mixed, S, D, c->k.p, c->k.st, 1, w->right);
+    xl_packed_product(ctx, mixed, S, D, S, 1, left, w->right, carry, w->dq, D);
+    /* dk, dv: first what comes through the state behind */
+    for (ptrdiff_t s = 0; s < S; s++) w->last[s] *= w->add;
+    left = xl_pack_left(ctx, mixed, S, E, c->v.p, c->v.st, 1, w->left);
+    xl_pack_right(ctx, mixed, E, D, w->dC, 1, E, w->right);
+    xl_packed_product(ctx, mixed, S, D, E, 1, left, w->right, 0, w->dk, D);
+    left = xl_pack_left(ctx, mixed, S, D, c->k.p, c->k.st, 1, w->left);
+    xl_pack_right(ctx, mixed, D, E, w->dC, E, 1, w->right);
+    xl_packed_product(ctx, mixed, S, E, D, 1, left, w->right, 0, w->dv, E);
     for (ptrdiff_t s = 0; s < S; s++) {
-        kn->add(D, w->dn, w->dk + s * D);
-        kn->scale(D, last[s], w->dk + s * D);
-        kn->scale(E, last[s], w->dv + s * E);
+        kn->combine(D, w->last[s], w->dk + s * D, w->last[s], w->dn, w->dk + s * D);
+        kn->scale(E, w->last[s], w->dv + s * E);
     }
-    w->gemm(S, D, S, 1, w->dP, 1, S, w->q, D, 1, 1, w->dk, D, w->pack);
-    w->gemm(S, E, S, 1, w->P, 1, S, w->G, E, 1, 1, w->dv, E, w->pack);
+    left = xl_pack_left(ctx, mixed, S, S, w->dP, 1, S, w->left);
+    xl_pack_right(ctx, mixed, S, D, c->q.p, c->q.st, 1, w->right);
+    xl_packed_product(ctx, mixed, S, D, S, 1, left, w->right, 1, w->dk, D);
+    left = xl_pack_left(ctx, mixed, S, S, w->P, 1, S, w->left);
+    xl_pack_right(ctx, mixed, S, E, w->G, E, 1, w->right_v);
+    xl_packed_product(ctx, mixed, S, E, S, 1, left, w->right_v, 1, w->dv, E);
     if (!carry) return; /* nothing is before it: dC, dn end here */
-    kn->scale(D * E, w->w[S - 1], w->dC);
-    kn->scale(D, w->w[S - 1], w->dn);
-    for (ptrdiff_t t = 0; t < S; t++) {
-        kn->scale(E, w->w[t], w->G + t * E);
-        kn->axpy(D, w->w[t] * w->e[t], w->q + t * D, w->dn);
-    }
-    w->gemm(D, E, S, 1, w->q, 1, D, w->G, E, 1, 1, w->dC, E, w->pack);
+    scale_rows(ctx, S, D, w->w, c->q, w->k);
+    memset(w->u, 0, (size_t)D * sizeof(real));
+    kn->axpys(D, S, w->e, w->k, D, w->u);
+    left = xl_pack_left(ctx, mixed, D, S, w->k, 1, D, w->left);
+    xl_packed_product(ctx, mixed, D, E, S, 1, left, w->right_v, 0, w->U, E);
+    kn->combine(D * E, w->keep, w->dC, 1, w->U, w->dC);
+    kn->combine(D, w->keep, w->dn, 1, w->u, w->dn);
 }
 
 static void add_rows(const xl_ctx *ctx, xl_heads to, const real *from, ptrdiff_t width, real scale,
-                     ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
-    for (ptrdiff_t t = 0; to.p && t < S; t++)
-        ctx->k->axpy(width, scale, from + t * width, xl_at(to, b, h, t0 + t));
+                     const chunk *c) {
+    for (ptrdiff_t t = 0; to.p && t < c->S; t++)
+        ctx->k->axpy(width, scale, from + t * width, xl_at(to, c->b, c->h, c->t0 + t));
 }
 
 /* Adds the chunk's gradients, di_s = k_s.dk_s among them, and leaves x_t = q_t.dq_t - k_t.dk_t. */
 static void add_chunk(const xl_ctx *ctx, const xl_mlstm *a, workspace *w, const arrays *r,
-                      ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t S) {
+                      const chunk *c) {
     ptrdiff_t D = a->D;
-    add_rows(ctx, r->dq, w->dq, D, a->scale, b, h, t0, S);
-    add_rows(ctx, r->dk, w->dk, D, 1, b, h, t0, S);
-    add_rows(ctx, r->dv, w->dv, a->E, 1, b, h, t0, S);
-    for (ptrdiff_t s = 0; s < S; s++) {
-        real kdk = ctx->k->dot(D, w->k + s * D, w->dk + s * D);
-        if (r->di.p) *xl_at(r->di, b, h, t0 + s) += kdk;
-        w->x[t0 + s] = (double)ctx->k->dot(D, w->q + s * D, w->dq + s * D) - (double)kdk;
+    add_rows(ctx, r->dq, w->dq, D, a->scale, c);
+    add_rows(ctx, r->dk, w->dk, D, 1, c);
+    add_rows(ctx, r->dv, w->dv, a->E, 1, c);
+    for (ptrdiff_t s = 0; s < c->S; s++) {
+        real kdk = ctx->k->dot(D, c->k.p + s * c->k.st, w->dk + s * D);
+        real qdq = ctx->k->dot(D, c->q.p + s * c->q.st, w->dq + s * D);
+        if (r->di.p) *xl_at(r->di, c->b, c->h, c->t0 + s) += kdk;
+        w->x[c->t0 + s] = (double)qdq - (double)kdk;
     }
 }
 
@@ -370,26 +441,25 @@ static void backward_segment(const xl_ctx *ctx, const xl_mlstm *a, workspace *w,
     ptrdiff_t S0 = backward_chunk_length(a), D = a->D, E = a->E, size = D * (E + 1);
     ptrdiff_t chunks = xl_ceil_div(end - start, S0);
     double behind = 0; /* <dC, C> + <dn, n> on the last state */
+    memcpy(w->saved, w->C, (size_t)(D * E) * sizeof(real));
+    memcpy(w->saved + D * E, w->n, (size_t)D * sizeof(real));
     for (ptrdiff_t j = 0; j < chunks; j++) {
-        ptrdiff_t t0 = start + j * S0, S = xl_min(S0, end - t0);
-        memcpy(w->saved + j * size, w->C, (size_t)(D * E) * sizeof(real));
-        memcpy(w->saved + j * size + D * E, w->n, (size_t)D * sizeof(real));
-        if (m != -INFINITY) m += w->lf[t0];
+        ptrdiff_t t0 = start + j * S0, S = xl_min(S0, end - t0), final = j == chunks - 1;
+        real *C = w->saved + j * size, *next = final ? w->C : C + size;
         w->saved_m[j] = m;
-        if (j == chunks - 1 && !has_dlast) break;
-        load_chunk(ctx, a, w, r, b, h, t0, S, m);
-        m = chunk_state(ctx, a, w, S, m);
+        if (final && !has_dlast) break;
+        chunk c = open_chunk(ctx, a, w, r, b, h, t0, S, C, C + D * E, m);
+        pack_v(ctx, a, w, &c);
+        m = chunk_state(ctx, a, w, &c, next, final ? w->n : next + D * E);
     }
     if (has_dlast)
         behind = (double)ctx->k->dot(D * E, w->dC, w->C) + (double)ctx->k->dot(D, w->dn, w->n);
     for (ptrdiff_t j = chunks; j-- > 0;) {
         ptrdiff_t t0 = start + j * S0, S = xl_min(S0, end - t0);
-        memcpy(w->C, w->saved + j * size, (size_t)(D * E) * sizeof(real));
-        memcpy(w->n, w->saved + j * size + D * E, (size_t)D * sizeof(real));
-        load_chunk(ctx, a, w, r, b, h, t0, S, w->saved_m[j]);
-        chunk_scores(ctx, a, w, r, b, h, t0, S, w->saved_m[j]);
-        backward_chunk(ctx, a, w, r, b, h, t0, S, w->saved_m[j]);
-        add_chunk(ctx, a, w, r, b, h, t0, S);
+        const real *C = w->saved + j * size;
+        chunk c = open_chunk(ctx, a, w, r, b, h, t0, S, C, C + D * E, w->saved_m[j]);
+        backward_chunk(ctx, a, w, r, &c);
+        add_chunk(ctx, a, w, r, &c);
     }
     w->x[end - 1] += behind;
 }
