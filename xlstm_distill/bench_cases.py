@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import ops
 from .config import MixerConfig, ModelConfig
 from .model import Compute, Model
-from .parameters import bf16_round
+from .parameters import aligned_bytes
 from .runtime import core
 from .state import DecodeState
 
@@ -79,31 +79,47 @@ WEIGHTS = ((1536, 576), (576, 1536), (49152, 576), (8192, 2048))
 
 
 def gemm_cases() -> Iterator[Case]:
-    """Products for 64, 512 and 2,048 rows, and for 1 and 8 with weights that no cache holds."""
+    """Products for 64, 512 and 2,048 rows, and for 1 and 8 with weights that no cache holds; in
+    float32, with both operands rounded on the way ("mixed"), and with weights packed in bf16."""
     for m, (n, k) in itertools.product((64, 512, 2048), WEIGHTS):
         a, b, c = _random(m, k), _random(n, k), np.empty((m, n), np.float32)
-        for compute in COMPUTE:
-
-            def run(c: Any = c, a: Any = a, b: Any = b, mixed: bool = compute == "mixed") -> None:
-                core().matmul(c, a, b, 0, 1, 1.0, 0.0, int(mixed))
-
-            sizes, name = {"m": m, "n": n, "k": k}, f"{m}x{n}x{k} {compute}"
-            yield Case("gemm", name, run, 2.0 * m * n * k, m, sizes, compute)
-    for (n, k), compute in itertools.product(WEIGHTS, COMPUTE):
-        half = compute == "mixed"  # as a model with compute="bf16" stores them
-        size = n * k * (2 if half else 4)
-        copies = -(-COLD_BYTES // size)
-        first: NDArray[Any] = bf16_round(_random(n, k)) if half else _random(n, k)
-        weights = np.broadcast_to(first, (copies, n, k)).copy()
+        sizes = {"m": m, "n": n, "k": k}
+        for name, compute, run in _products(a, b, c):
+            yield Case("gemm", f"{m}x{n}x{k} {name}", run, 2.0 * m * n * k, m, sizes, compute)
+    for (n, k), half in itertools.product(WEIGHTS, (False, True)):
+        first: NDArray[Any] = _packed(_random(n, k)) if half else _random(n, k)
+        copies = -(-COLD_BYTES // first.nbytes)
+        room = aligned_bytes(copies * first.nbytes).view(first.dtype)
+        weights = room.reshape(copies, *first.shape)
+        weights[...] = first
         for m in (1, 8):
             turn = itertools.cycle(weights)
             a, c = _random(m, k), np.empty((m, n), np.float32)
 
-            def cold(c: Any = c, a: Any = a, turn: Any = turn, mixed: int = int(half)) -> None:
-                core().matmul(c, a, next(turn), 0, 1, 1.0, 0.0, mixed)
+            def cold(c: Any = c, a: Any = a, turn: Any = turn, half: bool = half) -> None:
+                if half:
+                    core().packed_matmul(c, a, next(turn), 0, 1)
+                else:
+                    core().matmul(c, a, next(turn), 0, 1, 1.0, 0.0, 0)
 
-            sizes, name = {"m": m, "n": n, "k": k, "cold": 1}, f"{m}x{n}x{k} {compute} cold"
-            yield Case("gemm", name, cold, 2.0 * m * n * k, m, sizes, compute, size)
+            name = f"{m}x{n}x{k} {'bf16' if half else 'f32'} cold"
+            sizes = {"m": m, "n": n, "k": k, "cold": 1}
+            compute = "mixed" if half else "f32"
+            yield Case("gemm", name, cold, 2.0 * m * n * k, m, sizes, compute, first.nbytes)
+
+
+def _products(a: Any, b: Any, c: Any) -> Iterator[tuple[str, Compute, Callable[[], None]]]:
+    packed = _packed(b)
+    yield "f32", "f32", lambda: core().matmul(c, a, b, 0, 1, 1.0, 0.0, 0)
+    yield "mixed", "mixed", lambda: core().matmul(c, a, b, 0, 1, 1.0, 0.0, 1)
+    yield "bf16", "mixed", lambda: core().packed_matmul(c, a, packed, 0, 1)
+
+
+def _packed(w: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """As a model with compute="bf16" stores a matrix."""
+    to = aligned_bytes(core().packed_size(*w.shape, 0))
+    core().pack_weights(to, w, 0)
+    return to
 
 
 # ---- sequence ops -------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ class AdamW:
         """(entry, its place among the parameters, its place among the moments)"""
         at = 0
         for e in self.entries:
-            yield e, slice(e.offset, e.offset + e.size), slice(at, at + e.size)
+            first = e.offset // self.params.dtype.itemsize
+            yield e, slice(first, first + e.size), slice(at, at + e.size)
             at += e.size
 
     def zero(self, grads: Parameters) -> None:

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .runtime import core
+
 Storage = Literal["real", "bf16", "int8"]
-_STORAGE: dict[int, Storage] = {0: "real", 1: "bf16", 4: "int8"}
+_STORAGE: dict[int, Storage] = {0: "real", 4: "int8", 5: "bf16"}
 """By the core's number (xl_dtype)."""
 ALIGNMENT = 64
 """Bytes; what the core asks of a flat buffer (XL_PLAN_ALIGN)."""
@@ -27,35 +29,8 @@ def aligned_bytes(size: int) -> NDArray[np.uint8]:
     return raw[start : start + size]
 
 
-def bf16_round(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """float32 to bf16 bits, to nearest, ties to even. NaN stays NaN."""
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (
-        np.where(np.isnan(x), np.uint32(0x7FC00000), rounded)
-        .astype(np.uint32)
-        .view(np.uint16)[..., 1::2]
-        .reshape(x.shape)
-    )
-
-
-def bf16_widen(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bf16 bits to float32, exact."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def int8_round(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Rows [rows, cols] as signed bytes and a scale each [rows]: x is about scale * bytes.
-
-    The largest entry of a row becomes 127; no entry is further off than half its row's scale.
-    """
-    scale = np.abs(x).max(axis=1, initial=0).astype(np.float32) / np.float32(127)
-    whole = np.where(scale > 0, scale, np.float32(1))[:, None]
-    return np.rint(x / whole).astype(np.int8), scale
-
-
 class Entry(NamedTuple):
-    """One tensor of a flat buffer. `offset` and `size` count elements of the buffer's dtype."""
+    """One tensor of a flat buffer: `nbytes` bytes from `offset` on hold its `size` numbers."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,6 +39,7 @@ class Entry(NamedTuple):
     group: int
     """layer, or -1 outside the layers"""
     offset: int
+    nbytes: int
     size: int
     storage: Storage = "real"
 
@@ -81,15 +57,11 @@ class Parameters:
         self.raw = aligned_bytes(size)
         self._plan, self._size = plan, size
         self.entries: list[Entry] = []
-        for name, shape, role, group, kind, offset in plan:
-            storage = _STORAGE[kind]
-            count = int(np.prod(shape, dtype=np.int64))
-            at = offset // self._stored(storage).itemsize
-            self.entries.append(Entry(name, tuple(shape), role, group, at, count, storage))
+        for name, shape, role, group, kind, offset, nbytes in plan:
+            size = int(np.prod(shape, dtype=np.int64))
+            place = (offset, nbytes, size, _STORAGE[kind])
+            self.entries.append(Entry(name, tuple(shape), role, group, *place))
         self._index = {e.name: i for i, e in enumerate(self.entries)}
-
-    def _stored(self, storage: Storage) -> np.dtype[Any]:
-        return np.dtype({"real": self.dtype, "bf16": np.uint16, "int8": np.int8}[storage])
 
     @property
     def packed(self) -> bool:
@@ -105,32 +77,33 @@ class Parameters:
             )
         return self.raw.view(self.dtype)
 
-    def view(self, entry: Entry) -> NDArray[Any]:
-        """Writeable view of a tensor (uint16 bits where it is stored as bf16, bytes as int8)."""
-        typed = self.raw.view(self._stored(entry.storage))
-        return typed[entry.offset : entry.offset + entry.size].reshape(entry.shape)
+    def stored(self, entry: Entry) -> NDArray[np.uint8]:
+        """Writeable bytes of a tensor; bf16 and int8 lie in panels (csrc/base/plan.h)."""
+        return self.raw[entry.offset : entry.offset + entry.nbytes]
 
-    def scales(self, entry: Entry) -> NDArray[Any]:
-        """Writeable view of the scales [rows] of a tensor stored as int8; they lie behind it."""
-        start = entry.offset + -(-entry.size // ALIGNMENT) * ALIGNMENT
-        end = start + entry.shape[0] * self.dtype.itemsize
-        return self.raw[start:end].view(self.dtype)
+    def view(self, entry: Entry) -> NDArray[Any]:
+        """Writeable view of a tensor that is stored as it is."""
+        if entry.storage != "real":
+            raise TypeError(f"{entry.name} is stored as {entry.storage}: read and set it by name")
+        return self.stored(entry).view(self.dtype).reshape(entry.shape)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         entry = self.entries[self._index[name]]
-        view = self.view(entry)
-        if entry.storage == "int8":
-            return view * self.scales(entry)[:, None]
-        return bf16_widen(view) if entry.storage == "bf16" else view
+        if entry.storage == "real":
+            return self.view(entry)
+        value = np.empty(entry.shape, self.dtype)
+        core(self.dtype).unpack_weights(value, self.stored(entry), entry.storage == "int8")
+        return value
 
     def __setitem__(self, name: str, value: NDArray[Any]) -> None:
         entry = self.entries[self._index[name]]
         if value.shape != entry.shape:
             raise ValueError(f"{name} has shape {value.shape}, expected {entry.shape}")
-        if entry.storage == "int8":
-            self.view(entry)[...], self.scales(entry)[...] = int8_round(value)
+        if entry.storage == "real":
+            self.view(entry)[...] = value
         else:
-            self.view(entry)[...] = bf16_round(value) if entry.storage == "bf16" else value
+            whole = np.ascontiguousarray(value, self.dtype)
+            core(self.dtype).pack_weights(self.stored(entry), whole, entry.storage == "int8")
 
     def __contains__(self, name: str) -> bool:
         return name in self._index
@@ -165,7 +138,5 @@ class Parameters:
         h = hashlib.sha256()
         for e in self.entries:
             h.update(e.name.encode())
-            h.update(np.ascontiguousarray(self.view(e)))
-            if e.storage == "int8":
-                h.update(np.ascontiguousarray(self.scales(e)))
+            h.update(self.stored(e))
         return h.hexdigest()

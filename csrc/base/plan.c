@@ -5,7 +5,8 @@
 ptrdiff_t xl_dtype_size(xl_dtype dtype) {
     switch (dtype) {
     case XL_DT_REAL: return (ptrdiff_t)sizeof(real);
-    case XL_DT_BF16: return (ptrdiff_t)sizeof(xl_bf16);
+    case XL_DT_BF16:
+    case XL_DT_PANELS: return (ptrdiff_t)sizeof(xl_bf16);
     case XL_DT_I32: return 4;
     case XL_DT_U8:
     case XL_DT_I8: return 1;
@@ -17,12 +18,16 @@ void *xl_take(xl_plan *plan, const char *name, xl_role role, xl_dtype dtype, int
               const ptrdiff_t *shape) {
     if (plan->failed) return NULL;
     ptrdiff_t bytes = xl_dtype_size(dtype), padded, end;
-    for (int i = 0; i < ndim; i++)
-        if (shape[i] < 0 || __builtin_mul_overflow(bytes, shape[i], &bytes)) plan->failed = 1;
+    for (int i = 0; i < ndim; i++) {
+        ptrdiff_t room = shape[i]; /* sizes of matrices are below 2^31: rounding up is safe */
+        if (dtype == XL_DT_PANELS || dtype == XL_DT_I8) room = xl_round_up(room, XL_PANEL);
+        if (shape[i] < 0 || __builtin_mul_overflow(bytes, room, &bytes)) plan->failed = 1;
+    }
     if (__builtin_add_overflow(bytes, XL_PLAN_ALIGN - 1, &padded)) plan->failed = 1;
     padded = padded / XL_PLAN_ALIGN * XL_PLAN_ALIGN;
     if (dtype == XL_DT_I8 && !plan->failed) {
-        bytes = padded + shape[0] * (ptrdiff_t)sizeof(real); /* no more than 9 times as much */
+        /* no more than 9 times as much */
+        bytes = padded + xl_round_up(shape[0], XL_PANEL) * (ptrdiff_t)sizeof(real);
         padded = xl_round_up(bytes, XL_PLAN_ALIGN);
     }
     if (__builtin_add_overflow(plan->used, padded, &end)) plan->failed = 1;

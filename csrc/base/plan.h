@@ -14,9 +14,14 @@
 
 #define XL_PLAN_ALIGN 64 /* bytes; one cache line, one AVX-512 vector */
 
-/* XL_DT_I8: a matrix [rows, cols] of signed bytes, and behind it (xl_scales_at bytes from its start) a
- * real for each row that its entries are to be multiplied by. */
-typedef enum { XL_DT_REAL = 0, XL_DT_BF16, XL_DT_I32, XL_DT_U8, XL_DT_I8 } xl_dtype;
+/* Matrices [rows, cols] of weights for inference lie in panels, as products read them: [panel of XL_PANEL
+ * rows][cols / 2][XL_PANEL][2] for bf16 (XL_DT_PANELS) and [panel][cols / 4][XL_PANEL][4] for signed bytes
+ * (XL_DT_I8): what one row has in a word, and the panel's rows behind one another. Rows and cols are
+ * padded with zeros to multiples of XL_PANEL. Behind signed bytes, xl_scales_at bytes from their start,
+ * is a real for each padded row that its entries are to be multiplied by. */
+typedef enum { XL_DT_REAL = 0, XL_DT_BF16, XL_DT_I32, XL_DT_U8, XL_DT_I8, XL_DT_PANELS } xl_dtype;
+
+#define XL_PANEL 32
 
 typedef enum {
     XL_ROLE_EMBEDDING,
@@ -62,7 +67,7 @@ real *xl_take_reals(xl_plan *plan, ptrdiff_t count);
 ptrdiff_t xl_dtype_size(xl_dtype dtype);
 
 static inline ptrdiff_t xl_scales_at(ptrdiff_t rows, ptrdiff_t cols) {
-    return xl_round_up(rows * cols, XL_PLAN_ALIGN);
+    return xl_round_up(rows, XL_PANEL) * xl_round_up(cols, XL_PANEL);
 }
 
 #define XL_SHAPE(...)                                                                              \

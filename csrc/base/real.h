@@ -34,6 +34,16 @@ static inline float xl_bf16_widen(xl_bf16 x) {
     return w.f;
 }
 
+/* To nearest, ties to even; a NaN stays one. */
+static inline xl_bf16 xl_bf16_round(float x) {
+    union {
+        float f;
+        uint32_t u;
+    } w = {.f = x};
+    if (x != x) return (xl_bf16){0x7fc0};
+    return (xl_bf16){(uint16_t)((w.u + 0x7fff + (w.u >> 16 & 1)) >> 16)};
+}
+
 static inline ptrdiff_t xl_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t xl_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 static inline ptrdiff_t xl_ceil_div(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }

@@ -79,27 +79,6 @@ static void pack_b(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrd
     }
 }
 
-static void pack_b_bf16(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb, ptrdiff_t csb,
-                        real *out) {
-    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR) {
-        ptrdiff_t w = xl_min(NR, n - j0);
-        for (ptrdiff_t j = 0; j < w; j++)
-            for (ptrdiff_t k = 0; k < kc; k++)
-                out[k * NR + j] = (real)xl_bf16_widen(b[k * rsb + (j0 + j) * csb]);
-        for (ptrdiff_t j = w; j < NR; j++)
-            for (ptrdiff_t k = 0; k < kc; k++) out[k * NR + j] = 0;
-    }
-}
-
-static void pack_b_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
-                        const real *scale, real *out) {
-    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR)
-        for (ptrdiff_t j = 0; j < NR; j++)
-            for (ptrdiff_t k = 0; k < kc; k++)
-                out[k * NR + j] =
-                    j0 + j < n ? scale[j0 + j] * (real)b[(j0 + j) * csb + k] : (real)0;
-}
-
 /* A(i,k) of XL_MR rows into [k][XL_MR], rows from m on are zeros. */
 INLINE void pack_a(ptrdiff_t m, ptrdiff_t kc, const real *a, ptrdiff_t rsa, ptrdiff_t csa,
                    real *out) {
@@ -190,94 +169,156 @@ INLINE void store_part(real *p, ptrdiff_t n, vec x) {
 
 /* ---- dot products ------------------------------------------------------------------------- */
 
-#ifdef XL_REAL_F64
-INLINE vec widen(const xl_bf16 *p) {
-    vec x;
-    for (ptrdiff_t l = 0; l < VL; l++) x[l] = (real)xl_bf16_widen(p[l]);
-    return x;
-}
-#else
-typedef uint16_t half_u __attribute__((vector_size(XL_VB / 2), aligned(2), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(XL_VB)));
-INLINE vec widen(const xl_bf16 *p) {
-    return (vec)(__builtin_convertvector(*(const half_u *)p, uvec) << 16);
-}
-#endif
-#ifdef XL_REAL_F64
-INLINE vec widen_int8(const int8_t *p) {
-    vec x;
-    for (ptrdiff_t l = 0; l < VL; l++) x[l] = (real)p[l];
-    return x;
-}
-#else
-typedef int8_t byte_u __attribute__((vector_size(XL_VB / 4), aligned(1), may_alias));
-INLINE vec widen_int8(const int8_t *p) {
-    return __builtin_convertvector(__builtin_convertvector(*(const byte_u *)p, ivec), vec);
-}
-#endif
-INLINE real widen_int8_one(const int8_t *p) { return (real)*p; }
-INLINE real widen_one(const xl_bf16 *p) { return (real)xl_bf16_widen(*p); }
-INLINE real load_one(const real *p) { return *p; }
-
 /* A tile of rows of x and rows of w keeps all its sums in registers; `rows` and `count` are constants
  * here. Decoding waits for memory: rows of w are asked for some tiles ahead, into the second cache (the
  * first would lose them again). */
 #define DOT_AHEAD 16
 #define DOT_X (XL_VB == 64 ? 4 : 2)
-#define DOT_TILE(name, type, load_vec, load_scalar)                                                \
-    INLINE vec name##_part(const type *p, ptrdiff_t n) {                                           \
-        vec x = {0};                                                                               \
-        for (ptrdiff_t l = 0; l < n; l++) x[l] = load_scalar(p + l);                               \
-        return x;                                                                                  \
-    }                                                                                              \
-    INLINE void name##_tile(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx,             \
-                            const int count, const type *w, ptrdiff_t ldw, real *y) {              \
-        vec s[DOT_X][XL_DOTS], wi[XL_DOTS];                                                        \
-        for (int r = 0; r < rows; r++)                                                             \
-            for (int c = 0; c < count; c++) s[r][c] = (vec){0};                                    \
-        ptrdiff_t i = 0;                                                                           \
-        for (; i + VL <= n; i += VL) {                                                             \
-            for (int c = 0; c < count; c++) {                                                      \
-                __builtin_prefetch(w + (DOT_AHEAD + c) * ldw + i, 0, 2);                           \
-                wi[c] = load_vec(w + c * ldw + i);                                                 \
-            }                                                                                      \
-            for (int r = 0; r < rows; r++) {                                                       \
-                vec xi = load(x + r * ldx + i);                                                    \
-                for (int c = 0; c < count; c++) s[r][c] += wi[c] * xi;                             \
-            }                                                                                      \
-        }                                                                                          \
-        if (i < n) { /* as a vector too: a scalar loop may round otherwise in another tile */      \
-            for (int c = 0; c < count; c++) wi[c] = name##_part(w + c * ldw + i, n - i);           \
-            for (int r = 0; r < rows; r++) {                                                       \
-                vec xi = load_part(x + r * ldx + i, n - i);                                        \
-                for (int c = 0; c < count; c++) s[r][c] += wi[c] * xi;                             \
-            }                                                                                      \
-        }                                                                                          \
-        for (int r = 0; r < rows; r++)                                                             \
-            for (int c = 0; c < count; c++) y[r * XL_DOTS + c] = lanes_sum(s[r][c]);               \
+INLINE void dots_tile(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx, const int count,
+                      const real *w, ptrdiff_t ldw, real *y) {
+    vec s[DOT_X][XL_DOTS], wi[XL_DOTS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < count; c++) s[r][c] = (vec){0};
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        for (int c = 0; c < count; c++) {
+            __builtin_prefetch(w + (DOT_AHEAD + c) * ldw + i, 0, 2);
+            wi[c] = load(w + c * ldw + i);
+        }
+        for (int r = 0; r < rows; r++) {
+            vec xi = load(x + r * ldx + i);
+            for (int c = 0; c < count; c++) s[r][c] += wi[c] * xi;
+        }
     }
+    if (i < n) { /* as a vector too: a scalar loop may round otherwise in another tile */
+        for (int c = 0; c < count; c++) wi[c] = load_part(w + c * ldw + i, n - i);
+        for (int r = 0; r < rows; r++) {
+            vec xi = load_part(x + r * ldx + i, n - i);
+            for (int c = 0; c < count; c++) s[r][c] += wi[c] * xi;
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < count; c++) y[r * XL_DOTS + c] = lanes_sum(s[r][c]);
+}
+
 /* All rows of x by tiles of DOT_X, with whole tiles of w; else one by one. */
-#define DOTS_BY_TILES(name, x_type, w_type)                                                        \
-    static void name(ptrdiff_t n, ptrdiff_t rows, const x_type *x, ptrdiff_t ldx, ptrdiff_t count, \
-                     const w_type *w, ptrdiff_t ldw, real *y) {                                    \
-        ptrdiff_t r = 0;                                                                           \
-        if (count == XL_DOTS) {                                                                    \
-            for (; r + DOT_X <= rows; r += DOT_X)                                                  \
-                name##_tile(n, DOT_X, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);         \
-            for (; r < rows; r++)                                                                  \
-                name##_tile(n, 1, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);             \
-            return;                                                                                \
-        }                                                                                          \
-        for (; r < rows; r++)                                                                      \
-            for (ptrdiff_t c = 0; c < count; c++)                                                  \
-                name##_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);     \
+static void dots(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
+                 const real *w, ptrdiff_t ldw, real *y) {
+    ptrdiff_t r = 0;
+    if (count == XL_DOTS) {
+        for (; r + DOT_X <= rows; r += DOT_X)
+            dots_tile(n, DOT_X, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);
+        for (; r < rows; r++) dots_tile(n, 1, x + r * ldx, ldx, XL_DOTS, w, ldw, y + r * XL_DOTS);
+        return;
     }
-DOT_TILE(dots, real, load, load_one)
-DOT_TILE(dots_bf16, xl_bf16, widen, widen_one)
-DOT_TILE(dots_int8, int8_t, widen_int8, widen_int8_one)
-DOTS_BY_TILES(dots, real, real)
-DOTS_BY_TILES(dots_int8, real, int8_t)
-DOTS_BY_TILES(dots_bf16, real, xl_bf16)
+    for (; r < rows; r++)
+        for (ptrdiff_t c = 0; c < count; c++)
+            dots_tile(n, 1, x + r * ldx, ldx, 1, w + c * ldw, ldw, y + r * XL_DOTS + c);
+}
+
+/* ---- matrices in panels ------------------------------------------------------------------- */
+
+#define PANEL_VECTORS (XL_PANEL / XL_LANES)
+
+/* What XL_LANES rows of a panel have in a word: 2 entries of bf16, or 4 signed bytes. */
+typedef struct {
+    vec at[4];
+} word;
+
+#ifdef XL_REAL_F64
+INLINE word widen_bf16(const xl_bf16 *p) {
+    word x;
+    for (int l = 0; l < XL_LANES; l++)
+        for (int k = 0; k < 2; k++) x.at[k][l] = (real)xl_bf16_widen(p[2 * l + k]);
+    return x;
+}
+INLINE word widen_int8(const int8_t *p) {
+    word x;
+    for (int l = 0; l < XL_LANES; l++)
+        for (int k = 0; k < 4; k++) x.at[k][l] = (real)p[4 * l + k];
+    return x;
+}
+#else
+typedef uint32_t uvec __attribute__((vector_size(XL_VB)));
+typedef uint32_t uvec_u __attribute__((vector_size(XL_VB), aligned(1), may_alias));
+INLINE word widen_bf16(const xl_bf16 *p) {
+    uvec x = *(const uvec_u *)p;
+    return (word){{(vec)(x << 16), (vec)(x & 0xffff0000u)}};
+}
+INLINE word widen_int8(const int8_t *p) {
+    uvec x = *(const uvec_u *)p;
+    return (word){{__builtin_convertvector((ivec)(x << 24) >> 24, vec),
+                   __builtin_convertvector((ivec)(x << 16) >> 24, vec),
+                   __builtin_convertvector((ivec)(x << 8) >> 24, vec),
+                   __builtin_convertvector((ivec)x >> 24, vec)}};
+}
+#endif
+
+static void pack_b_panels(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *panels, ptrdiff_t depth,
+                          real *out) {
+    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR)
+        for (ptrdiff_t j = j0; j < j0 + NR; j += VL) {
+            const xl_bf16 *p = panels + j / XL_PANEL * XL_PANEL * depth + j % XL_PANEL * 2;
+            for (ptrdiff_t k = 0; k < kc; k += 2, p += 2 * XL_PANEL) {
+                word x = widen_bf16(p);
+                for (ptrdiff_t i = k; i < xl_min(kc, k + 2); i++)
+                    store(out + i * NR + j - j0, x.at[i - k]);
+            }
+        }
+}
+
+static void pack_b_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
+                        const real *scale, real *out) {
+    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR)
+        for (ptrdiff_t j = j0; j < j0 + NR; j += VL) {
+            const int8_t *p = panels + j / XL_PANEL * XL_PANEL * depth + j % XL_PANEL * 4;
+            for (ptrdiff_t k = 0; k < kc; k += 4, p += 4 * XL_PANEL) {
+                word x = widen_int8(p);
+                for (ptrdiff_t i = k; i < xl_min(kc, k + 4); i++)
+                    store(out + i * NR + j - j0, x.at[i - k] * load(scale + j));
+            }
+        }
+}
+
+/* Bytes of memory that are asked for ahead of their use. */
+#define PANEL_AHEAD 4096
+
+/* PER entries of a row in a word; `rows` is a constant where this is called. */
+#define DOTS_PANEL(name, type, PER, widen)                                                         \
+    INLINE void name##_rows(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx,             \
+                            const type *w, real *y) {                                              \
+        vec s[DOT_X][PANEL_VECTORS];                                                               \
+        for (int r = 0; r < rows; r++)                                                             \
+            for (int v = 0; v < PANEL_VECTORS; v++) s[r][v] = (vec){0};                            \
+        ptrdiff_t k = 0;                                                                           \
+        for (; k + PER <= n; k += PER, w += PER * XL_PANEL) {                                      \
+            __builtin_prefetch((const char *)w + PANEL_AHEAD, 0, 2);                               \
+            __builtin_prefetch((const char *)w + PANEL_AHEAD + 64, 0, 2);                          \
+            for (int v = 0; v < PANEL_VECTORS; v++) {                                              \
+                word wk = widen(w + v * PER * VL);                                                 \
+                for (int i = 0; i < PER; i++)                                                      \
+                    for (int r = 0; r < rows; r++) s[r][v] += wk.at[i] * x[r * ldx + k + i];       \
+            }                                                                                      \
+        }                                                                                          \
+        for (int v = 0; v < PANEL_VECTORS && k < n; v++) {                                         \
+            word wk = widen(w + v * PER * VL);                                                     \
+            for (ptrdiff_t i = k; i < n; i++)                                                      \
+                for (int r = 0; r < rows; r++) s[r][v] += wk.at[i - k] * x[r * ldx + i];           \
+        }                                                                                          \
+        for (int r = 0; r < rows; r++)                                                             \
+            for (int v = 0; v < PANEL_VECTORS; v++) store(y + r * XL_PANEL + v * VL, s[r][v]);     \
+    }                                                                                              \
+    static void name(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const type *panel, \
+                     real *y) {                                                                    \
+        ptrdiff_t r = 0;                                                                           \
+        for (; r + DOT_X <= rows; r += DOT_X)                                                      \
+            name##_rows(n, DOT_X, x + r * ldx, ldx, panel, y + r * XL_PANEL);                      \
+        for (; r < rows; r++) name##_rows(n, 1, x + r * ldx, ldx, panel, y + r * XL_PANEL);        \
+    }
+DOTS_PANEL(dots_panel, xl_bf16, 2, widen_bf16)
+DOTS_PANEL(dots_panel_int8, int8_t, 4, widen_int8)
+
+/* ---- sums --------------------------------------------------------------------------------- */
 
 static real dot(ptrdiff_t n, const real *x, const real *y) {
     vec s[4] = {{0}, {0}, {0}, {0}};
@@ -644,22 +685,21 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .combine = combine,
     .mlstm_step = mlstm_step,
     .pack_b = pack_b,
-    .pack_b_bf16 = pack_b_bf16,
+    .pack_b_panels = pack_b_panels,
     .pack_b_int8 = pack_b_int8,
     .gemm_packed = gemm_packed,
     .mixed_mr = MIXED(MIXED_MR),
     .pack_a_mixed = MIXED(pack_a_mixed),
     .pack_b_mixed = MIXED(pack_b_mixed),
-    .pack_b_mixed_bf16 = MIXED(pack_b_mixed_bf16),
     .pack_b_mixed_int8 = MIXED(pack_b_mixed_int8),
     .gemm_mixed = MIXED(gemm_mixed),
     .gemm_rounded = MIXED(gemm_rounded),
     .peak_mixed = MIXED(peak_mixed),
-    .dots_mixed = MIXED(dots_mixed),
+    .dots_panel_mixed = MIXED(dots_panel_mixed),
     .round_mixed = MIXED(round_mixed),
     .dots = dots,
-    .dots_bf16 = dots_bf16,
-    .dots_int8 = dots_int8,
+    .dots_panel = dots_panel,
+    .dots_panel_int8 = dots_panel_int8,
     .dot = dot,
     .sum = sum,
     .max = max,

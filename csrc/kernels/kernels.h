@@ -7,6 +7,7 @@
 #ifndef XL_KERNELS_H
 #define XL_KERNELS_H
 
+#include "base/plan.h"
 #include "base/real.h"
 
 /* gemm: rows of B packed per pass (KC) and columns (NC). A panel of KC x NC stays in L2. */
@@ -18,7 +19,7 @@
  * multiple of XL_PAIR_K. A large slice costs less than reading and writing C once more. */
 #define XL_MIXED_KC 1152
 #define XL_ROUNDED_KC 384
-#define XL_PAIR_K 32
+#define XL_PAIR_K XL_PANEL
 #define XL_DOTS 4 /* rows of w that `dots` takes at once */
 /* reals of scratch that `gemm` needs */
 #define XL_GEMM_PACK (XL_GEMM_KC * XL_GEMM_NC + XL_GEMM_APACK + 64)
@@ -43,10 +44,10 @@ typedef struct xl_kernels {
      * apack: XL_GEMM_APACK reals. */
     void (*pack_b)(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
                    real *out);
-    void (*pack_b_bf16)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb, ptrdiff_t csb,
-                        real *out);
-    /* of the rows of an int8 matrix: B(k,n) = scale[n] b[n*csb + k] */
-    void (*pack_b_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
+    /* of n rows of a matrix in panels (base/plan.h), each `depth` long: B(k,n) = W(n,k) */
+    void (*pack_b_panels)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *panels, ptrdiff_t depth,
+                          real *out);
+    void (*pack_b_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
                         const real *scale, real *out);
     void (*gemm_packed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const real *a,
                         ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
@@ -61,12 +62,12 @@ typedef struct xl_kernels {
                          xl_bf16 *out);
     void (*pack_b_mixed)(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
                          xl_bf16 *out);
-    void (*pack_b_mixed_bf16)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb,
-                              ptrdiff_t csb, xl_bf16 *out);
-    void (*pack_b_mixed_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
+    void (*pack_b_mixed_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
                               const real *scale, xl_bf16 *out);
+    /* depth: entries from a packed column of b to the next, the padded kc or more: a matrix in panels
+     * is B packed in one slice */
     void (*gemm_mixed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
-                       const xl_bf16 *b, real beta, real *c, ptrdiff_t ldc);
+                       const xl_bf16 *b, ptrdiff_t depth, real beta, real *c, ptrdiff_t ldc);
     xl_gemm gemm_rounded; /* the whole product of operands rounded to bf16 */
     double (*peak_mixed)(ptrdiff_t rounds, real *sink); /* as xl_peak_rounds */
 
@@ -74,14 +75,16 @@ typedef struct xl_kernels {
      * c*ldw. A product does not depend on rows and count. */
     void (*dots)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
                  const real *w, ptrdiff_t ldw, real *y);
-    void (*dots_bf16)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
-                      const xl_bf16 *w, ptrdiff_t ldw, real *y);
-    void (*dots_int8)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrdiff_t count,
-                      const int8_t *w, ptrdiff_t ldw, real *y); /* not scaled */
-    /* dots of rows rounded to bf16; 0 where gemm_mixed is */
-    void (*dots_mixed)(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
-                       ptrdiff_t count, const xl_bf16 *w, ptrdiff_t ldw, real *y);
-    void (*round_mixed)(ptrdiff_t n, const real *x, xl_bf16 *y); /* to nearest, ties to even */
+    /* y[r * XL_PANEL + c] = x_r . w_c for the rows w_c of a panel. A product does not depend on rows. */
+    void (*dots_panel)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx,
+                       const xl_bf16 *panel, real *y);
+    void (*dots_panel_int8)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx,
+                            const int8_t *panel, real *y); /* not scaled */
+    /* dots_panel of rows that round_mixed made; 0 where gemm_mixed is */
+    void (*dots_panel_mixed)(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
+                             const xl_bf16 *panel, real *y);
+    /* to nearest, ties to even; y padded with zeros to a multiple of XL_PAIR_K */
+    void (*round_mixed)(ptrdiff_t n, const real *x, xl_bf16 *y);
 
     real (*dot)(ptrdiff_t n, const real *x, const real *y);
     real (*sum)(ptrdiff_t n, const real *x);

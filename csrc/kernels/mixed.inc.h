@@ -26,10 +26,6 @@ INLINE __m512i row_pairs(const float *p, ptrdiff_t n) {
     return round_pair(_mm512_maskz_loadu_ps(first(n - 16), p + 16),
                       _mm512_maskz_loadu_ps(first(n), p));
 }
-INLINE __m512i row_pairs_bf16(const xl_bf16 *p, ptrdiff_t n) {
-    __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
-    return _mm512_maskz_loadu_epi16(mask, p);
-}
 /* pairs (low_j, high_j) of the first n columns of two rows */
 INLINE __m512i interleave(__m512i rows) {
     const __m512i order =
@@ -41,12 +37,6 @@ INLINE __m512i column_pairs(const float *low, const float *high, ptrdiff_t n) {
     __m512 h = high ? _mm512_maskz_loadu_ps(first(n), high) : _mm512_setzero_ps();
     return interleave(round_pair(h, _mm512_maskz_loadu_ps(first(n), low)));
 }
-INLINE __m512i column_pairs_bf16(const xl_bf16 *low, const xl_bf16 *high, ptrdiff_t n) {
-    __m256i h = high ? _mm256_maskz_loadu_epi16(first(n), high) : _mm256_setzero_si256();
-    __m256i l = _mm256_maskz_loadu_epi16(first(n), low);
-    return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1));
-}
-
 /* r[i][j] <-> r[j][i], 32-bit entries */
 INLINE void transpose(__m512i r[16]) {
     __m512i t[16];
@@ -77,30 +67,25 @@ INLINE void transpose(__m512i r[16]) {
 /* ---- packing ------------------------------------------------------------------------------ */
 
 /* out: [kc / 2][NR][2] for 16 columns from one column on. One of rsb, csb is 1. */
-#define PACK_COLUMNS(name, type, row_load, column_load)                                            \
-    INLINE void name(ptrdiff_t kc, ptrdiff_t n, const type *b, ptrdiff_t rsb, ptrdiff_t csb,       \
-                     xl_bf16 *out) {                                                               \
-        for (ptrdiff_t k = 0; k < kc; k += XL_PAIR_K) {                                            \
-            __m512i r[16];                                                                         \
-            ptrdiff_t left = kc - k;                                                               \
-            if (csb == 1) {                                                                        \
-                for (ptrdiff_t p = 0; p < 16; p++) {                                               \
-                    const type *low = b + (k + 2 * p) * rsb;                                       \
-                    r[p] = 2 * p >= left                                                           \
-                               ? _mm512_setzero_si512()                                            \
-                               : column_load(low, 2 * p + 1 < left ? low + rsb : NULL, n);         \
-                }                                                                                  \
-            } else {                                                                               \
-                for (ptrdiff_t j = 0; j < 16; j++)                                                 \
-                    r[j] = j < n ? row_load(b + j * csb + k, left) : _mm512_setzero_si512();       \
-                transpose(r);                                                                      \
-            }                                                                                      \
-            for (ptrdiff_t p = 0; p < 16; p++)                                                     \
-                _mm512_storeu_si512(out + (k / 2 + p) * 2 * NR, r[p]);                             \
-        }                                                                                          \
+INLINE void pack_columns(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
+                         xl_bf16 *out) {
+    for (ptrdiff_t k = 0; k < kc; k += XL_PAIR_K) {
+        __m512i r[16];
+        ptrdiff_t left = kc - k;
+        if (csb == 1) {
+            for (ptrdiff_t p = 0; p < 16; p++) {
+                const real *low = b + (k + 2 * p) * rsb;
+                r[p] = 2 * p >= left ? _mm512_setzero_si512()
+                                     : column_pairs(low, 2 * p + 1 < left ? low + rsb : NULL, n);
+            }
+        } else {
+            for (ptrdiff_t j = 0; j < 16; j++)
+                r[j] = j < n ? row_pairs(b + j * csb + k, left) : _mm512_setzero_si512();
+            transpose(r);
+        }
+        for (ptrdiff_t p = 0; p < 16; p++) _mm512_storeu_si512(out + (k / 2 + p) * 2 * NR, r[p]);
     }
-PACK_COLUMNS(pack_columns, float, row_pairs, column_pairs)
-PACK_COLUMNS(pack_columns_bf16, xl_bf16, row_pairs_bf16, column_pairs_bf16)
+}
 
 static void pack_b_mixed(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
                          xl_bf16 *out) {
@@ -109,35 +94,18 @@ static void pack_b_mixed(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb
                      out + j / NR * NR * xl_round_up(kc, XL_PAIR_K) + j % NR * 2);
 }
 
-static void pack_b_mixed_bf16(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *b, ptrdiff_t rsb,
-                              ptrdiff_t csb, xl_bf16 *out) {
-    for (ptrdiff_t j = 0; j < xl_round_up(n, NR); j += 16)
-        pack_columns_bf16(kc, n - j, b + j * csb, rsb, csb,
-                          out + j / NR * NR * xl_round_up(kc, XL_PAIR_K) + j % NR * 2);
-}
-
-/* 32 entries of an int8 row, the first n of them, scaled and rounded; the others 0 */
-INLINE __m512i row_pairs_int8(const int8_t *p, ptrdiff_t n, real scale) {
-    __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1;
-    __m256i x = _mm256_maskz_loadu_epi8(mask, p);
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(x))),
-           high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(x, 1)));
-    return round_pair(scale * high, scale * low);
-}
-
-static void pack_b_mixed_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *b, ptrdiff_t csb,
+static void pack_b_mixed_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
                               const real *scale, xl_bf16 *out) {
-    for (ptrdiff_t j = 0; j < xl_round_up(n, NR); j += 16) {
-        xl_bf16 *to = out + j / NR * NR * xl_round_up(kc, XL_PAIR_K) + j % NR * 2;
-        for (ptrdiff_t k = 0; k < kc; k += XL_PAIR_K) {
-            __m512i r[16];
-            for (ptrdiff_t i = 0; i < 16; i++)
-                r[i] = j + i < n ? row_pairs_int8(b + (j + i) * csb + k, kc - k, scale[j + i])
-                                 : _mm512_setzero_si512();
-            transpose(r);
-            for (ptrdiff_t p = 0; p < 16; p++) _mm512_storeu_si512(to + (k / 2 + p) * 2 * NR, r[p]);
-        }
-    }
+    for (ptrdiff_t j = 0; j < n; j += XL_PANEL, out += XL_PANEL * xl_round_up(kc, XL_PAIR_K))
+        for (ptrdiff_t k = 0; k < xl_round_up(kc, XL_PAIR_K); k += 4)
+            for (ptrdiff_t i = 0; i < XL_PANEL; i += 16) {
+                word x = widen_int8(panels + j * depth + k * XL_PANEL + i * 4);
+                __m512 by = (__m512)load(scale + j + i);
+                xl_bf16 *to = out + k * XL_PANEL + i * 2;
+                _mm512_storeu_si512(to, interleave(round_pair(by * x.at[1], by * x.at[0])));
+                _mm512_storeu_si512(to + 2 * XL_PANEL,
+                                    interleave(round_pair(by * x.at[3], by * x.at[2])));
+            }
 }
 
 /* One of rsa, csa is 1. */
@@ -266,7 +234,8 @@ INLINE void prefetch_tile(const real *c, ptrdiff_t ldc, ptrdiff_t rows) {
 }
 
 static void gemm_mixed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
-                       const xl_bf16 *b, real beta, real *c, ptrdiff_t ldc) {
+                       const xl_bf16 *b, ptrdiff_t depth, real beta, real *c, ptrdiff_t ldc) {
+    _Static_assert(XL_NV * XL_LANES == XL_PANEL, "a matrix in panels is a packed B");
     ptrdiff_t padded = xl_round_up(kc, XL_PAIR_K);
     /* The usual products are added where they belong. A tile at an edge goes through a copy, but by
      * the same additions: an element must not depend on the size of the matrix. */
@@ -279,7 +248,7 @@ static void gemm_mixed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const
         for (ptrdiff_t i = 0; i < m; i += MIXED_MR) {
             ptrdiff_t h = xl_min(MIXED_MR, m - i), w = xl_min(NR, n - j);
             real *out = c + i * ldc + j;
-            const xl_bf16 *ta = a + i * padded, *tb = b + j * padded;
+            const xl_bf16 *ta = a + i * padded, *tb = b + j * depth;
             if (i + MIXED_MR < m)
                 prefetch_tile(out + MIXED_MR * ldc, ldc, xl_min(MIXED_MR, m - i - MIXED_MR));
             else if (j + NR < n)
@@ -316,7 +285,8 @@ static void gemm_rounded(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, cons
             for (ptrdiff_t i = 0; i < m; i += ROUNDED_M) {
                 ptrdiff_t h = xl_min(ROUNDED_M, m - i);
                 pack_a_mixed(kc, h, a + i * rsa + k0 * csa, rsa, csa, of_a);
-                gemm_mixed(h, w, kc, alpha, of_a, of_b, k0 ? (real)1 : beta, c + i * ldc + j, ldc);
+                gemm_mixed(h, w, kc, alpha, of_a, of_b, xl_round_up(kc, XL_PAIR_K),
+                           k0 ? (real)1 : beta, c + i * ldc + j, ldc);
             }
         }
     }
@@ -325,35 +295,41 @@ static void gemm_rounded(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, real alpha, cons
 /* ---- dot products ------------------------------------------------------------------------- */
 
 static void round_mixed(ptrdiff_t n, const real *x, xl_bf16 *y) {
-    for (ptrdiff_t i = 0; i < n; i += 32) {
-        ptrdiff_t left = n - i;
-        __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-        _mm512_mask_storeu_epi16(y + i, mask, row_pairs(x + i, left));
-    }
+    for (ptrdiff_t i = 0; i < n; i += 32) _mm512_storeu_si512(y + i, row_pairs(x + i, n - i));
 }
 
-/* As DOT_TILE of body.inc.h, by pairs. */
-INLINE void dots_mixed_tile(ptrdiff_t n, const int rows, const xl_bf16 *x, ptrdiff_t ldx,
-                            const int count, const xl_bf16 *w, ptrdiff_t ldw, real *y) {
-    __m512 s[DOT_X][XL_DOTS];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < count; c++) s[r][c] = _mm512_setzero_ps();
-    for (ptrdiff_t i = 0; i < n; i += 32) {
-        __m512bh wi[XL_DOTS];
-        for (int c = 0; c < count; c++) {
-            __builtin_prefetch(w + (DOT_AHEAD + c) * ldw + i, 0, 2);
-            wi[c] = (__m512bh)row_pairs_bf16(w + c * ldw + i, n - i);
-        }
+#define PANEL_ROWS 8 /* rows at a time: their sums fill half of the registers */
+
+INLINE void dots_panel_mixed_rows(ptrdiff_t n, const int rows, const xl_bf16 *x, ptrdiff_t ldx,
+                                  const xl_bf16 *w, real *y) {
+    __m512 s[PANEL_ROWS][2];
+    for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
+    for (ptrdiff_t k = 0; k < n; k += 2, w += 2 * XL_PANEL) {
+        __builtin_prefetch((const char *)w + PANEL_AHEAD, 0, 2);
+        __builtin_prefetch((const char *)w + PANEL_AHEAD + 64, 0, 2);
+        __m512bh w0 = (__m512bh)_mm512_loadu_si512(w),
+                 w1 = (__m512bh)_mm512_loadu_si512(w + XL_PANEL);
         for (int r = 0; r < rows; r++) {
-            __m512bh xi = (__m512bh)row_pairs_bf16(x + r * ldx + i, n - i);
-            for (int c = 0; c < count; c++) s[r][c] = _mm512_dpbf16_ps(s[r][c], wi[c], xi);
+            int32_t pair;
+            __builtin_memcpy(&pair, x + r * ldx + k, sizeof pair);
+            __m512bh xk = (__m512bh)_mm512_set1_epi32(pair);
+            s[r][0] = _mm512_dpbf16_ps(s[r][0], w0, xk);
+            s[r][1] = _mm512_dpbf16_ps(s[r][1], w1, xk);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < count; c++) y[r * XL_DOTS + c] = lanes_sum((vec)s[r][c]);
+        for (int v = 0; v < 2; v++) _mm512_storeu_ps(y + r * XL_PANEL + v * 16, s[r][v]);
 }
 
-DOTS_BY_TILES(dots_mixed, xl_bf16, xl_bf16)
+static void dots_panel_mixed(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
+                             const xl_bf16 *panel, real *y) {
+    ptrdiff_t r = 0;
+    for (; r + 8 <= rows; r += 8)
+        dots_panel_mixed_rows(n, 8, x + r * ldx, ldx, panel, y + r * XL_PANEL);
+    for (; r + 4 <= rows; r += 4)
+        dots_panel_mixed_rows(n, 4, x + r * ldx, ldx, panel, y + r * XL_PANEL);
+    for (; r < rows; r++) dots_panel_mixed_rows(n, 1, x + r * ldx, ldx, panel, y + r * XL_PANEL);
+}
 
 /* ---- the peak ----------------------------------------------------------------------------- */
 

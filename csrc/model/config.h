@@ -28,7 +28,7 @@ typedef struct {
     ptrdiff_t layers, d, H, G, D, F, V;
     double eps;
     int tied, attention_bias;
-    xl_dtype weights; /* of matrices: XL_DT_REAL, or for inference XL_DT_BF16 or XL_DT_I8 */
+    xl_dtype weights; /* of matrices: XL_DT_REAL, or for inference XL_DT_PANELS or XL_DT_I8 */
     int mixed;        /* products of matrices: see xl_mat */
     double inv_freq[XL_MAX_HEAD_WIDTH / 2];
     xl_mixer mixer[XL_MAX_LAYERS];

@@ -50,10 +50,8 @@ static real *vector(taker *t, const char *name, xl_role role, ptrdiff_t n) {
 }
 
 static xl_mat matrix(taker *t, const char *name, xl_role role, ptrdiff_t rows, ptrdiff_t cols) {
-    char *data = take(t, name, role, t->matrix, 2, XL_SHAPE(rows, cols));
-    int scaled = data && t->matrix == XL_DT_I8;
-    const real *scale = scaled ? (const real *)(data + xl_scales_at(rows, cols)) : NULL;
-    return (xl_mat){data, t->matrix, t->mixed, scale};
+    void *data = take(t, name, role, t->matrix, 2, XL_SHAPE(rows, cols));
+    return xl_stored_mat(data, t->matrix, t->mixed, rows, cols);
 }
 
 static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer *l) {

@@ -11,16 +11,35 @@
 #include "base/status.h"
 #include "ops/cells.h"
 
-/* A weight matrix [rows, cols], row-major, as `real`, or for inference alone as bf16 or as int8. */
+/* A weight matrix [rows, cols], as `real` and row-major, or for inference alone in panels of bf16 or of
+ * signed bytes (base/plan.h). */
 typedef struct {
     const void *data;
-    xl_dtype dtype;    /* XL_DT_REAL, XL_DT_BF16 or XL_DT_I8 */
+    xl_dtype dtype;    /* XL_DT_REAL, XL_DT_PANELS or XL_DT_I8 */
     int mixed;         /* its products, gradients too, may round both operands to bf16 where the
                         * processor has instructions for that; sums stay `real` */
     const real *scale; /* of each row of an int8 matrix, else NULL */
 } xl_mat;
 
 static inline xl_mat xl_real_mat(const real *p) { return (xl_mat){p, XL_DT_REAL, 0, NULL}; }
+
+/* The matrix [rows, cols] that a plan has placed at `data` (NULL: not wanted). */
+static inline xl_mat xl_stored_mat(void *data, xl_dtype dtype, int mixed, ptrdiff_t rows,
+                                   ptrdiff_t cols) {
+    int scaled = data && dtype == XL_DT_I8;
+    const real *scale = scaled ? (const real *)((char *)data + xl_scales_at(rows, cols)) : NULL;
+    return (xl_mat){data, dtype, mixed, scale};
+}
+
+/* ---- panels.c ----------------------------------------------------------------------------- */
+
+/* A matrix w [rows, cols] into panels at `to`: XL_DT_PANELS (rounded to nearest, ties to even), or
+ * XL_DT_I8, where the largest entry of a row becomes 127. */
+xl_status xl_pack_weights(xl_ctx *ctx, xl_dtype dtype, ptrdiff_t rows, ptrdiff_t cols, void *to,
+                          const real *w);
+xl_status xl_unpack_weights(xl_ctx *ctx, ptrdiff_t rows, ptrdiff_t cols, real *w, xl_mat from);
+/* Row `row` of a matrix of `cols` columns as reals. */
+void xl_mat_row(xl_mat w, ptrdiff_t row, ptrdiff_t cols, real *out);
 
 /* ---- matmul.c ----------------------------------------------------------------------------- */
 

@@ -1,8 +1,6 @@
 #include "kernels/kernels.h"
 #include "ops/basic.h"
 
-#include <string.h>
-
 #define COLUMN_BLOCK 64 /* columns of a task of the backward */
 
 static xl_status check_ids(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, const int32_t *ids) {
@@ -17,18 +15,7 @@ xl_status xl_embedding_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, ptrdiff_t 
                                const int32_t *ids, xl_mat w) {
     XL_TRY(check_ids(ctx, N, V, ids));
 #pragma omp parallel for num_threads(ctx->threads) if (N >= XL_FEW_ROWS)
-    for (ptrdiff_t n = 0; n < N; n++) {
-        real *out = y + n * d;
-        if (w.dtype == XL_DT_BF16) {
-            const xl_bf16 *row = (const xl_bf16 *)w.data + ids[n] * d;
-            for (ptrdiff_t j = 0; j < d; j++) out[j] = (real)xl_bf16_widen(row[j]);
-        } else if (w.dtype == XL_DT_I8) {
-            const int8_t *row = (const int8_t *)w.data + ids[n] * d;
-            for (ptrdiff_t j = 0; j < d; j++) out[j] = w.scale[ids[n]] * (real)row[j];
-        } else {
-            memcpy(out, (const real *)w.data + ids[n] * d, (size_t)d * sizeof(real));
-        }
-    }
+    for (ptrdiff_t n = 0; n < N; n++) xl_mat_row(w, ids[n], d, y + n * d);
     return XL_OK;
 }
 

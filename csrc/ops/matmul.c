@@ -40,15 +40,14 @@ ptrdiff_t xl_matmul_scratch(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff
     workspace w;
     ptrdiff_t size = plan(ctx, N, K, NULL, &w), mixed = xl_matmul_mixed_scratch(ctx, M, N, K);
     if (size < 0 || mixed < 0) return -1;
-    return xl_max(xl_max(size, mixed), ROWS_BY_DOTS * K * (ptrdiff_t)sizeof(xl_bf16));
+    ptrdiff_t rounded = ROWS_BY_DOTS * xl_round_up(K, XL_PAIR_K) * (ptrdiff_t)sizeof(xl_bf16);
+    return xl_max(xl_max(size, mixed), rounded);
 }
 
+/* B is row-major: rows of W are columns of B. */
 static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alpha, const real *a,
-                    ptrdiff_t rsa, xl_mat b, ptrdiff_t csb, real beta, real *c, ptrdiff_t ldc,
-                    xl_bf16 *rounded) {
-    const xl_kernels *k = ctx->k;
-    int pairs = b.dtype == XL_DT_BF16 && b.mixed && k->dots_mixed;
-    for (ptrdiff_t i = 0; pairs && i < M; i++) k->round_mixed(K, a + i * rsa, rounded + i * K);
+                    ptrdiff_t rsa, const real *b, ptrdiff_t csb, real beta, real *c,
+                    ptrdiff_t ldc) {
     /* long pieces of memory: it is read fastest from one end to the other */
     ptrdiff_t block = xl_round_up(xl_max(1, N / (8 * ctx->threads)), XL_DOTS);
 #pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) if (M * N * K > ALONE)
@@ -56,33 +55,52 @@ static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
         for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j += XL_DOTS) {
             real y[ROWS_BY_DOTS * XL_DOTS];
             ptrdiff_t n = xl_min(XL_DOTS, N - j);
-            if (pairs)
-                k->dots_mixed(K, M, rounded, K, n, (const xl_bf16 *)b.data + j * csb, csb, y);
-            else if (b.dtype == XL_DT_BF16)
-                k->dots_bf16(K, M, a, rsa, n, (const xl_bf16 *)b.data + j * csb, csb, y);
-            else if (b.dtype == XL_DT_I8)
-                k->dots_int8(K, M, a, rsa, n, (const int8_t *)b.data + j * csb, csb, y);
-            else
-                k->dots(K, M, a, rsa, n, (const real *)b.data + j * csb, csb, y);
+            ctx->k->dots(K, M, a, rsa, n, b + j * csb, csb, y);
             for (ptrdiff_t i = 0; i < M; i++)
                 for (ptrdiff_t l = 0; l < n; l++) {
                     real *p = c + i * ldc + j + l, value = alpha * y[i * XL_DOTS + l];
+                    *p = beta == 0 ? value : value + beta * *p;
+                }
+        }
+}
+
+static void by_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alpha, const real *a,
+                      ptrdiff_t rsa, xl_mat b, real beta, real *c, ptrdiff_t ldc,
+                      xl_bf16 *rounded) {
+    const xl_kernels *k = ctx->k;
+    ptrdiff_t depth = xl_round_up(K, XL_PANEL);
+    int pairs = b.dtype == XL_DT_PANELS && b.mixed && k->dots_panel_mixed;
+    for (ptrdiff_t i = 0; pairs && i < M; i++) k->round_mixed(K, a + i * rsa, rounded + i * depth);
+    ptrdiff_t block = xl_round_up(xl_max(1, N / (8 * ctx->threads)), XL_PANEL);
+#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) if (M * N * K > ALONE)
+    for (ptrdiff_t j0 = 0; j0 < N; j0 += block)
+        for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j += XL_PANEL) {
+            real y[ROWS_BY_DOTS * XL_PANEL];
+            if (b.dtype == XL_DT_I8)
+                k->dots_panel_int8(K, M, a, rsa, (const int8_t *)b.data + j * depth, y);
+            else if (pairs)
+                k->dots_panel_mixed(K, M, rounded, depth, (const xl_bf16 *)b.data + j * depth, y);
+            else
+                k->dots_panel(K, M, a, rsa, (const xl_bf16 *)b.data + j * depth, y);
+            for (ptrdiff_t i = 0; i < M; i++)
+                for (ptrdiff_t l = 0; l < xl_min(XL_PANEL, N - j); l++) {
+                    real *p = c + i * ldc + j + l, value = alpha * y[i * XL_PANEL + l];
                     if (b.scale) value *= b.scale[j + l];
                     *p = beta == 0 ? value : value + beta * *p;
                 }
         }
 }
 
-/* B(k, n) from k0 and j0 on; one of int8 has rsb 1. */
-static void pack(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, xl_mat b, ptrdiff_t k0,
-                 ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, real *out) {
-    ptrdiff_t at = k0 * rsb + j0 * csb;
+/* B(k, n) from k0 and j0 on; of a matrix in panels j0 is a multiple of XL_PANEL. */
+static void pack(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, ptrdiff_t K, xl_mat b,
+                 ptrdiff_t k0, ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, real *out) {
+    ptrdiff_t depth = xl_round_up(K, XL_PANEL), at = j0 * depth + k0 * XL_PANEL;
     if (b.dtype == XL_DT_I8)
-        k->pack_b_int8(kc, n, (const int8_t *)b.data + at, csb, b.scale + j0, out);
-    else if (b.dtype == XL_DT_BF16)
-        k->pack_b_bf16(kc, n, (const xl_bf16 *)b.data + at, rsb, csb, out);
+        k->pack_b_int8(kc, n, (const int8_t *)b.data + at, depth, b.scale + j0, out);
+    else if (b.dtype == XL_DT_PANELS)
+        k->pack_b_panels(kc, n, (const xl_bf16 *)b.data + at, depth, out);
     else
-        k->pack_b(kc, n, (const real *)b.data + at, rsb, csb, out);
+        k->pack_b(kc, n, (const real *)b.data + k0 * rsb + j0 * csb, rsb, csb, out);
 }
 
 static void by_own_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alpha,
@@ -97,7 +115,7 @@ static void by_own_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, re
         real *apack = w->apack + me * XL_GEMM_APACK;
         do { /* once for K = 0 too: beta applies */
             ptrdiff_t kc = xl_min(XL_GEMM_KC, K - k0);
-            pack(k, kc, n, b, k0, j0, rsb, csb, packed);
+            pack(k, kc, n, K, b, k0, j0, rsb, csb, packed);
             k->gemm_packed(M, n, kc, alpha, a + k0 * csa, rsa, csa, packed, k0 ? (real)1 : beta,
                            c + j0, ldc, apack);
             k0 += kc;
@@ -117,7 +135,7 @@ static void by_shared_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K,
         for (ptrdiff_t s = 0; s < slices; s++)
             for (ptrdiff_t j = 0; j < blocks_n; j++) {
                 ptrdiff_t k0 = s * XL_GEMM_KC, kc = xl_min(XL_GEMM_KC, K - k0), j0 = j * BLOCK_N;
-                pack(k, kc, xl_min(BLOCK_N, N - j0), b, k0, j0, rsb, csb,
+                pack(k, kc, xl_min(BLOCK_N, N - j0), K, b, k0, j0, rsb, csb,
                      w->packed + k0 * columns + j0 * kc);
             }
         real *apack = w->apack + (ptrdiff_t)omp_get_thread_num() * XL_GEMM_APACK;
@@ -140,7 +158,10 @@ xl_status xl_matmul(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
                     real *c, ptrdiff_t ldc, void *scratch) {
     if (M == 0 || N == 0) return XL_OK;
     if (M <= ROWS_BY_DOTS && csa == 1 && rsb == 1) {
-        by_dots(ctx, M, N, K, alpha, a, rsa, b, csb, beta, c, ldc, scratch);
+        if (b.dtype == XL_DT_REAL)
+            by_dots(ctx, M, N, K, alpha, a, rsa, b.data, csb, beta, c, ldc);
+        else
+            by_panels(ctx, M, N, K, alpha, a, rsa, b, beta, c, ldc, scratch);
         return XL_OK;
     }
     if (b.mixed && ctx->k->gemm_mixed) {

@@ -52,16 +52,22 @@ static xl_bf16 *place(xl_bf16 *packed, ptrdiff_t lines, ptrdiff_t k0, ptrdiff_t 
     return packed + k0 * lines + line * xl_round_up(kc, XL_PAIR_K);
 }
 
-/* B(k, n) from k0 and j0 on; one of int8 has rsb 1. */
-static void pack_b(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, xl_mat b, ptrdiff_t k0,
-                   ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, xl_bf16 *out) {
-    ptrdiff_t at = k0 * rsb + j0 * csb;
+/* B(k, n) from k0 and j0 on: `packed`, or in place where B lies in panels of bf16; *depth: entries from
+ * one column to the next. */
+static const xl_bf16 *panels_of(xl_mat b, ptrdiff_t K, ptrdiff_t k0, ptrdiff_t kc, ptrdiff_t j0,
+                                const xl_bf16 *packed, ptrdiff_t *depth) {
+    *depth = xl_round_up(b.dtype == XL_DT_PANELS ? K : kc, XL_PAIR_K);
+    return b.dtype == XL_DT_PANELS ? (const xl_bf16 *)b.data + j0 * *depth + k0 * XL_PANEL : packed;
+}
+
+static void pack_b(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, ptrdiff_t K, xl_mat b,
+                   ptrdiff_t k0, ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, xl_bf16 *out) {
+    ptrdiff_t depth = xl_round_up(K, XL_PANEL);
     if (b.dtype == XL_DT_I8)
-        k->pack_b_mixed_int8(kc, n, (const int8_t *)b.data + at, csb, b.scale + j0, out);
-    else if (b.dtype == XL_DT_BF16)
-        k->pack_b_mixed_bf16(kc, n, (const xl_bf16 *)b.data + at, rsb, csb, out);
-    else
-        k->pack_b_mixed(kc, n, (const real *)b.data + at, rsb, csb, out);
+        k->pack_b_mixed_int8(kc, n, (const int8_t *)b.data + j0 * depth + k0 * XL_PANEL, depth,
+                             b.scale + j0, out);
+    else if (b.dtype == XL_DT_REAL)
+        k->pack_b_mixed(kc, n, (const real *)b.data + k0 * rsb + j0 * csb, rsb, csb, out);
 }
 
 void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alpha, const real *a,
@@ -71,7 +77,8 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
     workspace w;
     plan(ctx, M, N, K, scratch, &w);
     ptrdiff_t blocks_m = xl_ceil_div(M, w.block_m), blocks_n = xl_ceil_div(N, w.block_n);
-    ptrdiff_t slices = xl_max(1, xl_ceil_div(K, w.slice)), shared = w.own ? 0 : blocks_n;
+    ptrdiff_t slices = xl_max(1, xl_ceil_div(K, w.slice));
+    ptrdiff_t shared = w.own || b.dtype == XL_DT_PANELS ? 0 : blocks_n;
 #pragma omp parallel num_threads(ctx->threads)
     {
 #pragma omp for schedule(dynamic) collapse(2)
@@ -84,7 +91,7 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
                                     place(w.a, w.rows, k0, kc, i));
                 } else {
                     ptrdiff_t j = (block - blocks_m) * w.block_n;
-                    pack_b(k, kc, xl_min(w.block_n, N - j), b, k0, j, rsb, csb,
+                    pack_b(k, kc, xl_min(w.block_n, N - j), K, b, k0, j, rsb, csb,
                            place(w.b, w.columns, k0, kc, j));
                 }
             }
@@ -94,9 +101,10 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
             for (ptrdiff_t j = 0; j < N; j += BLOCK_N)
                 for (ptrdiff_t s = 0; s < slices; s++) {
                     ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0);
-                    ptrdiff_t n = xl_min(BLOCK_N, N - j);
-                    pack_b(k, kc, n, b, k0, j, rsb, csb, panel);
-                    k->gemm_mixed(M, n, kc, alpha, place(w.a, w.rows, k0, kc, 0), panel,
+                    ptrdiff_t n = xl_min(BLOCK_N, N - j), depth;
+                    pack_b(k, kc, n, K, b, k0, j, rsb, csb, panel);
+                    const xl_bf16 *of_b = panels_of(b, K, k0, kc, j, panel, &depth);
+                    k->gemm_mixed(M, n, kc, alpha, place(w.a, w.rows, k0, kc, 0), of_b, depth,
                                   s ? (real)1 : beta, c + j, ldc);
                 }
         } else {
@@ -104,11 +112,12 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
             for (ptrdiff_t i = 0; i < M; i += w.block_m)
                 for (ptrdiff_t j = 0; j < N; j += w.block_n)
                     for (ptrdiff_t s = 0; s < slices; s++) {
-                        ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0);
+                        ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0), depth;
+                        const xl_bf16 *of_b =
+                            panels_of(b, K, k0, kc, j, place(w.b, w.columns, k0, kc, j), &depth);
                         k->gemm_mixed(xl_min(w.block_m, M - i), xl_min(w.block_n, N - j), kc, alpha,
-                                      place(w.a, w.rows, k0, kc, i),
-                                      place(w.b, w.columns, k0, kc, j), s ? (real)1 : beta,
-                                      c + i * ldc + j, ldc);
+                                      place(w.a, w.rows, k0, kc, i), of_b, depth,
+                                      s ? (real)1 : beta, c + i * ldc + j, ldc);
                     }
         }
     }

@@ -45,10 +45,12 @@ void xl_packed_product(const xl_ctx *ctx, int mixed, ptrdiff_t m, ptrdiff_t n, p
     ptrdiff_t columns = xl_round_up(n, kn->nr);
     if (rounds(ctx, mixed)) {
         ptrdiff_t rows = xl_round_up(m, kn->mixed_mr);
-        for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_ROUNDED_KC)
-            kn->gemm_mixed(m, n, xl_min(XL_ROUNDED_KC, k - k0), alpha,
-                           (const xl_bf16 *)a.pack + k0 * rows, (const xl_bf16 *)b + k0 * columns,
+        for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_ROUNDED_KC) {
+            ptrdiff_t kc = xl_min(XL_ROUNDED_KC, k - k0);
+            kn->gemm_mixed(m, n, kc, alpha, (const xl_bf16 *)a.pack + k0 * rows,
+                           (const xl_bf16 *)b + k0 * columns, xl_round_up(kc, XL_PAIR_K),
                            k0 ? (real)1 : beta, c, ldc);
+        }
         return;
     }
     for (ptrdiff_t k0 = 0; k0 == 0 || k0 < k; k0 += XL_GEMM_KC)

@@ -124,13 +124,6 @@ real *xl_in(xl_call *c, PyObject *o, const char *name, const char *letters) {
 real *xl_inout(xl_call *c, PyObject *o, const char *name, const char *letters) {
     return take_array(c, o, name, letters, XL_NPY_REAL, XL_NPY_REAL, XL_REAL_NAME, 1);
 }
-const void *xl_in_matrix(xl_call *c, PyObject *o, const char *name, const char *letters,
-                         xl_dtype *dtype) {
-    int half = PyArray_Check(o) && PyArray_TYPE((PyArrayObject *)o) == NPY_UINT16;
-    *dtype = half ? XL_DT_BF16 : XL_DT_REAL;
-    return take_array(c, o, name, letters, half ? NPY_UINT16 : XL_NPY_REAL, XL_NPY_REAL,
-                      XL_REAL_NAME " or uint16", 0);
-}
 int32_t *xl_in_i32(xl_call *c, PyObject *o, const char *name, const char *letters) {
     return take_array(c, o, name, letters, NPY_INT32, NPY_INT32, "int32", 0);
 }

@@ -9,7 +9,7 @@
 /* ---- products and rows -------------------------------------------------------------------- */
 
 /* matmul(c [M, N], a, b, transpose_a, transpose_b, alpha, beta, mixed):
- * c = beta c + alpha op(a) op(b); b: reals, or uint16 with the bits of bf16; mixed: xl_mat */
+ * c = beta c + alpha op(a) op(b); mixed: xl_mat */
 static PyObject *matmul(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 8)) return NULL;
@@ -17,15 +17,91 @@ static PyObject *matmul(PyObject *module, PyObject *const *args, Py_ssize_t narg
     int tb = (int)xl_int(&c, args[4], "transpose_b", 0, 1);
     real *out = xl_inout(&c, args[0], "c", "MN");
     const real *a = xl_in(&c, args[1], "a", ta ? "KM" : "MK");
-    xl_dtype dtype;
-    const void *b = xl_in_matrix(&c, args[2], "b", tb ? "NK" : "KN", &dtype);
+    const real *b = xl_in(&c, args[2], "b", tb ? "NK" : "KN");
     real alpha = (real)xl_double(&c, args[5], "alpha"), beta = (real)xl_double(&c, args[6], "beta");
-    xl_mat right = {b, dtype, (int)xl_int(&c, args[7], "mixed", 0, 1), NULL};
+    xl_mat right = {b, XL_DT_REAL, (int)xl_int(&c, args[7], "mixed", 0, 1), NULL};
     ptrdiff_t M = xl_dim(&c, 'M'), N = xl_dim(&c, 'N'), K = xl_dim(&c, 'K');
     void *scratch = xl_scratch(&c, xl_matmul_scratch(&c.ctx, M, N, K));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_matmul(&c.ctx, M, N, K, alpha, a, ta ? 1 : K, ta ? M : 1, right, tb ? 1 : N,
                          tb ? K : 1, beta, out, N, scratch));
+    return xl_end(&c, c.status);
+}
+
+static xl_dtype packed_dtype(xl_call *c, PyObject *int8) {
+    return xl_int(c, int8, "int8", 0, 1) ? XL_DT_I8 : XL_DT_PANELS;
+}
+
+static ptrdiff_t packed_bytes(xl_dtype dtype, ptrdiff_t rows, ptrdiff_t cols) {
+    xl_entry e;
+    xl_plan p = {.entries = &e, .capacity = 1};
+    xl_take(&p, "", XL_ROLE_PROJECTION, dtype, 2, XL_SHAPE(rows, cols));
+    return p.failed ? PTRDIFF_MAX : e.bytes;
+}
+
+/* The bytes of a matrix [N, K] of weights in panels. */
+static void *packed(xl_call *c, PyObject *obj, int writeable, xl_dtype dtype) {
+    ptrdiff_t size;
+    void *data = xl_bytes(c, obj, "packed", writeable, &size);
+    if (!data || c->failed) return NULL;
+    ptrdiff_t want = packed_bytes(dtype, xl_dim(c, 'N'), xl_dim(c, 'K'));
+    if (size == want) return data;
+    PyErr_Format(PyExc_ValueError, "packed has %zd bytes, expected %zd", (Py_ssize_t)size,
+                 (Py_ssize_t)want);
+    c->failed = 1;
+    return NULL;
+}
+
+/* packed_size(N, K, int8) -> bytes of weights [N, K] in panels (base/plan.h) */
+static PyObject *packed_size(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 3)) return NULL;
+    ptrdiff_t N = xl_int(&c, args[0], "N", 0, INT32_MAX),
+              K = xl_int(&c, args[1], "K", 0, INT32_MAX);
+    xl_dtype dtype = packed_dtype(&c, args[2]);
+    if (c.failed) return xl_end(&c, XL_OK);
+    return PyLong_FromSsize_t(packed_bytes(dtype, N, K));
+}
+
+/* pack_weights(packed bytes, w [N, K], int8) */
+static PyObject *pack_weights(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 3)) return NULL;
+    const real *w = xl_in(&c, args[1], "w", "NK");
+    xl_dtype dtype = packed_dtype(&c, args[2]);
+    void *to = packed(&c, args[0], 1, dtype);
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_pack_weights(&c.ctx, dtype, xl_dim(&c, 'N'), xl_dim(&c, 'K'), to, w));
+    return xl_end(&c, c.status);
+}
+
+/* unpack_weights(w [N, K], packed bytes, int8) */
+static PyObject *unpack_weights(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 3)) return NULL;
+    real *w = xl_inout(&c, args[0], "w", "NK");
+    xl_dtype dtype = packed_dtype(&c, args[2]);
+    void *from = packed(&c, args[1], 0, dtype);
+    if (c.failed) return xl_end(&c, XL_OK);
+    ptrdiff_t N = xl_dim(&c, 'N'), K = xl_dim(&c, 'K');
+    XL_RUN(&c, xl_unpack_weights(&c.ctx, N, K, w, xl_stored_mat(from, dtype, 0, N, K)));
+    return xl_end(&c, c.status);
+}
+
+/* packed_matmul(y [M, N], x [M, K], packed bytes, int8, mixed): y = x W^T */
+static PyObject *packed_matmul(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 5)) return NULL;
+    real *y = xl_inout(&c, args[0], "y", "MN");
+    const real *x = xl_in(&c, args[1], "x", "MK");
+    xl_dtype dtype = packed_dtype(&c, args[3]);
+    void *from = packed(&c, args[2], 0, dtype);
+    int mixed = (int)xl_int(&c, args[4], "mixed", 0, 1);
+    ptrdiff_t M = xl_dim(&c, 'M'), N = xl_dim(&c, 'N'), K = xl_dim(&c, 'K');
+    void *scratch = xl_scratch(&c, xl_matmul_scratch(&c.ctx, M, N, K));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_linear_forward(&c.ctx, M, K, N, y, x, xl_stored_mat(from, dtype, mixed, N, K),
+                                 NULL, scratch));
     return xl_end(&c, c.status);
 }
 
@@ -363,6 +439,10 @@ static PyObject *stream(PyObject *module, PyObject *const *args, Py_ssize_t narg
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 PyMethodDef xl_methods_basic[] = {
     METHOD(matmul),
+    METHOD(packed_size),
+    METHOD(pack_weights),
+    METHOD(unpack_weights),
+    METHOD(packed_matmul),
     METHOD(linear_forward),
     METHOD(linear_backward),
     METHOD(embedding_forward),

@@ -21,7 +21,7 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
     const int32_t *m = xl_in_i32(&c, args[3], "mixers", "L5");
     if (c.failed) return xl_end(&c, XL_OK);
     ptrdiff_t layers = xl_dim(&c, 'L');
-    static const xl_dtype weights[] = {XL_DT_REAL, XL_DT_REAL, XL_DT_BF16, XL_DT_I8};
+    static const xl_dtype weights[] = {XL_DT_REAL, XL_DT_REAL, XL_DT_PANELS, XL_DT_I8};
     xl_config *config = PyMem_Calloc(1, sizeof *config);
     if (!config) return PyErr_NoMemory();
     *config = (xl_config){.layers = layers,
@@ -90,12 +90,12 @@ static PyObject *entry_tuple(const xl_entry *e) {
         }
         PyTuple_SET_ITEM(shape, i, size);
     }
-    return Py_BuildValue("(sNsinn)", e->name, shape, role_names[e->role], e->group,
-                         (Py_ssize_t)e->dtype, (Py_ssize_t)e->offset);
+    return Py_BuildValue("(sNsinnn)", e->name, shape, role_names[e->role], e->group,
+                         (Py_ssize_t)e->dtype, (Py_ssize_t)e->offset, (Py_ssize_t)e->bytes);
 }
 
-/* plan_list(config, B, capacity) -> ([(name, shape, role, group, dtype, byte offset)], bytes)
- * B = 0: the parameters; else the decode state of B rows. dtype: 0 real, 1 bf16, 4 int8. */
+/* plan_list(config, B, capacity) -> ([(name, shape, role, group, dtype, offset, bytes)], bytes)
+ * B = 0: the parameters; else the decode state of B rows. dtype: 0 real, 4 int8, 5 bf16 (xl_dtype). */
 static PyObject *plan_list(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 3)) return NULL;

@@ -40,9 +40,6 @@ void xl_set_dim(xl_call *c, char letter, ptrdiff_t value);
  * is that size. None gives NULL where the name ends in '?'. Inputs and outputs must not overlap (the caller of the module allocates). */
 real *xl_in(xl_call *c, PyObject *obj, const char *name, const char *letters);
 real *xl_inout(xl_call *c, PyObject *obj, const char *name, const char *letters); /* writeable */
-/* the same for a matrix of weights: reals, or bf16 as uint16; *dtype says which */
-const void *xl_in_matrix(xl_call *c, PyObject *obj, const char *name, const char *letters,
-                         xl_dtype *dtype);
 int32_t *xl_in_i32(xl_call *c, PyObject *obj, const char *name, const char *letters);
 int32_t *xl_inout_i32(xl_call *c, PyObject *obj, const char *name, const char *letters);
 uint8_t *xl_in_u8(xl_call *c, PyObject *obj, const char *name, const char *letters); /* bool too */
