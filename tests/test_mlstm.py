@@ -443,6 +443,29 @@ def test_bits_do_not_depend_on_threads_batch_or_heads(runtime, dtype):
     assert all(np.array_equal(a[part], b) for a, b in zip(results[0], alone, strict=True))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_chunks_side_by_side_give_the_same_bits(normalizer, rate, mixed, runtime):
+    """One row and two heads for eight threads. With rate 0.5 there are too many documents for it."""
+    dtype = np.float32 if mixed else np.float64
+    x = inputs(200, normalizer, B=1, H=2, D=24, E=16, dtype=dtype)
+    x[4][0, 1, 77] = -np.inf  # one head forgets by itself
+    dh, dstate = cotangents(x)
+    reset = documents(x, rate)
+    results = []
+    for start in (None, start_state(x, normalizer)):
+        for threads in (1, 8):
+            runtime.set_threads(threads)
+            options = {"normalizer": normalizer, "chunk": 16, "reset": reset, "mixed": mixed}
+            forward = ops.mlstm_forward(*x, state=start, **options)
+            backward = ops.mlstm_backward(dh, *x, state=start, dstate=dstate, **options)
+            results.append([*flat(forward), *flat(backward)])
+    for one, eight in (results[:2], results[2:]):
+        assert all(np.array_equal(a, b) for a, b in zip(one, eight, strict=True))
+        assert all(np.isfinite(a).all() for a in one)
+
+
 def test_instruction_sets_agree(runtime):
     x = inputs(100, D=40, E=24, dtype=np.float32)
     dh, dstate = cotangents(x)
