@@ -447,7 +447,7 @@ def test_bits_do_not_depend_on_threads_batch_or_heads(runtime, dtype):
 @pytest.mark.parametrize("rate", [0.0, 0.02, 0.5])
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_chunks_side_by_side_give_the_same_bits(normalizer, rate, mixed, runtime):
-    """One row and two heads for eight threads. With rate 0.5 there are too many documents for it."""
+    """One row, two heads, eight threads. With rate 0.5 there are too many documents for it."""
     dtype = np.float32 if mixed else np.float64
     x = inputs(200, normalizer, B=1, H=2, D=24, E=16, dtype=dtype)
     x[4][0, 1, 77] = -np.inf  # one head forgets by itself
