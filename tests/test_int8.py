@@ -45,6 +45,14 @@ def test_packed_weights_come_back_rounded(shape):
     assert np.array_equal(packed(x, 0), (bits & np.uint32(0xFFFF0000)).view("f4"))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_does_not_become_finite(bad):
+    x = np.ones((3, 40), np.float32)
+    x[1, 7] = bad
+    whole = packed(x, 1)
+    assert np.isnan(whole[1]).all() and np.array_equal(whole[[0, 2]], x[[0, 2]])
+
+
 def test_storage_is_a_byte_a_weight_and_a_scale_a_row():
     model = random_model("hybrid", hidden_size=64, intermediate_size=160, vocab_size=320)
     small = model.copy(compute="int8")

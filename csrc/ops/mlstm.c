@@ -17,7 +17,7 @@ static xl_status check(xl_ctx *ctx, const xl_mlstm *a) {
     return XL_OK;
 }
 
-/* ---- forward ---- */
+/* ---- forward ------------------------------------------------------------------------------- */
 
 static double forward_chunks(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w,
                              const xl_mlstm_arrays *r, ptrdiff_t b, ptrdiff_t h, ptrdiff_t start,
@@ -69,7 +69,7 @@ static void forward_row(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *own
     if (r->last.c) r->last.m[at] = (real)m;
 }
 
-/* ---- backward ---- */
+/* ---- backward ------------------------------------------------------------------------------ */
 
 /* Steps start .. end-1: the states before the chunks, then the chunks backwards. With a gradient on
  * the state behind the segment, dC and dn already hold it. */

@@ -29,9 +29,13 @@ static void pack_int8(const xl_ctx *ctx, ptrdiff_t rows, ptrdiff_t cols, int8_t 
             real most = 0;
             scale[j0 + j] = 0;
             if (j0 + j >= rows) continue;
-            for (ptrdiff_t k = 0; k < cols; k++) most = fmax(most, fabs(row[k]));
+            for (ptrdiff_t k = 0; k < cols; k++) {
+                real x = row[k] < 0 ? -row[k] : row[k];
+                most = x <= most || most != most ? most : x; /* a NaN stays */
+            }
             scale[j0 + j] = most / 127;
-            if (!(scale[j0 + j] > 0)) continue;
+            /* zeros, or a row that the scale makes NaN */
+            if (!(scale[j0 + j] > 0 && scale[j0 + j] <= XL_REAL_MAX)) continue;
             for (ptrdiff_t k = 0; k < cols; k++)
                 to[k / 4 * 4 * XL_PANEL + j * 4 + k % 4] = (int8_t)rint(row[k] / scale[j0 + j]);
         }
