@@ -224,15 +224,6 @@ INLINE void add_tile(ptrdiff_t h, ptrdiff_t w, real alpha, const real *t, ptrdif
         }
 }
 
-/* Asks for a tile of C while the one before it is computed: its rows lie on as many pages, and no
- * processor foresees that. */
-INLINE void prefetch_tile(const real *c, ptrdiff_t ldc, ptrdiff_t rows) {
-    for (ptrdiff_t i = 0; i < rows; i++) {
-        __builtin_prefetch(c + i * ldc, 1);
-        __builtin_prefetch(c + i * ldc + 16, 1);
-    }
-}
-
 static void gemm_mixed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
                        const xl_bf16 *b, ptrdiff_t depth, real beta, real *c, ptrdiff_t ldc) {
     _Static_assert(XL_NV * XL_LANES == XL_PANEL, "a matrix in panels is a packed B");
@@ -244,15 +235,13 @@ static void gemm_mixed(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const
 #ifdef XL_AMX
     _tile_loadconfig(&tiles);
 #endif
-    for (ptrdiff_t j = 0; j < n; j += NR)
-        for (ptrdiff_t i = 0; i < m; i += MIXED_MR) {
+    /* Along the rows of C: a tile's rows lie on as many pages, and processors foresee that these go on,
+     * not which come next. */
+    for (ptrdiff_t i = 0; i < m; i += MIXED_MR)
+        for (ptrdiff_t j = 0; j < n; j += NR) {
             ptrdiff_t h = xl_min(MIXED_MR, m - i), w = xl_min(NR, n - j);
             real *out = c + i * ldc + j;
             const xl_bf16 *ta = a + i * padded, *tb = b + j * depth;
-            if (i + MIXED_MR < m)
-                prefetch_tile(out + MIXED_MR * ldc, ldc, xl_min(MIXED_MR, m - i - MIXED_MR));
-            else if (j + NR < n)
-                prefetch_tile(c + j + NR, ldc, xl_min(MIXED_MR, m));
             if (plain && h == MIXED_MR && w == NR) {
                 tile_mixed(padded, ta, tb, out, ldc, start);
                 continue;

@@ -10,16 +10,17 @@
 #include <omp.h>
 
 #define BLOCK_M 256 /* rows of a task, about */
-#define BLOCK_N 192 /* columns of a task; a multiple of every nr */
-#define NARROW_N 64 /* the same where there would be too few tasks to share out evenly */
-#define TASKS 8     /* of a thread, at least, for wide blocks */
+#define BLOCK_N 384 /* columns of a task, */
+#define NARROW_N 96 /* halved down to this where there would be too few tasks to share out evenly */
+#define TASKS 4     /* of a thread, at least, for wide blocks */
 
 typedef struct {
     xl_bf16 *a, *b;                 /* packed; b: of all of B, or [threads] blocks */
     ptrdiff_t slice;                /* of k: a multiple of XL_PAIR_K */
     ptrdiff_t rows, columns, depth; /* padded */
-    ptrdiff_t block_m, block_n;
-    int own; /* a thread packs its own block of columns */
+    ptrdiff_t block_m, block_n;     /* of a task; block_n is a multiple of every nr */
+    ptrdiff_t pack_m;               /* rows of A packed at once */
+    int own;                        /* a thread packs its own block of columns */
 } workspace;
 
 static ptrdiff_t plan(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, char *base,
@@ -30,9 +31,12 @@ static ptrdiff_t plan(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, 
     w->depth = xl_round_up(xl_max(1, K), XL_PAIR_K);
     w->rows = xl_round_up(M, mr);
     w->block_m = xl_round_up(BLOCK_M, mr);
-    w->own = N >= 4 * BLOCK_N * ctx->threads;
-    ptrdiff_t tasks = xl_ceil_div(M, w->block_m) * xl_ceil_div(N, BLOCK_N);
-    w->block_n = w->own || tasks >= TASKS * ctx->threads ? BLOCK_N : NARROW_N;
+    w->pack_m = xl_round_up(xl_min(BLOCK_M, xl_ceil_div(M, ctx->threads)), mr);
+    w->own = N >= 2 * BLOCK_N * ctx->threads;
+    ptrdiff_t blocks_m = w->own ? 1 : xl_ceil_div(M, w->block_m);
+    w->block_n = BLOCK_N;
+    while (w->block_n > NARROW_N && blocks_m * xl_ceil_div(N, w->block_n) < TASKS * ctx->threads)
+        w->block_n /= 2;
     w->columns = w->own ? BLOCK_N * ctx->threads : xl_round_up(N, BLOCK_N);
     /* not w->slice: it falls where K grows, and a caller's last block may be shorter */
     ptrdiff_t of_b = w->own ? XL_MIXED_KC : w->depth;
@@ -76,21 +80,21 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
     const xl_kernels *k = ctx->k;
     workspace w;
     plan(ctx, M, N, K, scratch, &w);
-    ptrdiff_t blocks_m = xl_ceil_div(M, w.block_m), blocks_n = xl_ceil_div(N, w.block_n);
+    ptrdiff_t packs_a = xl_ceil_div(M, w.pack_m);
     ptrdiff_t slices = xl_max(1, xl_ceil_div(K, w.slice));
-    ptrdiff_t shared = w.own || b.dtype == XL_DT_PANELS ? 0 : blocks_n;
+    ptrdiff_t packs_b = w.own || b.dtype == XL_DT_PANELS ? 0 : xl_ceil_div(N, w.block_n);
 #pragma omp parallel num_threads(ctx->threads)
     {
 #pragma omp for schedule(dynamic) collapse(2)
         for (ptrdiff_t s = 0; s < slices; s++)
-            for (ptrdiff_t block = 0; block < blocks_m + shared; block++) {
+            for (ptrdiff_t block = 0; block < packs_a + packs_b; block++) {
                 ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0);
-                if (block < blocks_m) {
-                    ptrdiff_t i = block * w.block_m;
-                    k->pack_a_mixed(kc, xl_min(w.block_m, M - i), a + i * rsa + k0 * csa, rsa, csa,
+                if (block < packs_a) {
+                    ptrdiff_t i = block * w.pack_m;
+                    k->pack_a_mixed(kc, xl_min(w.pack_m, M - i), a + i * rsa + k0 * csa, rsa, csa,
                                     place(w.a, w.rows, k0, kc, i));
                 } else {
-                    ptrdiff_t j = (block - blocks_m) * w.block_n;
+                    ptrdiff_t j = (block - packs_a) * w.block_n;
                     pack_b(k, kc, xl_min(w.block_n, N - j), K, b, k0, j, rsb, csb,
                            place(w.b, w.columns, k0, kc, j));
                 }
@@ -98,10 +102,10 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
         if (w.own) {
             xl_bf16 *panel = w.b + omp_get_thread_num() * BLOCK_N * XL_MIXED_KC;
 #pragma omp for schedule(dynamic)
-            for (ptrdiff_t j = 0; j < N; j += BLOCK_N)
+            for (ptrdiff_t j = 0; j < N; j += w.block_n)
                 for (ptrdiff_t s = 0; s < slices; s++) {
                     ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0);
-                    ptrdiff_t n = xl_min(BLOCK_N, N - j), depth;
+                    ptrdiff_t n = xl_min(w.block_n, N - j), depth;
                     pack_b(k, kc, n, K, b, k0, j, rsb, csb, panel);
                     const xl_bf16 *of_b = panels_of(b, K, k0, kc, j, panel, &depth);
                     k->gemm_mixed(M, n, kc, alpha, place(w.a, w.rows, k0, kc, 0), of_b, depth,
