@@ -2,7 +2,8 @@
 
 Chunkwise mLSTM (a loop over chunk states, everything inside chunks batched), window + sink
 attention by a mask, no kernels of its own; autograd makes the gradients. Weights come from one of
-our models, whose logits it reproduces (tests/test_rivals.py).
+our models, whose logits and gradients it reproduces (tests/test_bench.py). A block is a function of
+its weights, so that torch.compile compiles one for all layers.
 """
 
 from __future__ import annotations
@@ -77,10 +78,13 @@ class TorchStudent(nn.Module):
         behind, mixer = t[:, None] - t[None, :], c.mixers[0]
         near = (behind < (mixer.window or steps)) | (t[None, :] < mixer.sinks)
         self.register_buffer("mask", (behind >= 0) & near)
-
-    def _w(self, name: str, layer: int | None = None) -> Tensor:
-        prefix = "model." if layer is None else f"model.layers.{layer}."
-        return self.weights[(prefix + name).replace(".", "/")]
+        self.layers: list[dict[str, Tensor]] = [{} for _ in range(c.num_hidden_layers)]
+        for name, value in self.weights.items():
+            if name.startswith("model/layers/"):
+                _, _, layer, rest = name.split("/", 3)
+                self.layers[int(layer)][rest] = value
+        self.block = self._block
+        """What `forward` calls for a layer: torch.compile(it) is another."""
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
@@ -92,48 +96,43 @@ class TorchStudent(nn.Module):
         p = torch.softmax(x @ weight, dim=-1)
         return (p + FLOOR / x.shape[-1]) / (1 + FLOOR)
 
-    def _mixer(self, x: Tensor, layer: int) -> Tensor:
+    def _mixer(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
         c, steps = self.config, x.shape[1]
         heads, groups = c.num_attention_heads, c.num_key_value_heads
-        q = self._heads(x @ self._w("self_attn.q_proj.weight", layer).T, heads)
-        k = self._heads(x @ self._w("self_attn.k_proj.weight", layer).T, groups)
-        v = self._heads(x @ self._w("self_attn.v_proj.weight", layer).T, groups)
+        q = self._heads(x @ w["self_attn/q_proj/weight"].T, heads)
+        k = self._heads(x @ w["self_attn/k_proj/weight"].T, groups)
+        v = self._heads(x @ w["self_attn/v_proj/weight"].T, groups)
         k, v = (y.repeat_interleave(heads // groups, dim=1) for y in (k, v))
         i, f = (
-            (
-                x @ self._w(f"mixer.{g}_proj.weight", layer).T
-                + self._w(f"mixer.{g}_proj.bias", layer)
-            )
-            .transpose(1, 2)
-            .float()
+            (x @ w[f"mixer/{g}_proj/weight"].T + w[f"mixer/{g}_proj/bias"]).transpose(1, 2).float()
             for g in "if"
         )
-        gate = torch.einsum(
-            "bhtd,hd->bht", torch.cat((q, k, v), -1), self._w("mixer.o_gate.weight", layer)
-        )
-        gate = torch.sigmoid(gate + self._w("mixer.o_gate.bias", layer)[:, None])[..., None]
+        gate = torch.einsum("bhtd,hd->bht", torch.cat((q, k, v), -1), w["mixer/o_gate/weight"])
+        gate = torch.sigmoid(gate + w["mixer/o_gate/bias"][:, None])[..., None]
         cos, sin = self.cos[:steps].to(q.dtype), self.sin[:steps].to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         near = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask[:steps, :steps]
         )
-        phi_q = self._features(q, self._w("mixer.map_q", layer))
-        phi_k = self._features(k, self._w("mixer.map_k", layer))
+        phi_q = self._features(q, w["mixer/map_q"])
+        phi_k = self._features(k, w["mixer/map_k"])
         far = mlstm(phi_q.float(), phi_k.float(), v.float(), i, f, min(self.chunk, steps))
         h = gate * far.to(near.dtype) + (1 - gate) * near
-        return h.transpose(1, 2).flatten(2) @ self._w("self_attn.o_proj.weight", layer).T
+        return h.transpose(1, 2).flatten(2) @ w["self_attn/o_proj/weight"].T
+
+    def _block(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        x = x + self._mixer(self._norm(x, w["input_layernorm/weight"]), w)
+        y = self._norm(x, w["post_attention_layernorm/weight"])
+        act = nn.functional.silu(y @ w["mlp/gate_proj/weight"].T)
+        return x + (act * (y @ w["mlp/up_proj/weight"].T)) @ w["mlp/down_proj/weight"].T
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
         """An object with `logits` [B, T, V] and, with labels, `loss` (mean cross-entropy)."""
-        x = nn.functional.embedding(input_ids, self._w("embed_tokens.weight"))
-        for layer in range(self.config.num_hidden_layers):
-            x = x + self._mixer(self._norm(x, self._w("input_layernorm.weight", layer)), layer)
-            y = self._norm(x, self._w("post_attention_layernorm.weight", layer))
-            act = nn.functional.silu(y @ self._w("mlp.gate_proj.weight", layer).T)
-            up = y @ self._w("mlp.up_proj.weight", layer).T
-            x = x + (act * up) @ self._w("mlp.down_proj.weight", layer).T
-        head = "embed_tokens.weight"
-        logits = self._norm(x, self._w("norm.weight")) @ self._w(head).T
+        head = self.weights["model/embed_tokens/weight"]
+        x = nn.functional.embedding(input_ids, head)
+        for w in self.layers:
+            x = self.block(x, w)
+        logits = self._norm(x, self.weights["model/norm/weight"]) @ head.T
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
