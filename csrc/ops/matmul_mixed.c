@@ -11,8 +11,8 @@
 
 #define BLOCK_M 256 /* rows of a task, about */
 #define BLOCK_N 384 /* columns of a task, */
-#define NARROW_N 96 /* halved down to this where there would be too few tasks to share out evenly */
-#define TASKS 4     /* of a thread, at least, for wide blocks */
+#define NARROW_N 96 /* or half as many, and so on down to this, for more tasks to share out */
+#define TASKS 4     /* of a thread, at least, where blocks are wider than that */
 
 typedef struct {
     xl_bf16 *a, *b;                 /* packed; b: of all of B, or [threads] blocks */
