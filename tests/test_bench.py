@@ -60,7 +60,7 @@ def test_a_result_has_shares_of_what_limits_it(monkeypatch):
         "cpu": "c",
         "isa": "i",
         "threads": 2,
-        "peak_gflops": {"f32": 10.0, "mixed": 20.0},
+        "peak_gflops": {"f32": 10.0, "mixed": 20.0, "int8": 40.0},
         "memory_gbytes": 8.0,
     }
     monkeypatch.setattr(bench, "machine", lambda: about)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import runtime
-from .bench_cases import CASES, COMPUTE, Case
+from .bench_cases import CASES, PEAKS, Case
 from .errors import UserError
 from .model import Compute
 from .runtime import core
@@ -47,13 +47,15 @@ def measure(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, 
 
 
 def peak(compute: Compute = "f32", seconds: float = 0.3) -> float:
-    """GFLOP/s of multiply-adds in registers on all threads, this instruction set, best of many."""
-    module, rounds, best, mixed = core(), 200_000, 0.0, int(compute != "f32")
-    module.peak(rounds, mixed)
+    """GFLOP/s of multiply-adds in registers on all threads, this instruction set, best of many.
+
+    compute: one of `PEAKS`, what the operands are."""
+    module, rounds, best, operands = core(), 200_000, 0.0, PEAKS.index(compute)
+    module.peak(rounds, operands)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        flops = module.peak(rounds, mixed)
+        flops = module.peak(rounds, operands)
         best = max(best, flops / (time.perf_counter() - start))
     return best / 1e9
 
@@ -70,13 +72,13 @@ def bandwidth(seconds: float = 0.5) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, instruction set, threads, measured peaks (GFLOP/s) of float32 and of bf16
-    operands, and the measured rate of reading memory (GB/s)."""
+    """Processor, instruction set, threads, measured peaks (GFLOP/s) of float32, bf16 and
+    int8 operands, and the measured rate of reading memory (GB/s)."""
     return {
         "cpu": runtime.cpu_name(),
         "isa": runtime.isa(),
         "threads": runtime.threads(),
-        "peak_gflops": {compute: round(peak(compute), 1) for compute in COMPUTE},
+        "peak_gflops": {compute: round(peak(compute), 1) for compute in PEAKS},
         "memory_gbytes": round(bandwidth(), 1),
     }
 
@@ -129,8 +131,8 @@ def describe(about: Mapping[str, Any]) -> str:
     peaks = about["peak_gflops"]
     return (
         f"{about['cpu']}, {about['isa']}, {about['threads']} threads, peak {peaks['f32']:.0f} "
-        f"GFLOP/s in float32, {peaks['mixed']:.0f} with operands in bf16, memory "
-        f"{about['memory_gbytes']:.0f} GB/s"
+        f"GFLOP/s in float32, {peaks['mixed']:.0f} with operands in bf16, "
+        f"{peaks['int8']:.0f} in int8, memory {about['memory_gbytes']:.0f} GB/s"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ from .runtime import core
 from .state import DecodeState
 
 COMPUTE: tuple[Compute, ...] = ("f32", "mixed")
+PEAKS: tuple[Compute, ...] = (*COMPUTE, "int8")
+"""Operands of products that a peak is measured for, in the order of the core's `peak`."""
 CHUNK = 64
 WINDOW, SINKS = 64, 4
 MIXER_WINDOW = 512
@@ -80,14 +83,15 @@ WEIGHTS = ((1536, 576), (576, 1536), (49152, 576), (8192, 2048))
 
 def gemm_cases() -> Iterator[Case]:
     """Products for 64, 512 and 2,048 rows, and for 1 and 8 with weights that no cache holds; in
-    float32, with both operands rounded on the way ("mixed"), and with weights packed in bf16."""
+    float32, with both operands rounded on the way ("mixed"), and with weights packed in bf16 and
+    int8."""
     for m, (n, k) in itertools.product((64, 512, 2048), WEIGHTS):
         a, b, c = _random(m, k), _random(n, k), np.empty((m, n), np.float32)
         sizes = {"m": m, "n": n, "k": k}
-        for name, compute, run in _products(a, b, c):
-            yield Case("gemm", f"{m}x{n}x{k} {name}", run, 2.0 * m * n * k, m, sizes, compute)
-    for (n, k), half in itertools.product(WEIGHTS, (False, True)):
-        first: NDArray[Any] = _packed(_random(n, k)) if half else _random(n, k)
+        for kind, compute, run in _products(a, b, c):
+            yield Case("gemm", f"{m}x{n}x{k} {kind}", run, 2.0 * m * n * k, m, sizes, compute)
+    for (n, k), stored in itertools.product(WEIGHTS, _STORED):
+        first = _stored(_random(n, k), stored)
         copies = -(-COLD_BYTES // first.nbytes)
         room = aligned_bytes(copies * first.nbytes).view(first.dtype)
         weights = room.reshape(copies, *first.shape)
@@ -96,30 +100,39 @@ def gemm_cases() -> Iterator[Case]:
             turn = itertools.cycle(weights)
             a, c = _random(m, k), np.empty((m, n), np.float32)
 
-            def cold(c: Any = c, a: Any = a, turn: Any = turn, half: bool = half) -> None:
-                if half:
-                    core().packed_matmul(c, a, next(turn), 0, 1)
-                else:
-                    core().matmul(c, a, next(turn), 0, 1, 1.0, 0.0, 0)
+            def cold(c: Any = c, a: Any = a, turn: Any = turn, stored: Compute = stored) -> None:
+                _multiply(c, a, next(turn), stored)
 
-            name = f"{m}x{n}x{k} {'bf16' if half else 'f32'} cold"
+            name = f"{m}x{n}x{k} {stored} cold"
             sizes = {"m": m, "n": n, "k": k, "cold": 1}
-            compute = "mixed" if half else "f32"
-            yield Case("gemm", name, cold, 2.0 * m * n * k, m, sizes, compute, first.nbytes)
+            yield Case("gemm", name, cold, 2.0 * m * n * k, m, sizes, _STORED[stored], first.nbytes)
 
 
-def _products(a: Any, b: Any, c: Any) -> Iterator[tuple[str, Compute, Callable[[], None]]]:
-    packed = _packed(b)
-    yield "f32", "f32", lambda: core().matmul(c, a, b, 0, 1, 1.0, 0.0, 0)
+_STORED: dict[Compute, Compute] = {"f32": "f32", "bf16": "mixed", "int8": "int8"}
+"""How weights are stored, and the operands of their products."""
+
+
+def _products(a: Any, b: Any, c: Any) -> Iterator[tuple[Compute, Compute, Callable[[], None]]]:
     yield "mixed", "mixed", lambda: core().matmul(c, a, b, 0, 1, 1.0, 0.0, 1)
-    yield "bf16", "mixed", lambda: core().packed_matmul(c, a, packed, 0, 1)
+    for stored, compute in _STORED.items():
+        w = _stored(b, stored)
+        yield stored, compute, partial(_multiply, c, a, w, stored)
 
 
-def _packed(w: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """As a model with compute="bf16" stores a matrix."""
-    to = aligned_bytes(core().packed_size(*w.shape, 0))
-    core().pack_weights(to, w, 0)
+def _stored(w: NDArray[np.float32], stored: Compute) -> NDArray[Any]:
+    """As a model with compute=`stored` stores a matrix."""
+    if stored == "f32":
+        return w
+    to = aligned_bytes(core().packed_size(*w.shape, int(stored == "int8")))
+    core().pack_weights(to, w, int(stored == "int8"))
     return to
+
+
+def _multiply(c: Any, a: Any, w: Any, stored: Compute) -> None:
+    if stored == "f32":
+        core().matmul(c, a, w, 0, 1, 1.0, 0.0, 0)
+    else:
+        core().packed_matmul(c, a, w, int(stored == "int8"), 1)
 
 
 # ---- sequence ops -------------------------------------------------------------------------------
@@ -368,8 +381,7 @@ def prefill_cases() -> Iterator[Case]:
     steps = 2048
     ids = random_ids(1, steps)
     for who, make in (("student", random_student), ("teacher", random_teacher)):
-        for compute in COMPUTE:
-            stored: Compute = "f32" if compute == "f32" else "bf16"
+        for stored, compute in _STORED.items():
             model = make(stored)
             flops = model_flops(model.config, steps, steps, logits=1)
 
@@ -426,7 +438,7 @@ def decode_cases() -> Iterator[Case]:
             need = model.params.raw.nbytes + state_bytes(model.config, rows, context)
             sizes = {"rows": rows, "context": context}
             name = f"135M {who} {rows} rows at {context} {stored}"
-            yield Case("decode", name, run, flops, rows, sizes, "mixed", need)
+            yield Case("decode", name, run, flops, rows, sizes, _STORED[stored], need)
         if who == "student" and stored == "bf16":
             yield generation(model)
 

@@ -21,6 +21,7 @@ void *xl_take(xl_plan *plan, const char *name, xl_role role, xl_dtype dtype, int
     for (int i = 0; i < ndim; i++) {
         ptrdiff_t room = shape[i]; /* sizes of matrices are below 2^31: rounding up is safe */
         if (dtype == XL_DT_PANELS || dtype == XL_DT_I8) room = xl_round_up(room, XL_PANEL);
+        if (dtype == XL_DT_I8 && i == 1) room = xl_int8_depth(room);
         if (shape[i] < 0 || __builtin_mul_overflow(bytes, room, &bytes)) plan->failed = 1;
     }
     if (__builtin_add_overflow(bytes, XL_PLAN_ALIGN - 1, &padded)) plan->failed = 1;

@@ -16,12 +16,14 @@
 
 /* Matrices [rows, cols] of weights for inference lie in panels, as products read them: [panel of XL_PANEL
  * rows][cols / 2][XL_PANEL][2] for bf16 (XL_DT_PANELS) and [panel][cols / 4][XL_PANEL][4] for signed bytes
- * (XL_DT_I8): what one row has in a word, and the panel's rows behind one another. Rows and cols are
- * padded with zeros to multiples of XL_PANEL. Behind signed bytes, xl_scales_at bytes from their start,
- * is a real for each padded row that its entries are to be multiplied by. */
+ * (XL_DT_I8): what one row has in a word, and the panel's rows behind one another. Rows are padded with
+ * zeros to multiples of XL_PANEL, and cols to those of XL_PANEL, of signed bytes of XL_ROTATION. Signed
+ * bytes are rows that were rotated and rounded (round_int8 of kernels.h); behind them, xl_scales_at
+ * bytes from their start, is a real for each padded row that its entries are to be multiplied by. */
 typedef enum { XL_DT_REAL = 0, XL_DT_BF16, XL_DT_I32, XL_DT_U8, XL_DT_I8, XL_DT_PANELS } xl_dtype;
 
 #define XL_PANEL 32
+#define XL_ROTATION 64 /* entries that are rotated together; the depth of a tile of bytes */
 
 typedef enum {
     XL_ROLE_EMBEDDING,
@@ -66,9 +68,18 @@ real *xl_take_reals(xl_plan *plan, ptrdiff_t count);
 
 ptrdiff_t xl_dtype_size(xl_dtype dtype);
 
+static inline ptrdiff_t xl_int8_depth(ptrdiff_t cols) { return xl_round_up(cols, XL_ROTATION); }
 static inline ptrdiff_t xl_scales_at(ptrdiff_t rows, ptrdiff_t cols) {
-    return xl_round_up(rows, XL_PANEL) * xl_round_up(cols, XL_PANEL);
+    return xl_round_up(rows, XL_PANEL) * xl_int8_depth(cols);
 }
+
+/* A row of bytes by itself has behind its `depth` entries what they are to be multiplied by, and their
+ * sum; in all xl_int8_row bytes, an odd number of cache lines where depth is a power of two. */
+typedef struct {
+    real scale;
+    int32_t sum;
+} xl_int8_tail;
+static inline ptrdiff_t xl_int8_row(ptrdiff_t depth) { return depth + XL_ROTATION; }
 
 #define XL_SHAPE(...)                                                                              \
     (const ptrdiff_t[]) { __VA_ARGS__ }

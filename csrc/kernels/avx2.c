@@ -2,6 +2,8 @@
 #include "kernels/kernels.h"
 
 #ifdef __x86_64__
+#include <immintrin.h>
+
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

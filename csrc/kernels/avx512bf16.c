@@ -1,4 +1,4 @@
-/* avx512.c and vdpbf16ps, which multiplies pairs of bf16 numbers. */
+/* avx512.c with vdpbf16ps, which multiplies pairs of bf16 numbers, and vpdpbusd, fours of bytes. */
 #include "kernels/kernels.h"
 
 #ifdef __x86_64__
@@ -6,15 +6,16 @@
 
 #ifdef __clang__
 #pragma clang attribute push(                                                                      \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16"))),             \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,avx512vnni"))),  \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,avx512vnni")
 #endif
 
 #define XL_ISA avx512bf16
 #define XL_MIXED
+#define XL_VNNI
 #define XL_VB 64
 #define XL_MR 14
 #define XL_NV 2

@@ -1,8 +1,10 @@
 /* Every kernel, once. Included by generic.c, avx2.c, ... after they have set the target and
  *     XL_ISA   name of the table          XL_VB   bytes of a vector
  *     XL_MR    rows of the register tile  XL_NV   vectors in a row of the tile
- *     XL_MIXED products of bf16 operands too, XL_AMX on tiles of AMX
- * Written in GCC/Clang vector extensions: no intrinsics, so the same text serves every target. */
+ *     XL_MIXED products of bf16 operands too, XL_VNNI vpdpbusd for those of bytes, XL_AMX both on
+ *              tiles of AMX
+ * Written in GCC/Clang vector extensions, so the same text serves every target; intrinsics only in
+ * mixed.inc.h and int8.inc.h. */
 
 #ifdef XL_REAL_F64
 #define XL_LANES (XL_VB / 8)
@@ -220,9 +222,9 @@ static void dots(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, ptrd
 
 #define PANEL_VECTORS (XL_PANEL / XL_LANES)
 
-/* What XL_LANES rows of a panel have in a word: 2 entries of bf16, or 4 signed bytes. */
+/* What XL_LANES rows of a panel have in a word: 2 entries. */
 typedef struct {
-    vec at[4];
+    vec at[2];
 } word;
 
 #ifdef XL_REAL_F64
@@ -232,25 +234,12 @@ INLINE word widen_bf16(const xl_bf16 *p) {
         for (int k = 0; k < 2; k++) x.at[k][l] = (real)xl_bf16_widen(p[2 * l + k]);
     return x;
 }
-INLINE word widen_int8(const int8_t *p) {
-    word x;
-    for (int l = 0; l < XL_LANES; l++)
-        for (int k = 0; k < 4; k++) x.at[k][l] = (real)p[4 * l + k];
-    return x;
-}
 #else
 typedef uint32_t uvec __attribute__((vector_size(XL_VB)));
 typedef uint32_t uvec_u __attribute__((vector_size(XL_VB), aligned(1), may_alias));
 INLINE word widen_bf16(const xl_bf16 *p) {
     uvec x = *(const uvec_u *)p;
     return (word){{(vec)(x << 16), (vec)(x & 0xffff0000u)}};
-}
-INLINE word widen_int8(const int8_t *p) {
-    uvec x = *(const uvec_u *)p;
-    return (word){{__builtin_convertvector((ivec)(x << 24) >> 24, vec),
-                   __builtin_convertvector((ivec)(x << 16) >> 24, vec),
-                   __builtin_convertvector((ivec)(x << 8) >> 24, vec),
-                   __builtin_convertvector((ivec)x >> 24, vec)}};
 }
 #endif
 
@@ -267,56 +256,40 @@ static void pack_b_panels(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *panels, ptrd
         }
 }
 
-static void pack_b_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
-                        const real *scale, real *out) {
-    for (ptrdiff_t j0 = 0; j0 < n; j0 += NR, out += kc * NR)
-        for (ptrdiff_t j = j0; j < j0 + NR; j += VL) {
-            const int8_t *p = panels + j / XL_PANEL * XL_PANEL * depth + j % XL_PANEL * 4;
-            for (ptrdiff_t k = 0; k < kc; k += 4, p += 4 * XL_PANEL) {
-                word x = widen_int8(p);
-                for (ptrdiff_t i = k; i < xl_min(kc, k + 4); i++)
-                    store(out + i * NR + j - j0, x.at[i - k] * load(scale + j));
-            }
-        }
-}
-
 /* Bytes of memory that are asked for ahead of their use. */
 #define PANEL_AHEAD 4096
 
-/* PER entries of a row in a word; `rows` is a constant where this is called. */
-#define DOTS_PANEL(name, type, PER, widen)                                                         \
-    INLINE void name##_rows(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx,             \
-                            const type *w, real *y) {                                              \
-        vec s[DOT_X][PANEL_VECTORS];                                                               \
-        for (int r = 0; r < rows; r++)                                                             \
-            for (int v = 0; v < PANEL_VECTORS; v++) s[r][v] = (vec){0};                            \
-        ptrdiff_t k = 0;                                                                           \
-        for (; k + PER <= n; k += PER, w += PER * XL_PANEL) {                                      \
-            __builtin_prefetch((const char *)w + PANEL_AHEAD, 0, 2);                               \
-            __builtin_prefetch((const char *)w + PANEL_AHEAD + 64, 0, 2);                          \
-            for (int v = 0; v < PANEL_VECTORS; v++) {                                              \
-                word wk = widen(w + v * PER * VL);                                                 \
-                for (int i = 0; i < PER; i++)                                                      \
-                    for (int r = 0; r < rows; r++) s[r][v] += wk.at[i] * x[r * ldx + k + i];       \
-            }                                                                                      \
-        }                                                                                          \
-        for (int v = 0; v < PANEL_VECTORS && k < n; v++) {                                         \
-            word wk = widen(w + v * PER * VL);                                                     \
-            for (ptrdiff_t i = k; i < n; i++)                                                      \
-                for (int r = 0; r < rows; r++) s[r][v] += wk.at[i - k] * x[r * ldx + i];           \
-        }                                                                                          \
-        for (int r = 0; r < rows; r++)                                                             \
-            for (int v = 0; v < PANEL_VECTORS; v++) store(y + r * XL_PANEL + v * VL, s[r][v]);     \
-    }                                                                                              \
-    static void name(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx, const type *panel, \
-                     real *y) {                                                                    \
-        ptrdiff_t r = 0;                                                                           \
-        for (; r + DOT_X <= rows; r += DOT_X)                                                      \
-            name##_rows(n, DOT_X, x + r * ldx, ldx, panel, y + r * XL_PANEL);                      \
-        for (; r < rows; r++) name##_rows(n, 1, x + r * ldx, ldx, panel, y + r * XL_PANEL);        \
+/* `rows` is a constant where this is called. */
+INLINE void dots_panel_rows(ptrdiff_t n, const int rows, const real *x, ptrdiff_t ldx,
+                            const xl_bf16 *w, real *y) {
+    vec s[DOT_X][PANEL_VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < PANEL_VECTORS; v++) s[r][v] = (vec){0};
+    ptrdiff_t k = 0;
+    for (; k + 2 <= n; k += 2, w += 2 * XL_PANEL) {
+        __builtin_prefetch((const char *)w + PANEL_AHEAD, 0, 2);
+        __builtin_prefetch((const char *)w + PANEL_AHEAD + 64, 0, 2);
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            word wk = widen_bf16(w + v * 2 * VL);
+            for (int i = 0; i < 2; i++)
+                for (int r = 0; r < rows; r++) s[r][v] += wk.at[i] * x[r * ldx + k + i];
+        }
     }
-DOTS_PANEL(dots_panel, xl_bf16, 2, widen_bf16)
-DOTS_PANEL(dots_panel_int8, int8_t, 4, widen_int8)
+    for (int v = 0; v < PANEL_VECTORS && k < n; v++) {
+        word wk = widen_bf16(w + v * 2 * VL);
+        for (int r = 0; r < rows; r++) s[r][v] += wk.at[0] * x[r * ldx + k];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < PANEL_VECTORS; v++) store(y + r * XL_PANEL + v * VL, s[r][v]);
+}
+
+static void dots_panel(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx,
+                       const xl_bf16 *panel, real *y) {
+    ptrdiff_t r = 0;
+    for (; r + DOT_X <= rows; r += DOT_X)
+        dots_panel_rows(n, DOT_X, x + r * ldx, ldx, panel, y + r * XL_PANEL);
+    for (; r < rows; r++) dots_panel_rows(n, 1, x + r * ldx, ldx, panel, y + r * XL_PANEL);
+}
 
 /* ---- sums --------------------------------------------------------------------------------- */
 
@@ -667,6 +640,7 @@ static void adamw(ptrdiff_t n, real *p, const real *g, real *m, real *v, real lr
 #else
 #define MIXED(f) 0
 #endif
+#include "kernels/int8.inc.h"
 
 #define XL_PASTE2(a, b) a##b
 #define XL_PASTE(a, b) XL_PASTE2(a, b)
@@ -686,12 +660,10 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .mlstm_step = mlstm_step,
     .pack_b = pack_b,
     .pack_b_panels = pack_b_panels,
-    .pack_b_int8 = pack_b_int8,
     .gemm_packed = gemm_packed,
     .mixed_mr = MIXED(MIXED_MR),
     .pack_a_mixed = MIXED(pack_a_mixed),
     .pack_b_mixed = MIXED(pack_b_mixed),
-    .pack_b_mixed_int8 = MIXED(pack_b_mixed_int8),
     .gemm_mixed = MIXED(gemm_mixed),
     .gemm_rounded = MIXED(gemm_rounded),
     .peak_mixed = MIXED(peak_mixed),
@@ -699,7 +671,10 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .round_mixed = MIXED(round_mixed),
     .dots = dots,
     .dots_panel = dots_panel,
-    .dots_panel_int8 = dots_panel_int8,
+    .round_int8 = round_int8,
+    .gemm_int8 = gemm_int8,
+    .peak_int8 = peak_int8,
+    .rotate = rotate,
     .dot = dot,
     .sum = sum,
     .max = max,

@@ -1,8 +1,8 @@
 /* Kernels: one thread, one instruction set, no failure, no memory of their own.
  *
- * `body.inc.h` holds every body once, in GCC/Clang vector extensions, and `mixed.inc.h` the products
- * of bf16 operands, which need intrinsics; generic.c, avx2.c, avx512.c, avx512bf16.c and amx.c
- * instantiate them under a target pragma; select.c picks a table at run time. All arrays have unit
+ * `body.inc.h` holds every body once, in GCC/Clang vector extensions; `mixed.inc.h` and `int8.inc.h`
+ * hold the products of bf16 operands and of bytes, which need intrinsics. generic.c, avx2.c, avx512.c,
+ * avx512bf16.c and amx.c instantiate them under a target pragma; select.c picks a table at run time. All arrays have unit
  * stride unless strides are given; x and y may be the same array where a comment says "in place". */
 #ifndef XL_KERNELS_H
 #define XL_KERNELS_H
@@ -47,8 +47,6 @@ typedef struct xl_kernels {
     /* of n rows of a matrix in panels (base/plan.h), each `depth` long: B(k,n) = W(n,k) */
     void (*pack_b_panels)(ptrdiff_t kc, ptrdiff_t n, const xl_bf16 *panels, ptrdiff_t depth,
                           real *out);
-    void (*pack_b_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
-                        const real *scale, real *out);
     void (*gemm_packed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const real *a,
                         ptrdiff_t rsa, ptrdiff_t csa, const real *packed, real beta, real *c,
                         ptrdiff_t ldc, real *apack);
@@ -62,8 +60,6 @@ typedef struct xl_kernels {
                          xl_bf16 *out);
     void (*pack_b_mixed)(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb, ptrdiff_t csb,
                          xl_bf16 *out);
-    void (*pack_b_mixed_int8)(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
-                              const real *scale, xl_bf16 *out);
     /* depth: entries from a packed column of b to the next, the padded kc or more: a matrix in panels
      * is B packed in one slice */
     void (*gemm_mixed)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t kc, real alpha, const xl_bf16 *a,
@@ -78,13 +74,24 @@ typedef struct xl_kernels {
     /* y[r * XL_PANEL + c] = x_r . w_c for the rows w_c of a panel. A product does not depend on rows. */
     void (*dots_panel)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx,
                        const xl_bf16 *panel, real *y);
-    void (*dots_panel_int8)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx,
-                            const int8_t *panel, real *y); /* not scaled */
     /* dots_panel of rows that round_mixed made; 0 where gemm_mixed is */
     void (*dots_panel_mixed)(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
                              const xl_bf16 *panel, real *y);
     /* to nearest, ties to even; y padded with zeros to a multiple of XL_PAIR_K */
     void (*round_mixed)(ptrdiff_t n, const real *x, xl_bf16 *y);
+
+    /* A row of n entries rotated and rounded to bytes up to 127, xl_int8_row of its depth of them with
+     * its tail; the scale of a row that is not finite is NaN. */
+    void (*round_int8)(ptrdiff_t n, const real *x, int8_t *out);
+    /* C[m,n] = beta*C + alpha * X W^T of rows that round_int8 made, behind one another, and of the
+     * first n rows of an int8 matrix in panels, `scale` theirs. Sums are exact. Up to 31 rows behind
+     * the last one are read. */
+    void (*gemm_int8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t depth, real alpha, const int8_t *x,
+                      const int8_t *panels, const real *scale, real beta, real *c, ptrdiff_t ldc);
+    double (*peak_int8)(ptrdiff_t rounds, real *sink); /* as xl_peak_rounds */
+    /* x [n], n a multiple of XL_ROTATION, each XL_ROTATION entries by the Hadamard matrix over its
+     * root; twice is the identity, but for rounding. */
+    void (*rotate)(ptrdiff_t n, real *x);
 
     real (*dot)(ptrdiff_t n, const real *x, const real *y);
     real (*sum)(ptrdiff_t n, const real *x);

@@ -94,20 +94,6 @@ static void pack_b_mixed(ptrdiff_t kc, ptrdiff_t n, const real *b, ptrdiff_t rsb
                      out + j / NR * NR * xl_round_up(kc, XL_PAIR_K) + j % NR * 2);
 }
 
-static void pack_b_mixed_int8(ptrdiff_t kc, ptrdiff_t n, const int8_t *panels, ptrdiff_t depth,
-                              const real *scale, xl_bf16 *out) {
-    for (ptrdiff_t j = 0; j < n; j += XL_PANEL, out += XL_PANEL * xl_round_up(kc, XL_PAIR_K))
-        for (ptrdiff_t k = 0; k < xl_round_up(kc, XL_PAIR_K); k += 4)
-            for (ptrdiff_t i = 0; i < XL_PANEL; i += 16) {
-                word x = widen_int8(panels + j * depth + k * XL_PANEL + i * 4);
-                __m512 by = (__m512)load(scale + j + i);
-                xl_bf16 *to = out + k * XL_PANEL + i * 2;
-                _mm512_storeu_si512(to, interleave(round_pair(by * x.at[1], by * x.at[0])));
-                _mm512_storeu_si512(to + 2 * XL_PANEL,
-                                    interleave(round_pair(by * x.at[3], by * x.at[2])));
-            }
-}
-
 /* One of rsa, csa is 1. */
 static void pack_a_mixed(ptrdiff_t kc, ptrdiff_t m, const real *a, ptrdiff_t rsa, ptrdiff_t csa,
                          xl_bf16 *out) {

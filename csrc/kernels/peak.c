@@ -29,8 +29,9 @@ PEAK(peak_avx2, __attribute__((target("avx2,fma"))), 32)
 PEAK(peak_avx512, __attribute__((target("avx512f,avx512vl,avx2,fma"))), 64)
 #endif
 
-double xl_peak_rounds(const xl_kernels *k, int mixed, ptrdiff_t rounds, real *sink) {
-    if (mixed && k->peak_mixed) return k->peak_mixed(rounds, sink);
+double xl_peak_rounds(const xl_kernels *k, xl_dtype operands, ptrdiff_t rounds, real *sink) {
+    if (operands == XL_DT_I8) return k->peak_int8(rounds, sink);
+    if (operands == XL_DT_BF16 && k->peak_mixed) return k->peak_mixed(rounds, sink);
     const real b = (real)0.0009765625, a = 1 - b;
 #ifdef __x86_64__
     if (!strncmp(k->name, "avx512", 6) || !strcmp(k->name, "amx"))

@@ -5,9 +5,9 @@
 
 #include "kernels/kernels.h"
 
-/* Runs `rounds` rounds with the vectors of k's instruction set, of reals, or of bf16 operands (mixed)
+/* Runs `rounds` rounds with the vectors of k's instruction set, of operands that are reals, bytes, or bf16
  * where it has such products; returns the number of floating-point operations done. *sink receives a
  * value that depends on all of them. */
-double xl_peak_rounds(const xl_kernels *k, int mixed, ptrdiff_t rounds, real *sink);
+double xl_peak_rounds(const xl_kernels *k, xl_dtype operands, ptrdiff_t rounds, real *sink);
 
 #endif

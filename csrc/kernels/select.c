@@ -20,14 +20,16 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma");
 }
-static int has_avx512bf16(void) { return has_avx512() && cpu_has(1, 0, 5); }
+static int has_avx512bf16(void) {
+    return has_avx512() && cpu_has(1, 0, 5) && __builtin_cpu_supports("avx512vnni");
+}
 /* Intel's vdpbf16ps does half the products a cycle that its float32 multiply-adds do: docs/speed.md */
 static int pairs_pay(void) { return __builtin_cpu_is("amd"); }
 /* The state of the tiles is large: Linux gives it to a process that asks once. */
 static int has_amx(void) {
 #ifdef __linux__
     const long request_permission = 0x1023, tile_data = 18; /* asm/prctl.h, XFEATURE_XTILEDATA */
-    return has_avx512bf16() && cpu_has(0, 1, 24) && cpu_has(0, 1, 22) &&
+    return has_avx512bf16() && cpu_has(0, 1, 22) && cpu_has(0, 1, 24) && cpu_has(0, 1, 25) &&
            syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return 0;

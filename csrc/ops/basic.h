@@ -17,7 +17,8 @@ typedef struct {
     const void *data;
     xl_dtype dtype;    /* XL_DT_REAL, XL_DT_PANELS or XL_DT_I8 */
     int mixed;         /* its products, gradients too, may round both operands to bf16 where the
-                        * processor has instructions for that; sums stay `real` */
+                        * processor has instructions for that; sums stay `real`. Of int8: nothing,
+                        * the other operand is always rotated and rounded to bytes */
     const real *scale; /* of each row of an int8 matrix, else NULL */
 } xl_mat;
 
@@ -33,13 +34,16 @@ static inline xl_mat xl_stored_mat(void *data, xl_dtype dtype, int mixed, ptrdif
 
 /* ---- panels.c ----------------------------------------------------------------------------- */
 
+#define XL_INT8_COLS 131072 /* 127 * 127 * this is below 2^31 */
+
 /* A matrix w [rows, cols] into panels at `to`: XL_DT_PANELS (rounded to nearest, ties to even), or
- * XL_DT_I8, where the largest entry of a row becomes 127. */
+ * XL_DT_I8, where the largest entry of a rotated row becomes 127. scratch: xl_pack_scratch bytes. */
 xl_status xl_pack_weights(xl_ctx *ctx, xl_dtype dtype, ptrdiff_t rows, ptrdiff_t cols, void *to,
-                          const real *w);
+                          const real *w, void *scratch);
+ptrdiff_t xl_pack_scratch(const xl_ctx *ctx, ptrdiff_t cols);
 xl_status xl_unpack_weights(xl_ctx *ctx, ptrdiff_t rows, ptrdiff_t cols, real *w, xl_mat from);
 /* Row `row` of a matrix of `cols` columns as reals. */
-void xl_mat_row(xl_mat w, ptrdiff_t row, ptrdiff_t cols, real *out);
+void xl_mat_row(const xl_ctx *ctx, xl_mat w, ptrdiff_t row, ptrdiff_t cols, real *out);
 
 /* ---- matmul.c ----------------------------------------------------------------------------- */
 

@@ -15,7 +15,7 @@ xl_status xl_embedding_forward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, ptrdiff_t 
                                const int32_t *ids, xl_mat w) {
     XL_TRY(check_ids(ctx, N, V, ids));
 #pragma omp parallel for num_threads(ctx->threads) if (N >= XL_FEW_ROWS)
-    for (ptrdiff_t n = 0; n < N; n++) xl_mat_row(w, ids[n], d, y + n * d);
+    for (ptrdiff_t n = 0; n < N; n++) xl_mat_row(ctx, w, ids[n], d, y + n * d);
     return XL_OK;
 }
 

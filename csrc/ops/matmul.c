@@ -1,4 +1,5 @@
-/* Matrix products over threads. Products of operands rounded to bf16 are in matmul_mixed.c.
+/* Matrix products over threads. Products of operands rounded to bf16 are in matmul_mixed.c, with int8
+ * matrices in matmul_int8.c.
  *
  * B is packed into panels, then tiles of C are dealt out. With many columns, or few rows, a thread
  * packs a block of columns for itself and uses it up while it is in the cache; else all threads pack
@@ -11,7 +12,6 @@
 #include <omp.h>
 
 #define ROWS_BY_DOTS 16 /* up to here packing B costs more than it saves */
-#define ALONE (1 << 14) /* multiplications of dot products that cost less than waking a thread */
 #define BLOCK_M 256     /* rows of a task */
 #define BLOCK_N 192     /* columns of a task; a multiple of every nr */
 #define NARROW_N 64     /* the same where there are few columns and few rows */
@@ -39,9 +39,10 @@ static ptrdiff_t plan(const xl_ctx *ctx, ptrdiff_t N, ptrdiff_t K, char *base, w
 ptrdiff_t xl_matmul_scratch(const xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K) {
     workspace w;
     ptrdiff_t size = plan(ctx, N, K, NULL, &w), mixed = xl_matmul_mixed_scratch(ctx, M, N, K);
-    if (size < 0 || mixed < 0) return -1;
+    ptrdiff_t bytes = xl_matmul_int8_scratch(M, K);
+    if (size < 0 || mixed < 0 || bytes < 0) return -1;
     ptrdiff_t rounded = ROWS_BY_DOTS * xl_round_up(K, XL_PAIR_K) * (ptrdiff_t)sizeof(xl_bf16);
-    return xl_max(xl_max(size, mixed), rounded);
+    return xl_max(xl_max(size, mixed), xl_max(bytes, rounded));
 }
 
 /* B is row-major: rows of W are columns of B. */
@@ -50,7 +51,7 @@ static void by_dots(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
                     ptrdiff_t ldc) {
     /* long pieces of memory: it is read fastest from one end to the other */
     ptrdiff_t block = xl_round_up(xl_max(1, N / (8 * ctx->threads)), XL_DOTS);
-#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) if (M * N * K > ALONE)
+#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) if (M * N * K > XL_ALONE)
     for (ptrdiff_t j0 = 0; j0 < N; j0 += block)
         for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j += XL_DOTS) {
             real y[ROWS_BY_DOTS * XL_DOTS];
@@ -69,23 +70,20 @@ static void by_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real a
                       xl_bf16 *rounded) {
     const xl_kernels *k = ctx->k;
     ptrdiff_t depth = xl_round_up(K, XL_PANEL);
-    int pairs = b.dtype == XL_DT_PANELS && b.mixed && k->dots_panel_mixed;
+    int pairs = b.mixed && k->dots_panel_mixed;
     for (ptrdiff_t i = 0; pairs && i < M; i++) k->round_mixed(K, a + i * rsa, rounded + i * depth);
     ptrdiff_t block = xl_round_up(xl_max(1, N / (8 * ctx->threads)), XL_PANEL);
-#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) if (M * N * K > ALONE)
+#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) if (M * N * K > XL_ALONE)
     for (ptrdiff_t j0 = 0; j0 < N; j0 += block)
         for (ptrdiff_t j = j0; j < xl_min(N, j0 + block); j += XL_PANEL) {
             real y[ROWS_BY_DOTS * XL_PANEL];
-            if (b.dtype == XL_DT_I8)
-                k->dots_panel_int8(K, M, a, rsa, (const int8_t *)b.data + j * depth, y);
-            else if (pairs)
+            if (pairs)
                 k->dots_panel_mixed(K, M, rounded, depth, (const xl_bf16 *)b.data + j * depth, y);
             else
                 k->dots_panel(K, M, a, rsa, (const xl_bf16 *)b.data + j * depth, y);
             for (ptrdiff_t i = 0; i < M; i++)
                 for (ptrdiff_t l = 0; l < xl_min(XL_PANEL, N - j); l++) {
                     real *p = c + i * ldc + j + l, value = alpha * y[i * XL_PANEL + l];
-                    if (b.scale) value *= b.scale[j + l];
                     *p = beta == 0 ? value : value + beta * *p;
                 }
         }
@@ -94,11 +92,9 @@ static void by_panels(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real a
 /* B(k, n) from k0 and j0 on; of a matrix in panels j0 is a multiple of XL_PANEL. */
 static void pack(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, ptrdiff_t K, xl_mat b,
                  ptrdiff_t k0, ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, real *out) {
-    ptrdiff_t depth = xl_round_up(K, XL_PANEL), at = j0 * depth + k0 * XL_PANEL;
-    if (b.dtype == XL_DT_I8)
-        k->pack_b_int8(kc, n, (const int8_t *)b.data + at, depth, b.scale + j0, out);
-    else if (b.dtype == XL_DT_PANELS)
-        k->pack_b_panels(kc, n, (const xl_bf16 *)b.data + at, depth, out);
+    ptrdiff_t depth = xl_round_up(K, XL_PANEL);
+    if (b.dtype == XL_DT_PANELS)
+        k->pack_b_panels(kc, n, (const xl_bf16 *)b.data + j0 * depth + k0 * XL_PANEL, depth, out);
     else
         k->pack_b(kc, n, (const real *)b.data + k0 * rsb + j0 * csb, rsb, csb, out);
 }
@@ -157,6 +153,10 @@ xl_status xl_matmul(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real alp
                     ptrdiff_t rsa, ptrdiff_t csa, xl_mat b, ptrdiff_t rsb, ptrdiff_t csb, real beta,
                     real *c, ptrdiff_t ldc, void *scratch) {
     if (M == 0 || N == 0) return XL_OK;
+    if (b.dtype == XL_DT_I8) {
+        xl_matmul_int8(ctx, M, N, K, alpha, a, rsa, b, beta, c, ldc, scratch);
+        return XL_OK;
+    }
     if (M <= ROWS_BY_DOTS && csa == 1 && rsb == 1) {
         if (b.dtype == XL_DT_REAL)
             by_dots(ctx, M, N, K, alpha, a, rsa, b.data, csb, beta, c, ldc);

@@ -64,13 +64,9 @@ static const xl_bf16 *panels_of(xl_mat b, ptrdiff_t K, ptrdiff_t k0, ptrdiff_t k
     return b.dtype == XL_DT_PANELS ? (const xl_bf16 *)b.data + j0 * *depth + k0 * XL_PANEL : packed;
 }
 
-static void pack_b(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, ptrdiff_t K, xl_mat b,
-                   ptrdiff_t k0, ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, xl_bf16 *out) {
-    ptrdiff_t depth = xl_round_up(K, XL_PANEL);
-    if (b.dtype == XL_DT_I8)
-        k->pack_b_mixed_int8(kc, n, (const int8_t *)b.data + j0 * depth + k0 * XL_PANEL, depth,
-                             b.scale + j0, out);
-    else if (b.dtype == XL_DT_REAL)
+static void pack_b(const xl_kernels *k, ptrdiff_t kc, ptrdiff_t n, xl_mat b, ptrdiff_t k0,
+                   ptrdiff_t j0, ptrdiff_t rsb, ptrdiff_t csb, xl_bf16 *out) {
+    if (b.dtype == XL_DT_REAL)
         k->pack_b_mixed(kc, n, (const real *)b.data + k0 * rsb + j0 * csb, rsb, csb, out);
 }
 
@@ -95,7 +91,7 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
                                     place(w.a, w.rows, k0, kc, i));
                 } else {
                     ptrdiff_t j = (block - packs_a) * w.block_n;
-                    pack_b(k, kc, xl_min(w.block_n, N - j), K, b, k0, j, rsb, csb,
+                    pack_b(k, kc, xl_min(w.block_n, N - j), b, k0, j, rsb, csb,
                            place(w.b, w.columns, k0, kc, j));
                 }
             }
@@ -106,7 +102,7 @@ void xl_matmul_mixed(xl_ctx *ctx, ptrdiff_t M, ptrdiff_t N, ptrdiff_t K, real al
                 for (ptrdiff_t s = 0; s < slices; s++) {
                     ptrdiff_t k0 = s * w.slice, kc = xl_min(w.slice, K - k0);
                     ptrdiff_t n = xl_min(w.block_n, N - j), depth;
-                    pack_b(k, kc, n, K, b, k0, j, rsb, csb, panel);
+                    pack_b(k, kc, n, b, k0, j, rsb, csb, panel);
                     const xl_bf16 *of_b = panels_of(b, K, k0, kc, j, panel, &depth);
                     k->gemm_mixed(M, n, kc, alpha, place(w.a, w.rows, k0, kc, 0), of_b, depth,
                                   s ? (real)1 : beta, c + j, ldc);

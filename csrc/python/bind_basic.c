@@ -70,8 +70,9 @@ static PyObject *pack_weights(PyObject *module, PyObject *const *args, Py_ssize_
     const real *w = xl_in(&c, args[1], "w", "NK");
     xl_dtype dtype = packed_dtype(&c, args[2]);
     void *to = packed(&c, args[0], 1, dtype);
+    void *scratch = xl_scratch(&c, xl_pack_scratch(&c.ctx, xl_dim(&c, 'K')));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_pack_weights(&c.ctx, dtype, xl_dim(&c, 'N'), xl_dim(&c, 'K'), to, w));
+    XL_RUN(&c, xl_pack_weights(&c.ctx, dtype, xl_dim(&c, 'N'), xl_dim(&c, 'K'), to, w, scratch));
     return xl_end(&c, c.status);
 }
 
@@ -406,15 +407,16 @@ static PyObject *merge(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     return xl_end(&c, c.status);
 }
 
-/* peak(rounds, mixed) -> floating-point operations done by all threads; the caller takes the time */
+/* peak(rounds, operands: 0 real, 1 bf16, 2 int8) -> floating-point operations done by all threads; the caller takes the time */
 static PyObject *peak(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 2)) return NULL;
     ptrdiff_t rounds = xl_int(&c, args[0], "rounds", 1, (ptrdiff_t)1 << 32);
-    int mixed = (int)xl_int(&c, args[1], "mixed", 0, 1);
+    static const xl_dtype kinds[] = {XL_DT_REAL, XL_DT_BF16, XL_DT_I8};
+    ptrdiff_t kind = xl_int(&c, args[1], "operands", 0, 2);
     if (c.failed) return xl_end(&c, XL_OK);
     double flops = 0;
-    XL_RUN(&c, xl_peak(&c.ctx, mixed, rounds, &flops));
+    XL_RUN(&c, xl_peak(&c.ctx, kinds[kind], rounds, &flops));
     PyObject *none = xl_end(&c, c.status);
     if (!none) return NULL;
     Py_DECREF(none);
