@@ -185,10 +185,17 @@ INLINE void scale_sums(ptrdiff_t h, ptrdiff_t w, ptrdiff_t depth, real alpha, co
                        ptrdiff_t ldc) {
     for (ptrdiff_t i = 0; i < h; i++, s += lds, c += ldc) {
         real by = alpha * tail_of(x + i * xl_int8_row(depth), depth).scale;
-        if (beta == 0)
-            for (ptrdiff_t j = 0; j < w; j++) c[j] = by * scale[j] * (real)s[j];
-        else
-            for (ptrdiff_t j = 0; j < w; j++) c[j] = by * scale[j] * (real)s[j] + beta * c[j];
+        ptrdiff_t j = 0;
+#ifndef XL_REAL_F64
+        for (; j + VL <= w; j += VL) {
+            vec y = by * load(scale + j) * __builtin_convertvector(*(const sums_u *)(s + j), vec);
+            store(c + j, beta == 0 ? y : y + beta * load(c + j));
+        }
+#endif
+        for (; j < w; j++) {
+            real y = by * scale[j] * (real)s[j];
+            c[j] = beta == 0 ? y : y + beta * c[j];
+        }
     }
 }
 

@@ -273,6 +273,36 @@ static void round_mixed(ptrdiff_t n, const real *x, xl_bf16 *y) {
     for (ptrdiff_t i = 0; i < n; i += 32) _mm512_storeu_si512(y + i, row_pairs(x + i, n - i));
 }
 
+#ifdef XL_AMX
+
+/* A tile takes 16 rows in the time of one; those behind the last one are read and forgotten. */
+static void dots_panel_mixed(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
+                             const xl_bf16 *panel, real *y) {
+    _Alignas(64) real s[16 * XL_PANEL];
+    _tile_loadconfig(&tiles);
+    for (ptrdiff_t r = 0; r < rows; r += 16, x += 16 * ldx) {
+        const xl_bf16 *w = panel;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (ptrdiff_t k = 0; k < n; k += XL_PAIR_K, w += XL_PAIR_K * XL_PANEL) {
+            for (int line = 0; line < 32; line++)
+                __builtin_prefetch((const char *)w + PANEL_AHEAD + 64 * line, 0, 2);
+            _tile_loadd(4, x + k, ldx * 2);
+            _tile_loadd(6, w, XL_PANEL * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, w + 32, XL_PANEL * 4);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, s, XL_PANEL * 4);
+        _tile_stored(1, s + 16, XL_PANEL * 4);
+        __builtin_memcpy(y + r * XL_PANEL, s,
+                         (size_t)(xl_min(16, rows - r) * XL_PANEL) * sizeof *y);
+    }
+    _tile_release();
+}
+
+#else
+
 #define PANEL_ROWS 8 /* rows at a time: their sums fill half of the registers */
 
 INLINE void dots_panel_mixed_rows(ptrdiff_t n, const int rows, const xl_bf16 *x, ptrdiff_t ldx,
@@ -305,6 +335,8 @@ static void dots_panel_mixed(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrd
         dots_panel_mixed_rows(n, 4, x + r * ldx, ldx, panel, y + r * XL_PANEL);
     for (; r < rows; r++) dots_panel_mixed_rows(n, 1, x + r * ldx, ldx, panel, y + r * XL_PANEL);
 }
+
+#endif
 
 /* ---- the peak ----------------------------------------------------------------------------- */
 
