@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlstm_distill import sources
-from xlstm_distill.data import Batches, Rows, TokenData, split_held_out
+from xlstm_distill.cleaning import split_held_out
+from xlstm_distill.data import Batches, Rows, TokenData
 from xlstm_distill.errors import UserError
 from xlstm_distill.sources import Document
 

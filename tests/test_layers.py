@@ -64,6 +64,7 @@ LEVELS = [
         "align",
         "bench",
         "bench_cases",
+        "cleaning",
         "data",
         "distill",
         "evaluate",
@@ -86,7 +87,7 @@ LEVELS = [
     ["_core_f32", "_core_f64"],
 ]
 # Leaves: below the model, no arrays of the core; each may import those after it.
-LEAVES = ["checkpoints", "tokenizer", "packages", "config", "families", "atomic", "errors"]
+LEAVES = ["texts", "checkpoints", "tokenizer", "packages", "config", "families", "atomic", "errors"]
 # They check everything else and depend on nothing.
 ALONE = ["reference", "testing"]
 

@@ -10,6 +10,7 @@ weight, without randomness beyond the seed, and can say where it stands and go o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,20 @@ from numpy.typing import NDArray
 
 from .atomic import atomic_directory
 from .errors import UserError
-from .sources import Document, document_end, hash_order, read_files
+from .sources import Document, document_end, read_files
 from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
-_IDS, _OFFSETS = "ids.bin", "offsets.npy"
+_IDS, _OFFSETS, _COUNTED = "ids.bin", "offsets.npy", "counted.bin"
 
 IntArray = NDArray[np.int32]
 
 
 class TokenData:
-    """Documents as token ids: `ids` (uint16 or uint32) and `offsets` int64 [documents + 1]."""
+    """Documents as token ids: `ids` (uint16 or uint32) and `offsets` int64 [documents + 1].
+
+    `counted`, bool [tokens]: the tokens that are to be learnt; None: all of them.
+    """
 
     def __init__(
         self,
@@ -39,10 +43,11 @@ class TokenData:
         offsets: NDArray[np.int64],
         manifest: Mapping[str, Any] | None = None,
         where: str = "data",
+        counted: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.ids, self.offsets, self.where = ids, offsets, where
+        self.ids, self.offsets, self.where, self.counted = ids, offsets, where, counted
         self.manifest: dict[str, Any] = dict(manifest or {})
-        self.manifest.setdefault("sha256", _digest(ids, offsets))
+        self.manifest.setdefault("sha256", _digest(ids, offsets, counted))
         if self.documents == 0 or self.tokens == 0:
             raise UserError(f"{where}: holds no text")
 
@@ -73,14 +78,20 @@ class TokenData:
         vocab_size: int,
         manifest: Mapping[str, Any] | None = None,
         where: str = "data",
+        counted: Iterable[NDArray[np.bool_] | None] | None = None,
     ) -> TokenData:
-        """Documents (lists of token ids) in memory. UserError names an id that is out of range."""
+        """Documents (lists of token ids) in memory. UserError names an id that is out of range.
+
+        `counted`: of each document, the tokens to be learnt (None: all).
+        """
         dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        parts, lengths = [], []
-        for number, document in enumerate(documents):
+        parts, lengths, masks = [], [], []
+        given = itertools.repeat(None) if counted is None else counted
+        for number, (document, mask) in enumerate(zip(documents, given, strict=False)):
             values = np.asarray(document, dtype=np.int64)
             if values.size == 0:
                 continue
+            masks.append(np.ones(values.size, np.bool_) if mask is None else mask)
             if values.min() < 0 or values.max() >= vocab_size:
                 bad = int(values.min()) if values.min() < 0 else int(values.max())
                 raise UserError(
@@ -90,7 +101,9 @@ class TokenData:
             lengths.append(values.size)
         ids = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return cls(ids, offsets, {**(manifest or {}), "vocab_size": vocab_size}, where)
+        joined = np.concatenate(masks) if masks else np.ones(0, np.bool_)
+        learnt = None if joined.all() else joined
+        return cls(ids, offsets, {**(manifest or {}), "vocab_size": vocab_size}, where, learnt)
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], tokenizer: Tokenizer) -> TokenData:
@@ -108,17 +121,22 @@ class TokenData:
         return from_sources(found, tokenizer, names, where=", ".join(names))
 
     def save(self, directory: str | Path) -> None:
-        """Write `ids.bin`, `offsets.npy` and `manifest.json`, as a whole or not at all."""
+        """Write `ids.bin`, `offsets.npy`, `manifest.json` and, where not all tokens are to be
+        learnt, `counted.bin`, as a whole or not at all."""
         manifest = {
             **self.manifest,
             "documents": self.documents,
             "tokens": self.tokens,
+            "counted": self.tokens if self.counted is None else int(self.counted.sum()),
             "dtype": self.ids.dtype.name,
         }
         with atomic_directory(directory, MANIFEST) as work:
             with (work / _IDS).open("wb") as handle:
                 np.ascontiguousarray(self.ids).tofile(handle)
             np.save(work / _OFFSETS, self.offsets)
+            if self.counted is not None:
+                with (work / _COUNTED).open("wb") as handle:
+                    np.ascontiguousarray(self.counted).tofile(handle)
             text = json.dumps(manifest, indent=1, ensure_ascii=False)
             (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -130,17 +148,24 @@ class TokenData:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             offsets = np.load(folder / _OFFSETS, allow_pickle=False)
             ids = np.memmap(folder / _IDS, dtype=np.dtype(manifest["dtype"]), mode="r")
+            counted = None
+            if manifest.get("counted", manifest["tokens"]) != manifest["tokens"]:
+                counted = np.memmap(folder / _COUNTED, dtype=np.bool_, mode="r")
             recorded = str(manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not token data ({error}); write it again") from None
-        if _digest(ids, offsets) != recorded:
+        if _digest(ids, offsets, counted) != recorded:
             raise UserError(f"{folder}: damaged: sha256 differs from {MANIFEST}; write it again")
-        return cls(ids, offsets, manifest, str(folder))
+        return cls(ids, offsets, manifest, str(folder), counted)
 
 
-def _digest(ids: NDArray[Any], offsets: NDArray[np.int64]) -> str:
+def _digest(
+    ids: NDArray[Any], offsets: NDArray[np.int64], counted: NDArray[np.bool_] | None
+) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(offsets, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(ids, dtype="<u4").data)
+    if counted is not None:
+        digest.update(np.ascontiguousarray(counted).data)
     return digest.hexdigest()
 
 
@@ -150,48 +175,29 @@ def from_sources(
     sources: Any,
     where: str,
     vocab_size: int | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> TokenData:
-    """Token data of read documents; the manifest says which tokenizer and sources made it.
+    """Token data of read documents; the manifest says which tokenizer and sources made it, and
+    `facts`.
 
     `vocab_size`: the model's, where sampled text may hold ids that the tokenizer has no text for.
     """
     names = hashlib.sha256("\n".join(d.name for d in documents).encode()).hexdigest()
-    manifest = {"tokenizer": tokenizer.fingerprint, "sources": sources, "names": names}
-    ids = (d.ids for d in documents)
+    manifest = {
+        "tokenizer": tokenizer.fingerprint,
+        "sources": sources,
+        "names": names,
+        **(facts or {}),
+    }
+    ids, counted = (d.ids for d in documents), (d.counted for d in documents)
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
-    return TokenData.from_documents(ids, size, manifest, where)
-
-
-def split_held_out(
-    documents: Sequence[Document], tokens: int, where: str
-) -> tuple[list[Document], list[Document]]:
-    """(for training, held out): whole documents, chosen by a hash of their names.
-
-    The held-out set is the shortest run of documents in hash order with at least `tokens` tokens,
-    so that text stays held out whatever else is in the collection; a document counts with at most
-    a tenth of `tokens`, so that one long file is not the whole sample. UserError if nothing would
-    be left for training.
-    """
-    if tokens <= 0:
-        return list(documents), []
-    ordered = sorted(documents, key=lambda d: hash_order(d.name))
-    held, counted = 0, 0
-    while held < len(ordered) and counted < tokens:
-        counted += min(len(ordered[held].ids), max(1, tokens // 10))
-        held += 1
-    if counted < tokens or held == len(ordered):
-        total = sum(len(d.ids) for d in documents)
-        raise UserError(
-            f"{where}: {len(ordered)} documents with {total} tokens cannot give {tokens} held-out "
-            "tokens and text to train on; add text or lower held_out_tokens"
-        )
-    names = {d.name for d in ordered[:held]}
-    return [d for d in documents if d.name not in names], ordered[:held]
+    return TokenData.from_documents(ids, size, manifest, where, counted)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: ids, labels int32 [B, T] (next token, -1 where a document ends), reset bool.
+    """Packed rows: ids, labels int32 [B, T] (next token, -1 where a document ends and where the
+    next token is not to be learnt), reset bool.
 
     `rows` names the domain and the row of each, by which cached targets are found.
     """
@@ -251,6 +257,7 @@ class Rows:
         last = first + self.length
         ids = np.empty(self.length + 1, dtype=np.int32)
         reset = np.zeros(self.length + 1, dtype=np.bool_)
+        counted = np.ones(self.length + 1, dtype=np.bool_)
         reset[0] = True
         at = first
         document = int(np.searchsorted(self._starts, first, side="right")) - 1
@@ -258,15 +265,19 @@ class Rows:
             begin, end = int(self._starts[document]), int(self._starts[document + 1])
             source = int(self.data.offsets[self._order[document]])
             stop = min(end, last + 1)
-            ids[at - first : stop - first] = self.data.ids[
-                source + at - begin : source + stop - begin
-            ]
+            here, there = (
+                slice(at - first, stop - first),
+                slice(source + at - begin, source + stop - begin),
+            )
+            ids[here] = self.data.ids[there]
+            if self.data.counted is not None:
+                counted[here] = self.data.counted[there]
             if at == begin:
                 reset[at - first] = True
             at, document = stop, document + 1
         if at <= last:  # the stream ends with this row
             reset[-1], ids[-1] = True, 0
-        labels = np.where(reset[1:], -1, ids[1:]).astype(np.int32)
+        labels = np.where(counted[1:] & ~reset[1:], ids[1:], -1).astype(np.int32)
         return ids[:-1], labels, reset[:-1]
 
     def batch(self, name: str, indices: Iterable[int]) -> Batch:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .atomic import write_text
 from .errors import UserError, first_problem
+from .texts import MAX_BYTES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -39,10 +40,12 @@ class StudentSection(_Section):
 
 
 class SampledSource(_Section):
-    """Text that the teacher writes: continued openings or answered instructions."""
+    """Text that the teacher writes: continued openings or answered instructions, its own or those
+    of a file (`prompts`)."""
 
     kind: Literal["sampled"]
     style: Literal["general", "chat"] = "general"
+    prompts: str | None = None
     documents: int = Field(ge=1)
     max_new_tokens: int = Field(default=512, ge=1)
     temperature: float = Field(default=1.0, gt=0)
@@ -58,11 +61,14 @@ class StdlibSource(_Section):
 
 
 class FilesSource(_Section):
-    """The user's files: txt, jsonl, directories of both."""
+    """The user's files: txt, jsonl, Parquet, Arrow, directories of these. `malformed`: what happens
+    to documents that cannot be used, those of more than `max_document_bytes` among them."""
 
     kind: Literal["files"]
     paths: list[str] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    malformed: Literal["refuse", "skip"] = "refuse"
+    max_document_bytes: int = Field(default=MAX_BYTES, ge=1)
 
 
 Source = Annotated[SampledSource | StdlibSource | FilesSource, Field(discriminator="kind")]
@@ -73,9 +79,11 @@ class DomainSection(_Section):
 
     It consists of `held_out_tokens` tokens of documents taken out of the sources (not out of
     sampled text), or of human `passages` of request sets (squad, coqa, drop) where those are named.
+    `loss`: what is learnt of chats and of prompts with completions: all of it or the answers.
     """
 
     sources: list[Source] = Field(min_length=1)
+    loss: Literal["all", "answers"] = "all"
     held_out_tokens: int = Field(default=0, ge=0)
     passages: list[str] = Field(default_factory=list)
 
@@ -89,10 +97,22 @@ class DomainSection(_Section):
         return self
 
 
+class ContaminationSection(_Section):
+    """Training documents that share a run of `words` words with a question of one of the request
+    sets `tasks` are dropped, or only counted."""
+
+    tasks: list[str] = Field(min_length=1)
+    words: int = Field(default=13, ge=1)
+    action: Literal["drop", "report"] = "drop"
+
+
 class DataSection(_Section):
-    """Domains and the length of packed rows."""
+    """Domains and the length of packed rows. `deduplicate`: a document that occurred before, in
+    this domain or an earlier one, is left out."""
 
     length: int = Field(default=1024, ge=2)
+    deduplicate: bool = True
+    contamination: ContaminationSection | None = None
     domains: dict[str, DomainSection] = Field(min_length=1)
 
 

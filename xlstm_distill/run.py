@@ -18,10 +18,11 @@ from typing import Any
 
 from . import sources
 from .align import align, relative_errors
-from .data import MANIFEST, Batches, Rows, TokenData, from_sources, split_held_out
+from .cleaning import Collection, Contamination, read_hashes
+from .data import MANIFEST, Batches, Rows, TokenData, from_sources
 from .distill import distill
 from .errors import UserError
-from .evaluate import passages
+from .evaluate import passages, questions
 from .linearize import linearize
 from .merge import merge
 from .model import Model, load
@@ -31,12 +32,14 @@ from .rundir import Interrupt, RunDirectory
 from .sampling import read_documents, sample_documents
 from .sources import Document
 from .targets import TargetCache, identity_of, write_targets
+from .texts import Malformed
 from .tokenizer import Tokenizer
 
 STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
 _PROBE_ROWS = 2
 """Rows a domain on which stage I's error is measured before and after."""
 _STATE = "state.npz"
+_HASHES = "hashes.npy"
 
 
 def derived_seed(seed: int, *names: object) -> int:
@@ -132,40 +135,71 @@ class Run:
             if (place / "train" / MANIFEST).is_file():
                 continue
             with self.timed(f"data {name}") as facts:
-                train, held_out = self._documents(name, domain)
+                found = self._collect(name, domain)
                 described = [source.model_dump() for source in domain.sources]
                 if domain.held_out_tokens:
                     where = f"evaluation text of {name}"
-                    text = from_sources(held_out, self.tokenizer, described, where)
+                    text = from_sources(found.held_out, self.tokenizer, described, where)
                     text.save(place / "evaluation")
-                vocab = self.teacher.config.vocab_size
-                data = from_sources(train, self.tokenizer, described, f"text of {name}", vocab)
+                where, vocab = f"text of {name}", self.teacher.config.vocab_size
+                data = from_sources(
+                    found.train, self.tokenizer, described, where, vocab, found.facts
+                )
                 Rows(data, self.recipe.data.length)  # refuses too little text now, not later
                 data.save(place / "train")
-                facts.update(documents=data.documents, tokens=data.tokens)
+                facts.update(documents=data.documents, tokens=data.tokens, **found.facts)
 
-    def _documents(self, name: str, domain: DomainSection) -> tuple[list[Document], list[Document]]:
-        """(training documents, evaluation documents) of a domain."""
+    def _collect(self, name: str, domain: DomainSection) -> Collection:
+        """The documents of a domain, cleaned and divided."""
         sampled: list[Document] = []
         read: list[Document] = []
+        malformed = Malformed()
+        answers = domain.loss == "answers"
         for number, source in enumerate(domain.sources):
             if isinstance(source, SampledSource):
-                sampled += self._sampled(name, number, source)
+                sampled += self._sampled(name, number, source, answers=answers)
             elif source.kind == "stdlib":
                 found = sources.read_stdlib(self.tokenizer)
                 read += sources.up_to(found, source.max_tokens)
             else:
-                files = list(sources.read_files(source.paths, self.tokenizer))
+                malformed.skip = source.malformed == "skip"
+                malformed.max_bytes = source.max_document_bytes
+                files = list(
+                    sources.read_files(source.paths, self.tokenizer, malformed, answers=answers)
+                )
                 files.sort(key=lambda d: sources.hash_order(d.name))
                 read += sources.up_to(files, source.max_tokens)
+        collection = Collection(sampled, read, malformed)
+        if self.recipe.data.deduplicate:
+            place = self.path / "data" / name / _HASHES
+            collection.deduplicate(self._earlier_hashes(name), place)
+        if self._contamination is not None:
+            section = self.recipe.data.contamination
+            assert section is not None
+            collection.check(self._contamination, self.tokenizer, drop=section.action == "drop")
         if domain.passages:
-            return [*sampled, *read], self._passages(domain)
-        train, held_out = split_held_out(read, domain.held_out_tokens, f"domain {name}")
-        # No document is more than a tenth of the evaluation text.
-        most = max(1, domain.held_out_tokens // 10)
-        return [*sampled, *train], [Document(d.name, d.ids[:most]) for d in held_out]
+            collection.held_out = self._passages(domain)
+        else:
+            collection.hold_out(domain.held_out_tokens, f"domain {name}")
+        return collection
 
-    def _sampled(self, name: str, number: int, source: SampledSource) -> list[Document]:
+    def _earlier_hashes(self, name: str) -> Iterator[int]:
+        for other in self.recipe.data.domains:
+            if other == name:
+                return
+            yield from read_hashes(self.path / "data" / other / _HASHES)
+
+    @cached_property
+    def _contamination(self) -> Contamination | None:
+        section = self.recipe.data.contamination
+        if section is None:
+            return None
+        asked = (q for task in section.tasks for q in questions(task))
+        return Contamination(asked, section.words)
+
+    def _sampled(
+        self, name: str, number: int, source: SampledSource, *, answers: bool
+    ) -> list[Document]:
         place = self.path / "data" / name / f"sampled-{number}"
         stage = f"sample {name} {number}"
         metrics = sample_documents(
@@ -177,11 +211,12 @@ class Run:
             temperature=source.temperature,
             top_p=source.top_p,
             batch=source.batch,
+            prompts_file=source.prompts,
             seed=derived_seed(self.recipe.seed, "sample", name, number),
             check=self.interrupt.check,
         )
         self.follow(metrics, stage, f"sampling {name} ({source.style})")
-        return read_documents(self.teacher, place, source.style)
+        return read_documents(self.teacher, place, source.style, answers=answers)
 
     def _passages(self, domain: DomainSection) -> list[Document]:
         """Human passages of request sets, taken in turns, as many as are wanted."""

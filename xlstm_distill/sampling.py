@@ -9,6 +9,7 @@ and ends with the same bits.
 from __future__ import annotations
 
 import io
+import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,23 +27,65 @@ from .sources import Document, document_end, document_start
 Style = Literal["general", "chat"]
 
 
-def prompts(model: Model, style: Style, count: int, seed: int) -> list[list[int]]:
-    """`count` prompts as token ids, the same for the same seed."""
+def prompts(
+    model: Model, style: Style, count: int, seed: int, file: str | Path | None = None
+) -> list[list[int]]:
+    """`count` prompts as token ids, the same for the same seed; those of `file` in turns, if given:
+    a text file (one a line) or jsonl (the field prompt, instruction or text)."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UserError("sampling: the teacher has no tokenizer")
-    random = np.random.Generator(np.random.Philox(key=[seed, style == "chat"]))
-    patterns = INSTRUCTIONS if style == "chat" else OPENINGS
-    texts = [
-        patterns[random.integers(len(patterns))].format(topic=TOPICS[random.integers(len(TOPICS))])
-        for _ in range(count)
-    ]
+    if file is not None:
+        given = read_prompts(file)
+        texts = [given[n % len(given)] for n in range(count)]
+    else:
+        texts = _made_prompts(style, count, seed)
     if style == "chat":
         messages = [[{"role": "user", "content": text}] for text in texts]
         rendered = [tokenizer.apply_chat_template(m) for m in messages]
         return tokenizer.encode_batch(rendered)
     start = document_start(tokenizer)
     return [[*start, *ids] for ids in tokenizer.encode_batch(texts, special=False)]
+
+
+def _made_prompts(style: Style, count: int, seed: int) -> list[str]:
+    random = np.random.Generator(np.random.Philox(key=[seed, style == "chat"]))
+    patterns = INSTRUCTIONS if style == "chat" else OPENINGS
+    return [
+        patterns[random.integers(len(patterns))].format(topic=TOPICS[random.integers(len(TOPICS))])
+        for _ in range(count)
+    ]
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """Prompts of a text file, one a line, or of a jsonl file. UserError names the file and line."""
+    path = Path(file).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    found = [
+        line if path.suffix != ".jsonl" else _prompt_of(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise UserError(f"{path}: the file is empty")
+    return found
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if isinstance(record, dict):
+        for key in ("prompt", "instruction", "text"):
+            if isinstance(record.get(key), str) and record[key].strip():
+                return str(record[key])
+    raise UserError(f"{where}: needs the field prompt, instruction or text")
 
 
 def sampler(teacher: Model) -> Model:
@@ -61,6 +104,7 @@ def sample_documents(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch: int = 32,
+    prompts_file: str | Path | None = None,
     seed: int = 0,
     check: Callable[[], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -73,7 +117,7 @@ def sample_documents(
     stops = {*teacher.config.eos_token_ids}
     if teacher.tokenizer is not None:
         stops.update(document_end(teacher.tokenizer))
-    asked = prompts(teacher, style, documents, seed)
+    asked = prompts(teacher, style, documents, seed, prompts_file)
     writer = sampler(teacher)
     steps = -(-documents // batch)
     for step in range(steps):
@@ -109,8 +153,11 @@ def sample_documents(
         }
 
 
-def read_documents(teacher: Model, directory: str | Path, style: Style) -> list[Document]:
-    """The documents that `sample_documents` wrote, in order.
+def read_documents(
+    teacher: Model, directory: str | Path, style: Style, *, answers: bool = False
+) -> list[Document]:
+    """The documents that `sample_documents` wrote, in order; with `answers`, only what the teacher
+    wrote is to be learnt of chats.
 
     A document that the teacher ended is closed by the end token, a chat by the end of its turn
     before it; one that was cut at `max_new_tokens` is left open.
@@ -130,9 +177,13 @@ def read_documents(teacher: Model, directory: str | Path, style: Style) -> list[
         for prompt, new, ended in lengths.tolist():
             document = ids[at : at + prompt + new].tolist()
             at += prompt + new
-            found.append(
-                Document(f"{style}:{len(found)}", [*document, *(closing if ended else [])])
-            )
+            whole = [*document, *(closing if ended else [])]
+            counted = None
+            if answers and style == "chat":
+                counted = np.arange(len(whole)) >= prompt
+                if ended and end:
+                    counted[-len(end) :] = False  # a chat ends its turns itself
+            found.append(Document(f"{style}:{len(found)}", whole, counted))
     return found
 
 

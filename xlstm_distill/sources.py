@@ -1,21 +1,22 @@
-"""Where documents come from: files of the user, and the Python standard library.
-
-Field names of jsonl files are TRL's: `text`, `prompt` with `completion`, or `messages`.
+"""Documents as token ids: of the user's files (texts.py reads them), and of the Python standard
+library.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .errors import UserError
+from .texts import Malformed, MalformedError, Text, read_texts
 from .tokenizer import Tokenizer
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _AT_ONCE = 64  # documents that are encoded together
 
 # Parts of the library that are tests, programs, copies of other projects or tables of numbers.
@@ -35,10 +36,17 @@ _NOT_LIBRARY = {
 
 
 class Document(NamedTuple):
-    """A document: a name that does not change between runs, and its token ids."""
+    """A document: a name that does not change between runs, its token ids, and which of them are
+    to be learnt (bool [ids]; None: all)."""
 
     name: str
     ids: list[int]
+    counted: NDArray[np.bool_] | None = None
+
+    def cut(self, most: int) -> Document:
+        """Its first tokens, at most so many."""
+        counted = None if self.counted is None else self.counted[:most]
+        return Document(self.name, self.ids[:most], counted)
 
 
 def hash_order(name: str) -> bytes:
@@ -73,141 +81,72 @@ def document_start(tokenizer: Tokenizer) -> list[int]:
     return []
 
 
-def _encode(
-    texts: Iterable[tuple[str, str, bool]], tokenizer: Tokenizer, skip: bool = False
+def read_files(
+    paths: Iterable[str | Path],
+    tokenizer: Tokenizer,
+    malformed: Malformed | None = None,
+    *,
+    answers: bool = False,
 ) -> Iterator[Document]:
-    """Documents of (name, text, text has control tokens), several encoded at a time.
+    """Documents of files and directories (`read_texts` says which). With `answers`, only the
+    assistant's turns and completions are to be learnt; plain text always is.
 
-    A text that the vocabulary cannot spell is an error that names it, or left out with `skip`.
+    Raises UserError naming the file and the line, unless `malformed` leaves such documents out.
     """
-    batch: list[tuple[str, str, bool]] = []
-    for item in texts:
-        batch.append(item)
+    rules = malformed or Malformed()
+    yield from _encode(read_texts(paths, tokenizer, rules), tokenizer, rules, answers=answers)
+
+
+def _encode(
+    texts: Iterable[Text], tokenizer: Tokenizer, malformed: Malformed, *, answers: bool = False
+) -> Iterator[Document]:
+    """Documents of texts, several encoded at a time."""
+    batch: list[Text] = []
+    for text in texts:
+        batch.append(text if answers else text._replace(answers=None))
         if len(batch) == _AT_ONCE:
-            yield from _encode_batch(batch, tokenizer, skip)
+            yield from _encode_batch(batch, tokenizer, malformed)
             batch = []
-    yield from _encode_batch(batch, tokenizer, skip)
+    yield from _encode_batch(batch, tokenizer, malformed)
 
 
 def _encode_batch(
-    batch: list[tuple[str, str, bool]], tokenizer: Tokenizer, skip: bool
+    batch: list[Text], tokenizer: Tokenizer, malformed: Malformed
 ) -> Iterator[Document]:
-    start, end = document_start(tokenizer), document_end(tokenizer)
-    encoded: list[list[int] | None]
-    for special in (False, True):
-        chosen = [(name, text) for name, text, marked in batch if marked == special]
+    for marked in (False, True):
+        chosen = [text for text in batch if text.marked == marked]
         try:
-            encoded = list(tokenizer.encode_batch([text for _, text in chosen], special=special))
-        except UserError:
-            encoded = [_encode_one(name, text, special, tokenizer, skip) for name, text in chosen]
-        for (name, _), ids in zip(chosen, encoded, strict=True):
-            if ids is not None:
-                # A rendered chat brings its own start.
-                yield Document(name, [*([] if special else start), *ids, *end])
+            encoded = tokenizer.encode_batch([text.text for text in chosen], special=marked)
+        except UserError:  # which of them is it?
+            good = []
+            for text in chosen:
+                with malformed.tolerated():
+                    _check_bytes(text, tokenizer)
+                    good.append(text)
+            chosen = good
+            encoded = tokenizer.encode_batch([text.text for text in chosen], special=marked)
+        for text, ids in zip(chosen, encoded, strict=True):
+            yield _document(text, ids, tokenizer)
 
 
-def _encode_one(
-    name: str, text: str, special: bool, tokenizer: Tokenizer, skip: bool
-) -> list[int] | None:
+def _check_bytes(text: Text, tokenizer: Tokenizer) -> None:
     try:
-        return tokenizer.encode(text, special=special)
+        tokenizer.encode(text.text, special=text.marked)
     except UserError as error:
-        if skip:
-            return None
-        raise UserError(f"{name}: {error}") from None
+        raise MalformedError("byte without a token", f"{text.name}: {error}") from None
 
 
-# ---- files of the user --------------------------------------------------------------------------
-
-
-def read_files(paths: Iterable[str | Path], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Documents of text files (one each), jsonl files (one a line) and directories of both.
-
-    Raises UserError naming the file, and the line of a jsonl file: nothing there, empty, not UTF-8,
-    not JSON, none of the known fields, a byte that the vocabulary lacks.
-    """
-    for path in paths:
-        for file, name in _files(Path(path).expanduser()):
-            if file.suffix == ".jsonl":
-                yield from _encode(_records(file, name, tokenizer), tokenizer)
-            else:
-                text = _text(file)
-                if not text.strip():
-                    raise UserError(f"{file}: the file is empty")
-                yield from _encode([(name, text, False)], tokenizer)
-
-
-def _files(path: Path) -> Iterator[tuple[Path, str]]:
-    """(file, name) of a file, or of all text and jsonl files below a directory, in name order."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    if not path.is_dir():
-        yield path, path.name
-        return
-    wanted = (*TEXT_SUFFIXES, ".jsonl")
-    found = sorted(f for f in path.rglob("*") if f.suffix in wanted and f.is_file())
-    if not found:
-        raise UserError(f"{path}: holds no {', '.join(wanted)} files")
-    for file in found:
-        # An empty file in a directory (a package marker) is nobody's mistake.
-        if file.stat().st_size:
-            yield file, file.relative_to(path).as_posix()
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: cannot read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from None
-
-
-def _records(file: Path, name: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str, bool]]:
-    empty = True
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        empty = False
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a JSON object is expected")
-        text, marked = _record_text(record, where, tokenizer)
-        yield f"{name}:{number}", text, marked
-    if empty:
-        raise UserError(f"{file}: the file is empty")
-
-
-def _record_text(record: Mapping[str, Any], where: str, tokenizer: Tokenizer) -> tuple[str, bool]:
-    """The text of a record and whether it holds control tokens (a rendered chat)."""
-    if "messages" in record:
-        return _chat(record["messages"], where, tokenizer), True
-    if "prompt" in record and "completion" in record:
-        prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return _chat([*prompt, *completion], where, tokenizer), True
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return prompt + completion, False
-        raise UserError(f"{where}: prompt and completion must be two strings or two lists")
-    if isinstance(record.get("text"), str):
-        return record["text"], False
-    keys = ", ".join(sorted(map(str, record))) or "none"
-    raise UserError(
-        f"{where}: needs the field text, prompt with completion, or messages; found: {keys}"
-    )
-
-
-def _chat(messages: Any, where: str, tokenizer: Tokenizer) -> str:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages must be a list that is not empty")
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def _document(text: Text, ids: list[int], tokenizer: Tokenizer) -> Document:
+    # A rendered chat brings its own start.
+    start = [] if text.marked else document_start(tokenizer)
+    end = document_end(tokenizer)
+    whole = [*start, *ids, *end]
+    if text.answers is None:
+        return Document(text.name, whole)
+    inside = tokenizer.tokens_inside(text.text, text.answers, special=text.marked)
+    # The end of the document is part of a completion; a chat ends its turns itself.
+    edges = np.zeros(len(start), bool), np.full(len(end), not text.marked)
+    return Document(text.name, whole, np.concatenate([edges[0], inside, edges[1]]))
 
 
 # ---- the standard library -----------------------------------------------------------------------
@@ -228,14 +167,14 @@ def read_stdlib(tokenizer: Tokenizer, root: str | Path | None = None) -> Iterato
     files.sort(key=lambda file: hash_order(file.relative_to(folder).as_posix()))
     if not files:
         raise UserError(f"{folder}: holds no Python sources of the standard library")
-    yield from _encode(_readable(files, folder), tokenizer, skip=True)
+    yield from _encode(_readable(files, folder), tokenizer, Malformed(skip=True))
 
 
-def _readable(files: Iterable[Path], folder: Path) -> Iterator[tuple[str, str, bool]]:
+def _readable(files: Iterable[Path], folder: Path) -> Iterator[Text]:
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         if text.strip():
-            yield file.relative_to(folder).as_posix(), text, False
+            yield Text(file.relative_to(folder).as_posix(), text)

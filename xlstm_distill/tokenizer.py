@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from .errors import UserError
@@ -118,6 +120,19 @@ class Tokenizer:
             self._check_bytes(text)
         core = self._core if special else self._plain
         return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def tokens_inside(
+        self, text: str, spans: Sequence[tuple[int, int]], special: bool = True
+    ) -> NDArray[np.bool_]:
+        """Which of the tokens of `text` lie wholly inside one of the spans of characters [from,
+        to), bool [tokens]. The spans do not overlap and rise."""
+        core = self._core if special else self._plain
+        offsets = core.encode(text, add_special_tokens=False).offsets
+        places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        inside = np.zeros(len(places), dtype=np.bool_)
+        for start, end in spans:
+            inside |= (places[:, 0] >= start) & (places[:, 1] <= end)
+        return inside
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:

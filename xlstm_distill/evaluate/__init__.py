@@ -8,7 +8,15 @@ compare   result files of teacher, students and control, side by side
 
 from .compare import Comparison, compare
 from .fidelity import Fidelity, Interval, fidelity, paired_bootstrap
-from .tasks import DEFAULT_TASKS, evaluate, load_task, passages, read_results, write_results
+from .tasks import (
+    DEFAULT_TASKS,
+    evaluate,
+    load_task,
+    passages,
+    questions,
+    read_results,
+    write_results,
+)
 from .wintie import WinTie, split_groups, win_and_tie
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "load_task",
     "paired_bootstrap",
     "passages",
+    "questions",
     "read_results",
     "split_groups",
     "win_and_tie",

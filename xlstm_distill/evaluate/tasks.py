@@ -576,3 +576,20 @@ def passages(task: str, requests: str | Path | None = None) -> list[str]:
     take = _PASSAGES[base]
     texts = [take(d.fields).strip() for d in load_task(task, requests).documents]
     return [text for text in dict.fromkeys(texts) if text]
+
+
+def questions(task: str, requests: str | Path | None = None) -> list[str]:
+    """The text of each question of a request set, its few-shot examples left out: all that its
+    original record says in words (to be looked for in training text)."""
+    return [" ".join(_words_of(d.fields)) for d in load_task(task, requests).documents]
+
+
+def _words_of(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _words_of(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _words_of(part)

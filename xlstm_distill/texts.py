@@ -1,0 +1,272 @@
+"""Text of the user's files, before it is encoded: plain text, jsonl, Parquet and Arrow.
+
+Field names of records are TRL's: `text`, `prompt` with `completion`, or `messages`. What is wrong
+with a document is found here, named by file and line (or row), and refused or left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import UserError
+from .tokenizer import Tokenizer
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+MAX_BYTES = 8_000_000
+"""Of a document, unless told otherwise: what is longer is rarely one."""
+_PLACES = 20
+_ROWS_AT_ONCE = 256
+
+
+class Text(NamedTuple):
+    """A document as text. `marked`: it holds control tokens (a rendered chat). `answers`: the
+    spans of characters [from, to) that are to be learnt where only answers count; None: all."""
+
+    name: str
+    text: str
+    marked: bool = False
+    answers: tuple[tuple[int, int], ...] | None = None
+
+
+class MalformedError(UserError):
+    """A document that cannot be used; `kind` is what it is counted as."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass
+class Malformed:
+    """What happens to documents that cannot be used: the first one ends the reading, or, with
+    `skip`, they are left out, counted by kind, and the first of them named."""
+
+    skip: bool = False
+    max_bytes: int = MAX_BYTES
+    counts: Counter[str] = field(default_factory=Counter)
+    places: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def tolerated(self) -> Iterator[None]:
+        """A block that reads one document."""
+        try:
+            yield
+        except MalformedError as error:
+            if not self.skip:
+                raise
+            self.counts[error.kind] += 1
+            if len(self.places) < _PLACES:
+                self.places.append(str(error))
+
+    def check_size(self, where: str, size: int) -> None:
+        """Refuse a document of more than `max_bytes` bytes."""
+        if size > self.max_bytes:
+            raise MalformedError(
+                "too long",
+                f"{where}: {size:,} bytes are more than one document may have, "
+                f"{self.max_bytes:,}; split it or raise max_document_bytes",
+            )
+
+
+def read_texts(
+    paths: Iterable[str | Path], tokenizer: Tokenizer, malformed: Malformed
+) -> Iterator[Text]:
+    """Documents of text files (one each), of jsonl files (one a line), of Parquet and Arrow files
+    (one a row), and of directories of these.
+
+    The tokenizer renders chats. Raises UserError naming the file: nothing there, cannot be read,
+    no such format; and what is wrong with a document as `malformed` says.
+    """
+    for path in paths:
+        for file, name in _files(Path(path).expanduser()):
+            if file.suffix in _RECORDS:
+                yield from _record_texts(file, name, tokenizer, malformed)
+            else:
+                with malformed.tolerated():
+                    yield Text(name, _plain(file, malformed))
+
+
+def _files(path: Path) -> Iterator[tuple[Path, str]]:
+    """(file, name) of a file, or of all files of known kinds below a directory, in name order."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        yield path, path.name
+        return
+    wanted = (*TEXT_SUFFIXES, *_RECORDS)
+    found = sorted(f for f in path.rglob("*") if f.suffix in wanted and f.is_file())
+    if not found:
+        raise UserError(f"{path}: holds no {', '.join(wanted)} files")
+    for file in found:
+        # An empty file in a directory (a package marker) is nobody's mistake.
+        if file.stat().st_size:
+            yield file, file.relative_to(path).as_posix()
+
+
+def _plain(file: Path, malformed: Malformed) -> str:
+    try:
+        malformed.check_size(str(file), file.stat().st_size)
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise MalformedError("not UTF-8", f"{file}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise MalformedError("empty", f"{file}: the file is empty")
+    return text
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+Place = tuple[str, str]
+"""(name of the document, where it stands: the opening of an error message)"""
+
+
+def _record_texts(
+    file: Path, name: str, tokenizer: Tokenizer, malformed: Malformed
+) -> Iterator[Text]:
+    seen = False
+    for (own, where), read in _RECORDS[file.suffix](file, name, malformed):
+        seen = True
+        with malformed.tolerated():
+            yield _text_of(read(), own, where, tokenizer)
+    if not seen:
+        with malformed.tolerated():
+            raise MalformedError("empty", f"{file}: the file is empty")
+
+
+def _lines(
+    file: Path, name: str, malformed: Malformed
+) -> Iterator[tuple[Place, Callable[[], Any]]]:
+    try:
+        with file.open("rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    where = f"{file}:{number}"
+                    yield (f"{name}:{number}", where), _line_reader(line, where, malformed)
+    except OSError as error:
+        raise UserError(f"{file}: cannot read: {error.strerror}") from None
+
+
+def _line_reader(line: bytes, where: str, malformed: Malformed) -> Callable[[], Any]:
+    def read() -> Any:
+        malformed.check_size(where, len(line))
+        try:
+            return json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            message = f"{where}: not UTF-8 text (byte {error.start} of the line)"
+            raise MalformedError("not UTF-8", message) from None
+        except (ValueError, RecursionError) as error:
+            raise MalformedError("not JSON", f"{where}: not valid JSON ({error})") from None
+
+    return read
+
+
+def _rows(file: Path, name: str, malformed: Malformed) -> Iterator[tuple[Place, Callable[[], Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file}: reading it needs pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        for batch in _arrow_batches(file, pyarrow):
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                    number += 1
+                    where = f"{file}: row {number}"
+                    yield (f"{name}:{number}", where), _row_reader(row, where, malformed)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: cannot read behind row {number}: {reason}") from None
+
+
+def _row_reader(row: dict[str, Any], where: str, malformed: Malformed) -> Callable[[], Any]:
+    def read() -> Any:
+        malformed.check_size(
+            where, sum(len(x.encode()) for x in row.values() if isinstance(x, str))
+        )
+        return row
+
+    return read
+
+
+def _arrow_batches(file: Path, pyarrow: Any) -> Iterator[Any]:
+    if file.suffix == ".parquet":
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from table.iter_batches()
+        return
+    with pyarrow.memory_map(str(file)) as source:
+        try:  # a file with an index, or a stream as the datasets library writes it
+            reader = pyarrow.ipc.open_file(source)
+            batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            batches = pyarrow.ipc.open_stream(source)
+        yield from batches
+
+
+_RECORDS = {".jsonl": _lines, ".parquet": _rows, ".arrow": _rows}
+
+
+def _text_of(record: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:
+    if not isinstance(record, dict):
+        raise MalformedError("not an object", f"{where}: a JSON object is expected")
+    found = _fields(record, name, where, tokenizer)
+    if not found.text.strip():
+        raise MalformedError("empty", f"{where}: the document is empty")
+    return found
+
+
+def _fields(record: Mapping[str, Any], name: str, where: str, tokenizer: Tokenizer) -> Text:
+    if record.get("messages") is not None:
+        return _chat(record["messages"], name, where, tokenizer)
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if prompt is not None and completion is not None:
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _chat([*prompt, *completion], name, where, tokenizer)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            text = prompt + completion
+            return Text(name, text, answers=((len(prompt), len(text)),))
+        message = f"{where}: prompt and completion must be two strings or two lists"
+        raise MalformedError("no text field", message)
+    if isinstance(record.get("text"), str):
+        return Text(name, record["text"])
+    keys = ", ".join(sorted(map(str, record))) or "none"
+    raise MalformedError(
+        "no text field",
+        f"{where}: needs the field text, prompt with completion, or messages; found: {keys}",
+    )
+
+
+def _chat(messages: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:
+    if not isinstance(messages, list) or not messages:
+        message = f"{where}: messages must be a list that is not empty"
+        raise MalformedError("bad chat", message)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        return Text(name, text, True, tuple(_answers(messages, text, tokenizer)))
+    except UserError as error:
+        raise MalformedError("bad chat", f"{where}: {error}") from None
+
+
+def _answers(messages: list[Any], text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:
+    """Where the assistant's turns stand, the mark of their end included and the white space behind
+    it not: what the model itself would write after the prompt for an answer."""
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:n]) if n else ""
+        through = tokenizer.apply_chat_template(messages[: n + 1], add_generation_prompt=False)
+        if not (through.startswith(before) and text.startswith(through.rstrip())):
+            raise UserError(
+                "the chat template does not render turns one behind the other, so that answers "
+                "cannot be told from prompts"
+            )
+        yield len(before), len(through.rstrip())
