@@ -1,0 +1,177 @@
+"""Text of the user's files: what is read, what is refused, what is left out and counted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny_run
+
+from xlstm_distill import sources
+from xlstm_distill.data import Rows, TokenData
+from xlstm_distill.errors import UserError
+from xlstm_distill.texts import Malformed, read_texts
+
+CHAT = [
+    {"role": "user", "content": "a?"},
+    {"role": "assistant", "content": "b é."},
+    {"role": "user", "content": "c?"},
+    {"role": "assistant", "content": "d"},
+]
+TURN = "<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_run.tokenizer()
+
+
+def write(path, *records) -> None:
+    """jsonl of records; bytes are lines as they are."""
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+# ---- documents that cannot be used --------------------------------------------------------------
+
+BAD = {
+    "not JSON": b'{"text": "a"',
+    "not UTF-8": b'{"text": "\xff"}',
+    "not an object": b"[1]",
+    "no text field": b'{"txt": "a"}',
+    "empty": b'{"text": " "}',
+    "bad chat": b'{"messages": [{"role": "user"}]}',
+    "too long": b'{"text": "' + b"a" * 200 + b'"}',
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_malformed_document_is_named_by_file_and_line(tmp_path, tokenizer, kind):
+    file = tmp_path / "a.jsonl"
+    write(file, {"text": "good"}, BAD[kind])
+    with pytest.raises(UserError, match=r"a\.jsonl:2") as error:
+        list(read_texts([file], tokenizer, Malformed(max_bytes=100)))
+    assert "\n" not in str(error.value)
+
+
+def test_malformed_documents_are_left_out_and_counted(tmp_path, tokenizer):
+    file, empty = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    write(file, *BAD.values(), {"text": "good"}, BAD["empty"])
+    empty.write_text("")
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    malformed = Malformed(skip=True, max_bytes=100)
+    paths = [file, empty, tmp_path / "c.txt"]
+    found = [d.name for d in sources.read_files(paths, tokenizer, malformed)]
+    assert found == ["a.jsonl:8"]
+    assert malformed.counts == {**dict.fromkeys(BAD, 1), "empty": 3, "not UTF-8": 2}
+    assert len(malformed.places) == 10
+    assert any("a.jsonl:9" in place for place in malformed.places)
+
+
+def test_a_ten_megabyte_line_is_refused_by_its_key(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", {"text": "x" * 10_000_000})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*max_document_bytes"):
+        list(read_texts([tmp_path / "a.jsonl"], tokenizer, Malformed()))
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_counted(tmp_path):
+    core = tiny_run.tokenizer()
+    layout = json.loads(core._core.to_str())
+    del layout["model"]["vocab"]["z"]
+    lacking = type(core)(type(core._core).from_str(json.dumps(layout)))
+    write(tmp_path / "a.jsonl", {"text": "ab"}, {"text": "xyz"}, {"text": "cd"})
+    malformed = Malformed(skip=True)
+    found = sources.read_files([tmp_path / "a.jsonl"], lacking, malformed)
+    assert [d.name for d in found] == ["a.jsonl:1", "a.jsonl:3"]
+    assert malformed.counts == {"byte without a token": 1}
+    with pytest.raises(UserError, match=r"a\.jsonl:2: .*0x7a"):
+        list(sources.read_files([tmp_path / "a.jsonl"], lacking))
+
+
+def test_what_is_no_document_is_refused_with_skip_too(tmp_path, tokenizer):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(b"not a table")
+    for name, message in (("a.parquet", "cannot read"), ("b.txt", "no such file")):
+        with pytest.raises(UserError, match=message):
+            list(read_texts([tmp_path / name], tokenizer, Malformed(skip=True)))
+
+
+# ---- Parquet and Arrow --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+def test_tables_are_read_as_jsonl_is(tmp_path, tokenizer, kind):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [{"text": f"row {n}", "messages": None} for n in range(600)]
+    records[3] = {"text": None, "messages": CHAT}
+    records[5] = {"text": None, "messages": None}
+    table = arrow.Table.from_pylist(records)
+    file = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    if kind == "parquet":
+        parquet.write_table(table, file, row_group_size=250)
+    else:
+        new = arrow.ipc.new_file if kind == "file" else arrow.ipc.new_stream
+        with new(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=250)
+    malformed = Malformed(skip=True)
+    found = {t.name: t for t in read_texts([tmp_path], tokenizer, malformed)}
+    assert len(found) == 599 and malformed.counts == {"no text field": 1}
+    assert malformed.places[0].startswith(f"{file}: row 6:")
+    assert found[f"{file.name}:600"].text == "row 599"
+    assert found[f"{file.name}:4"].text.count("<|im_start|>") == 4
+
+
+# ---- what is learnt -----------------------------------------------------------------------------
+
+
+def learnt(document, tokenizer) -> str:
+    return tokenizer.decode(np.array(document.ids)[document.counted])
+
+
+def test_answers_alone_are_learnt(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    write(file, {"messages": CHAT}, {"prompt": "2+2=", "completion": "4"}, {"text": "plain"})
+    chat, pair, plain = sorted(
+        sources.read_files([file], tokenizer, answers=True), key=lambda d: d.name
+    )
+    assert learnt(chat, tokenizer) == "b é.<|im_end|>d<|im_end|>"
+    assert learnt(pair, tokenizer) == "4<|endoftext|>"
+    assert plain.counted is None
+    everything = list(sources.read_files([file], tokenizer))
+    assert all(d.counted is None for d in everything)
+    assert {d.name: d.ids for d in everything} == {d.name: d.ids for d in (chat, pair, plain)}
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+    tokenizer = tiny_run.tokenizer()
+    tokenizer.chat_template = "{{ messages|length }}" + tiny_run.CHAT
+    write(tmp_path / "a.jsonl", {"messages": CHAT})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*one behind the other"):
+        list(read_texts([tmp_path / "a.jsonl"], tokenizer, Malformed()))
+
+
+def test_rows_have_labels_for_what_is_learnt(tmp_path):
+    ids = [[1, 2, 3, 4, 5], [6, 7, 8, 9]]
+    masks = [np.array([False, False, True, True, False]), None]
+    data = TokenData.from_documents(ids, 16, counted=masks)
+    everything = TokenData.from_documents(ids, 16)
+    assert data.fingerprint != everything.fingerprint
+    data.save(tmp_path / "data")
+    again = TokenData.open(tmp_path / "data")
+    assert again.fingerprint == data.fingerprint
+    assert again.manifest["counted"] == 6
+    rows, whole = Rows(again, 9, 1), Rows(everything, 9, 1)
+    (own, labels, _), (theirs, all_labels, _) = rows.row(0), whole.row(0)
+    assert np.array_equal(own, theirs)
+    assert set(all_labels[labels < 0]) - {-1} == {2, 5}
+    assert np.array_equal(labels[labels >= 0], all_labels[labels >= 0])
+
+
+def test_a_damaged_mask_is_refused(tmp_path):
+    mask = [np.array([True, False, True])]
+    TokenData.from_documents([[1, 2, 3]], 16, counted=mask).save(tmp_path / "data")
+    (tmp_path / "data" / "counted.bin").write_bytes(b"\x01\x01\x01")
+    with pytest.raises(UserError, match="damaged"):
+        TokenData.open(tmp_path / "data")
