@@ -15,7 +15,7 @@ import numpy as np
 from .data import Batch, Batches, Data, as_batches
 from .errors import UserError
 from .model import Model
-from .optim import AdamW, learning_rate, trainable_names
+from .optim import AdamW, Schedule, learning_rate, trainable_names
 from .parameters import Parameters
 from .training import Metrics, Saver, train
 
@@ -27,9 +27,11 @@ def align(
     *,
     steps: int,
     rows: int = 2,
+    micro_rows: int | None = None,
     length: int = 1024,
     lr: float = 2e-2,
     warmup: float = 0.1,
+    schedule: Schedule = "cosine",
     floor: float = 1e-5,
     beta2: float = 0.99,
     weight_decay: float = 0.1,
@@ -39,8 +41,9 @@ def align(
 ) -> Iterator[Metrics]:
     """Train the student's mixers in place; yields metrics a step.
 
-    data: token data (packed into rows of `length` tokens, `rows` a step) or batches. The learning
-    rate rises over the share `warmup` of the steps to `lr` and falls as a cosine to `floor`.
+    data: token data (packed into rows of `length` tokens, `rows` a step, `micro_rows` of them at
+    once, None: all) or batches. The learning rate rises over the share `warmup` of the steps to
+    `lr` and goes on as `schedule` says (`optim.learning_rate`), a cosine to `floor`.
     With `state`, the run can be killed and continued from that file.
 
     Metrics: loss (sum over layers of the squared error of a token, mean over tokens), layers
@@ -55,15 +58,22 @@ def align(
         "steps": steps,
         "lr": lr,
         "warmup": warmup,
+        "schedule": schedule,
         "floor": floor,
         "beta2": beta2,
         "weight_decay": weight_decay,
+        "micro_rows": micro_rows,
     }
 
     def gradient(batch: Batch, grads: Parameters) -> Metrics:
-        error, reference, _ = student.align_and_grad(
-            batch.ids, batch.reset, grads, names, scale=1.0 / batch.ids.size
-        )
+        count = student.config.num_hidden_layers
+        error, reference = np.zeros(count), np.zeros(count)
+        for part in batch.parts(micro_rows or len(batch.ids)):
+            e, r, _ = student.align_and_grad(
+                part.ids, part.reset, grads, names, scale=1.0 / batch.ids.size
+            )
+            error += e
+            reference += r
         layers = error / reference
         return {
             "loss": float(error.sum() / batch.ids.size),
@@ -72,7 +82,7 @@ def align(
         }
 
     def rate(step: int) -> float:
-        return learning_rate(step, steps, peak=lr, schedule="cosine", warmup=warmup, floor=floor)
+        return learning_rate(step, steps, peak=lr, schedule=schedule, warmup=warmup, floor=floor)
 
     yield from train(
         optimiser,

@@ -223,25 +223,28 @@ class Rows:
     """Documents packed into rows of `length` tokens, in an order drawn from `seed`.
 
     Rows are numbered in the order in which they are drawn first; the last, incomplete one is left
-    out. A document that crosses the end of a row goes on in another row as if it began there; the
-    last position of a row still has its label.
+    out. The last `reserve` rows are not counted: batches do not draw them (`reserved` gives them).
+    A document that crosses the end of a row goes on in another row as if it began there; the last
+    position of a row still has its label.
     """
 
-    def __init__(self, data: TokenData, length: int, seed: int = 0) -> None:
+    def __init__(self, data: TokenData, length: int, seed: int = 0, reserve: int = 0) -> None:
         if length < 2:
             raise UserError(f"length is {length}, expected at least 2 tokens")
-        self.data, self.length, self.seed = data, length, seed
-        self.count = data.tokens // length
-        if self.count == 0:
+        self.data, self.length, self.seed, self.reserve = data, length, seed, reserve
+        whole = data.tokens // length
+        self.count = whole - reserve
+        if self.count <= 0:
+            more = f" beside {reserve} reserved for validation" if reserve else ""
             raise UserError(
-                f"{data.where}: {data.tokens} tokens are fewer than one row of {length}; "
+                f"{data.where}: {data.tokens} tokens are fewer than one row of {length}{more}; "
                 "add text or lower length"
             )
         random = np.random.Generator(np.random.Philox(key=[seed, 0]))
         self._order = random.permutation(data.documents)
         sizes = np.diff(data.offsets)[self._order]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._rows = random.permutation(self.count)
+        self._rows = random.permutation(whole)
 
     def __len__(self) -> int:
         return self.count
@@ -249,7 +252,13 @@ class Rows:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the contents of every row."""
-        return {"data": self.data.fingerprint, "length": self.length, "seed": self.seed}
+        own = {"data": self.data.fingerprint, "length": self.length, "seed": self.seed}
+        return {**own, "reserve": self.reserve} if self.reserve else own
+
+    @property
+    def reserved(self) -> range:
+        """The numbers of the rows that are set aside."""
+        return range(self.count, self.count + self.reserve)
 
     def row(self, index: int) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
         """(ids, labels, reset), each [T], of one row."""
@@ -283,6 +292,13 @@ class Rows:
     def batch(self, name: str, indices: Iterable[int]) -> Batch:
         """Some rows as one batch."""
         return _batch([(name, int(i)) for i in indices], {name: self})
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of rows of one length as one."""
+    arrays = zip(*((b.ids, b.labels, b.reset) for b in batches), strict=True)
+    ids, labels, reset = (np.concatenate(x) for x in arrays)
+    return Batch(ids, labels, reset, [row for b in batches for row in b.rows])
 
 
 def _batch(keys: list[tuple[str, int]], sources: Mapping[str, Rows]) -> Batch:

@@ -5,8 +5,10 @@ loss_t = ce_weight * CE + kl_weight * KL(teacher's k targets || student's) (pape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from .model import KlForm, Model
 from .optim import AdamW, Schedule, Train, learning_rate, trainable_names
 from .parameters import Parameters
 from .targets import TargetCache, Targets
-from .training import Metrics, train
+from .training import Metrics, Validation, train
 
 TargetSource = TargetCache | Mapping[str, TargetCache] | Model | None
 
@@ -43,7 +45,13 @@ def distill(
     beta2: float = 0.95,
     weight_decay: float = 0.1,
     train_what: Train = "all",
+    average: float | None = None,
+    window_dropout: float = 0.0,
     recompute: bool = False,
+    held_out: Batch | None = None,
+    held_out_targets: Targets | None = None,
+    validate_every: int = 0,
+    keep: Literal["last", "best"] = "last",
     seed: int = 0,
     state: str | Path | None = None,
     save_seconds: float = 120.0,
@@ -53,15 +61,22 @@ def distill(
     targets: a cache made of the same rows (one, or one per domain of `data`), the teacher itself
     (its `k` best tokens are then computed on the way), or None for cross-entropy alone. A step
     takes `rows` rows of `length` tokens, `micro_rows` at a time. The learning rate rises over the
-    share `warmup` of the steps to `lr`, then stays ("constant") or falls to 0 ("linear"). mixer_lr:
-    that of the mixers' own tensors, with the same schedule (None: lr). Few steps move the mixers
-    too little at a rate that the teacher's weights bear.
+    share `warmup` of the steps to `lr` and goes on as `schedule` says (`optim.learning_rate`).
+    mixer_lr: that of the mixers' own tensors, with the same schedule (None: lr). Few steps move the
+    mixers too little at a rate that the teacher's weights bear. average: the student ends as the
+    running mean of its values, which keeps this share in a step (None: as the last ones).
+    window_dropout: the share of the steps, evenly spread, in which every output gate is 1, so that
+    the mLSTM alone has to answer. held_out: rows whose loss is measured every `validate_every`
+    steps; with keep="best" the student ends as it was at the lowest.
     train_what: "all" or "mixer" (everything copied from the teacher stays frozen). recompute: less
     memory for about a quarter more time, the same bits (Model.loss_and_grad). With `state`, the run
     can be killed and continued from that file.
 
-    Metrics: loss, ce, kl (nats, mean over counted tokens), lr, gradient_norm, tokens, seconds.
+    Metrics: loss, ce, kl (nats, mean over counted tokens), lr, gradient_norm, tokens, seconds, and
+    validation (a loss) where it was measured.
     """
+    if not 0 <= window_dropout < 1:
+        raise UserError(f"distill: window_dropout is {window_dropout}, expected 0 or more, below 1")
     if targets is None and kl_weight != 0:
         raise UserError("distill: kl_weight is not 0 but there are no targets; give targets=")
     if not (ce_weight >= 0 and kl_weight >= 0 and ce_weight + kl_weight > 0):
@@ -73,7 +88,12 @@ def distill(
     names = trainable_names(student, train_what)
     mixer_rate = 1.0 if mixer_lr is None else mixer_lr / lr
     optimiser = AdamW(
-        student.params, names, beta2=beta2, weight_decay=weight_decay, mixer_rate=mixer_rate
+        student.params,
+        names,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        mixer_rate=mixer_rate,
+        average=average,
     )
     settings = {
         "steps": steps,
@@ -90,28 +110,57 @@ def distill(
         "weight_decay": weight_decay,
         "train": train_what,
         "micro_rows": micro_rows,
+        "average": average,
+        "window_dropout": window_dropout,
+        "validate_every": validate_every,
+        "keep": keep,
     }
 
-    def gradient(batch: Batch, grads: Parameters) -> Metrics:
-        count = batch.counted
+    def losses(
+        batch: Batch,
+        wanted: Callable[[Batch], Targets | None],
+        grads: Parameters | None = None,
+        gate: float | None = None,
+    ) -> Metrics:
+        """Mean losses of a batch; adds the gradient into `grads`."""
+        count = max(1, batch.counted)
         sums = np.zeros(2)
         for part in batch.parts(micro_rows):
             found = student.loss_and_grad(
                 part.ids,
                 part.labels,
-                _targets_of(part, targets, k),
+                wanted(part),
                 ce_weight=ce_weight,
                 kl_weight=kl_weight,
                 kl_form=kl_form,
                 reset=part.reset,
                 grads=grads,
                 trainable=names,
-                scale=1.0 / max(1, count),
+                scale=1.0 / count,
                 recompute=recompute,
+                gate=gate,
             )
             sums += found["ce"], found["kl"]
-        ce, kl = sums / max(1, count)
-        return {"loss": ce_weight * ce + kl_weight * kl, "ce": float(ce), "kl": float(kl)}
+        ce, kl = sums / count
+        return {"loss": float(ce_weight * ce + kl_weight * kl), "ce": float(ce), "kl": float(kl)}
+
+    def gradient(batch: Batch, grads: Parameters) -> Metrics:
+        hidden = _falls_on(optimiser.steps + 1, window_dropout)
+        gate = 1.0 if hidden else None
+        return losses(batch, lambda part: _targets_of(part, targets, k), grads, gate)
+
+    def validation_loss() -> float:
+        assert held_out is not None
+        rows = iter(range(0, len(held_out.ids), micro_rows))
+
+        def own(part: Batch) -> Targets | None:
+            start = next(rows)
+            if held_out_targets is None:
+                return None
+            ids, logp = held_out_targets
+            return ids[start : start + micro_rows], logp[start : start + micro_rows]
+
+        return float(losses(held_out, own)["loss"])
 
     def rate(step: int) -> float:
         return learning_rate(step, steps, peak=lr, schedule=schedule, warmup=warmup)
@@ -125,7 +174,15 @@ def distill(
         steps=steps,
         clip=clip,
         saver=saver_of("distill", state, save_seconds, student, batches, settings),
+        validation=None
+        if held_out is None or not validate_every
+        else Validation(validation_loss, validate_every, keep == "best"),
     )
+
+
+def _falls_on(step: int, share: float) -> bool:
+    """True for the share of the steps 1, 2 ... , evenly spread."""
+    return math.floor(step * share) > math.floor((step - 1) * share)
 
 
 def _k_of(targets: TargetSource, k: int) -> int | None:

@@ -236,6 +236,12 @@ class Model:
         latest = np.maximum(np.maximum.accumulate(starts, axis=1), start)
         return np.ascontiguousarray(steps - latest, dtype=np.int32)
 
+    @staticmethod
+    def _gate(gate: float | None) -> float:
+        if gate is not None and not 0 <= gate <= 1:
+            raise ValueError(f"gate is {gate}, expected 0 to 1")
+        return _OWN_GATE if gate is None else float(gate)
+
     def _forward(
         self,
         ids: IntArray,
@@ -247,8 +253,6 @@ class Model:
         o_gates: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
         """One call of the core: hidden states after the last norm, [B, T, d]. Advances `state`."""
-        if gate is not None and not 0 <= gate <= 1:
-            raise ValueError(f"gate is {gate}, expected 0 to 1")
         rows, steps = ids.shape
         hidden = np.empty((rows, steps, self.config.hidden_size), dtype=self.dtype)
         if hidden.size == 0:
@@ -268,7 +272,7 @@ class Model:
                 past,
                 None if state is None else state.tensors.raw,
                 capacity,
-                _OWN_GATE if gate is None else float(gate),
+                self._gate(gate),
                 hidden,
                 o_gates,
                 work,
@@ -534,6 +538,7 @@ class Model:
         trainable: set[str] | None = None,
         scale: float = 1.0,
         recompute: bool = False,
+        gate: float | None = None,
     ) -> dict[str, float]:
         """Stage II loss of a batch (paper.md (13)): sums {"ce", "kl", "tokens"} over counted rows.
 
@@ -542,6 +547,7 @@ class Model:
         scale * (ce_weight * ce + kl_weight * kl) is added for the parameters named in `trainable`
         (None: all). recompute: hold one block's activations at a time and make them again on the
         way back: the same bits, about a quarter more time, and memory that hardly grows with depth.
+        gate: forces every output gate as `logits` does; such a gate has no gradient.
         """
         tokens = self._ids(ids)
         r = self._reset(reset, tokens)
@@ -573,6 +579,7 @@ class Model:
                 weights,
                 _KL_FORMS[kl_form],
                 recompute,
+                self._gate(gate),
                 sums,
                 work,
             )

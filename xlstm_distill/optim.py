@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +16,13 @@ from .model import Model
 from .parameters import Entry, Parameters
 
 Train = Literal["all", "mixer"]
-Schedule = Literal["cosine", "constant", "linear"]
+Schedule = Literal["cosine", "constant", "linear", "wsd"]
 
 EPSILON = 1e-8
 _NO_DECAY = ("norm", "bias")
 """Roles without weight decay: vectors that scale or shift."""
+_FALLING = 0.2
+"""Share of the steps in which the rate of "wsd" falls."""
 
 
 def in_mixer(name: str) -> bool:
@@ -53,7 +56,8 @@ def learning_rate(
     step: int, steps: int, *, peak: float, schedule: Schedule, warmup: float, floor: float = 0.0
 ) -> float:
     """The rate of step 1..steps: linear warm-up over the share `warmup` of the steps, then `peak`
-    (constant), a line to 0 after the last step (linear), or half a cosine to `floor` (cosine)."""
+    (constant), a line to 0 after the last step (linear), half a cosine to `floor` (cosine), or
+    `peak` and over the last fifth of the steps a line to 0 (wsd: warm-up, stable, decay)."""
     rising = round(warmup * steps)
     if step <= rising:
         return peak * step / rising
@@ -61,6 +65,9 @@ def learning_rate(
         return peak
     if schedule == "linear":
         return peak * (steps + 1 - step) / (steps - rising + (rising > 0))
+    if schedule == "wsd":
+        falling = min(round(_FALLING * steps), steps - rising)
+        return peak * min(1.0, (steps + 1 - step) / (falling + 1))
     share = (step - rising) / max(1, steps - rising)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
 
@@ -68,7 +75,9 @@ def learning_rate(
 class AdamW:
     """AdamW with decoupled decay on matrices; moments exist for the trained tensors alone.
 
-    The mixers' own tensors learn at `mixer_rate` times the learning rate of the others.
+    The mixers' own tensors learn at `mixer_rate` times the learning rate of the others. `average`:
+    the share that a running mean of the trained values keeps in a step (None: no mean is kept); it
+    keeps less in the first steps, (1 + t) / (10 + t) after t, so that the start is soon forgotten.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class AdamW:
         beta2: float = 0.95,
         weight_decay: float = 0.1,
         mixer_rate: float = 1.0,
+        average: float | None = None,
     ) -> None:
         self.params = params
         self.entries = [e for e in params.entries if e.name in names]
@@ -88,6 +98,7 @@ class AdamW:
         size = sum(e.size for e in self.entries)
         self.m: NDArray[Any] = np.zeros(size, dtype=params.dtype)
         self.v: NDArray[Any] = np.zeros(size, dtype=params.dtype)
+        self.average, self.mean = average, None if average is None else self.values()
         self.steps = 0
 
     def _slices(self) -> Iterator[tuple[Entry, slice, slice]]:
@@ -126,23 +137,57 @@ class AdamW:
                 step=self.steps,
                 scale=scale,
             )
+        self._follow()
+
+    def _follow(self) -> None:
+        """Move the mean towards the values."""
+        if self.average is None or self.mean is None:
+            return
+        keep = min(self.average, (1 + self.steps) / (10 + self.steps))
+        for _, place, own in self._slices():
+            mean = self.mean[own]
+            ops.merge_linear([mean, self.params.flat[place]], [keep, 1 - keep], out=mean)
+
+    def values(self) -> NDArray[Any]:
+        """The trained values, flat and in the order of the entries (a copy)."""
+        flat = self.params.flat
+        return np.concatenate([flat[place] for _, place, _ in self._slices()])
+
+    def put(self, values: NDArray[Any]) -> None:
+        """Set the trained values."""
+        flat = self.params.flat
+        for _, place, own in self._slices():
+            flat[place] = values[own]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which the parameters are the running mean, where one is kept."""
+        if self.mean is None:
+            yield
+            return
+        own = self.values()
+        self.put(self.mean)
+        try:
+            yield
+        finally:
+            self.put(own)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Trained values and moments, flat and in the order of the entries (values are a copy)."""
-        flat = self.params.flat
-        values = np.concatenate([flat[place] for _, place, _ in self._slices()])
-        return {"values": values, "m": self.m, "v": self.v}
+        """Trained values, moments and the mean, where one is kept: flat and in the order of the
+        entries (values are a copy)."""
+        mean = {} if self.mean is None else {"mean": self.mean}
+        return {"values": self.values(), "m": self.m, "v": self.v, **mean}
 
     def load_state(self, state: dict[str, NDArray[Any]], steps: int) -> None:
         """Set what `state` gave, after `steps` steps."""
-        for name in ("values", "m", "v"):
+        for name in ("values", "m", "v", *(() if self.mean is None else ("mean",))):
             if state[name].shape != self.m.shape or state[name].dtype != self.m.dtype:
                 raise UserError(
                     f"saved state: {name} has shape {state[name].shape} of {state[name].dtype}, "
                     f"expected {self.m.shape} of {self.m.dtype}"
                 )
-        flat = self.params.flat
-        for _, place, own in self._slices():
-            flat[place] = state["values"][own]
+        self.put(state["values"])
         self.m[:], self.v[:] = state["m"], state["v"]
+        if self.mean is not None:
+            self.mean[:] = state["mean"]
         self.steps = steps

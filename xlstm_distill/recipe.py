@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .atomic import write_text
 from .errors import UserError, first_problem
+from .optim import Schedule
 from .texts import MAX_BYTES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -121,8 +122,10 @@ class AlignSection(_Section):
 
     steps: int = Field(ge=1)
     rows: int = Field(default=8, ge=1)
+    micro_rows: int | None = Field(default=None, ge=1)
     lr: float = Field(default=2e-2, gt=0)
     warmup: float = Field(default=0.1, ge=0, le=1)
+    schedule: Schedule = "cosine"
     floor: float = Field(default=1e-5, ge=0)
     beta2: float = Field(default=0.99, gt=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -137,7 +140,8 @@ class TargetsSection(_Section):
 
 class DistillSection(_Section):
     """Stage II, the same for every expert. `recompute`: activations are made again on the way back,
-    so that long rows fit into memory."""
+    so that long rows fit into memory. `validate_rows` rows a domain are never trained on where
+    `validate_every` is not 0."""
 
     steps: int = Field(ge=1)
     rows: int = Field(default=16, ge=1)
@@ -148,12 +152,23 @@ class DistillSection(_Section):
     lr: float = Field(default=1e-4, gt=0)
     mixer_lr: float | None = Field(default=None, gt=0)
     warmup: float = Field(default=0.1, ge=0, le=1)
-    schedule: Literal["linear", "constant"] = "linear"
+    schedule: Schedule = "linear"
     clip: float = Field(default=1.0, gt=0)
     beta2: float = Field(default=0.95, gt=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
     train: Literal["all", "mixer"] = "all"
+    average: float | None = Field(default=None, gt=0, lt=1)
+    window_dropout: float = Field(default=0.0, ge=0, lt=1)
+    validate_every: int = Field(default=0, ge=0)
+    validate_rows: int = Field(default=4, ge=1)
+    keep: Literal["last", "best"] = "last"
     recompute: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillSection:
+        if self.keep == "best" and not self.validate_every:
+            raise ValueError("keep: best needs validate_every")
+        return self
 
 
 class MergeSection(_Section):

@@ -16,10 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import sources
 from .align import align, relative_errors
 from .cleaning import Collection, Contamination, read_hashes
-from .data import MANIFEST, Batches, Rows, TokenData, from_sources
+from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joined
 from .distill import distill
 from .errors import UserError
 from .evaluate import passages, questions
@@ -31,7 +33,7 @@ from .recipe import DomainSection, Recipe, SampledSource
 from .rundir import Interrupt, RunDirectory
 from .sampling import read_documents, sample_documents
 from .sources import Document
-from .targets import TargetCache, identity_of, write_targets
+from .targets import TargetCache, Targets, identity_of, write_targets
 from .texts import Malformed
 from .tokenizer import Tokenizer
 
@@ -116,7 +118,9 @@ class Run:
         """The packed training text of a domain."""
         data = TokenData.open(self.path / "data" / domain / "train")
         seed = derived_seed(self.recipe.seed, "rows", domain)
-        return Rows(data, self.recipe.data.length, seed)
+        section = self.recipe.distill
+        reserve = section.validate_rows if section.validate_every else 0
+        return Rows(data, self.recipe.data.length, seed, reserve)
 
     def evaluation_text(self) -> dict[str, TokenData]:
         """Evaluation text by domain, where there is some."""
@@ -346,7 +350,8 @@ class Run:
         student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
         targets = None if section.kl_weight == 0 else self._targets(batches)
-        settings = section.model_dump(exclude={"steps", "rows", "train"})
+        settings = section.model_dump(exclude={"steps", "rows", "train", "validate_rows"})
+        held_out, held_out_targets = self._validation(batches)
         stage = f"distill {name}"
         tokens = section.steps * section.rows * self.recipe.data.length
         with self.timed(stage, steps=section.steps, tokens=tokens):
@@ -356,6 +361,8 @@ class Run:
                 targets,
                 steps=section.steps,
                 train_what=section.train,
+                held_out=held_out,
+                held_out_targets=held_out_targets,
                 state=state,
                 save_seconds=self.recipe.save_seconds,
                 **settings,
@@ -363,6 +370,20 @@ class Run:
             self.follow(metrics, stage, f"stage II: expert {name}")
             student.save(place, {"distill": section.model_dump(), "data": batches.identity})
         _remove(state)
+
+    def _validation(self, batches: Batches) -> tuple[Batch | None, Targets | None]:
+        """The rows that are set aside for validation, and the teacher's targets of them."""
+        section = self.recipe.distill
+        if not section.validate_every:
+            return None, None
+        parts = [rows.batch(name, rows.reserved) for name, rows in batches.sources.items()]
+        batch = joined(parts)
+        if section.kl_weight == 0:
+            return batch, None
+        k = min(self.recipe.targets.k, self.teacher.config.vocab_size)
+        found = [self.teacher.topk(p.ids, k, reset=p.reset)[:2] for p in batch.parts(1)]
+        ids, logp = (np.concatenate(x) for x in zip(*found, strict=True))
+        return batch, (ids, logp)
 
     def _targets(self, batches: Batches) -> dict[str, TargetCache]:
         found = {}

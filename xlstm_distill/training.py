@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import runtime
 from .atomic import atomic_file
@@ -53,7 +54,7 @@ class Saver:
             return True
         return time.monotonic() - self._last >= max(self.seconds, self._cost / _SAVING_SHARE)
 
-    def save(self, optimiser: AdamW, cursor: Mapping[str, int]) -> None:
+    def save(self, optimiser: AdamW, cursor: Mapping[str, int], best: Best | None = None) -> None:
         """Write the state (atomic)."""
         started = time.monotonic()
         header = {
@@ -62,20 +63,23 @@ class Saver:
             "step": optimiser.steps,
             "cursor": dict(cursor),
         }
+        arrays: dict[str, Any] = optimiser.state()
+        if best is not None and best.values is not None:
+            header["best"] = {"step": best.step, "loss": best.loss}
+            arrays["best"] = best.values
         with atomic_file(self.path) as handle:
-            arrays: dict[str, Any] = optimiser.state()
             np.savez(handle, header=np.array(json.dumps(header)), **arrays)
         self._last = time.monotonic()
         self._cost = self._last - started
 
-    def load(self, optimiser: AdamW, batches: Batches) -> bool:
+    def load(self, optimiser: AdamW, batches: Batches, best: Best | None = None) -> bool:
         """Take up a saved state if there is one; says whether there was."""
         if not self.path.exists():
             return False
         try:
             with np.load(self.path, allow_pickle=False) as data:
                 header = json.loads(str(data["header"]))
-                arrays = {name: data[name] for name in ("values", "m", "v")}
+                arrays = {name: data[name] for name in data.files if name != "header"}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{self.path}: damaged ({error}); delete it to begin the stage again"
@@ -96,11 +100,39 @@ class Saver:
             )
         optimiser.load_state(arrays, int(header["step"]))
         batches.load_state_dict(header["cursor"])
+        if best is not None and "best" in header:
+            best.values = arrays["best"]
+            best.step, best.loss = int(header["best"]["step"]), float(header["best"]["loss"])
         return True
 
     def remove(self) -> None:
         """Delete the state, once the result of the stage is safe."""
         self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class Validation:
+    """A loss on text that is not trained on: `loss` every `every` steps and after the last one, of
+    the running mean where one is kept. With `keep_best` the values with the lowest loss are what
+    the stage ends with, otherwise the last ones."""
+
+    loss: Callable[[], float]
+    every: int
+    keep_best: bool = False
+
+
+@dataclass
+class Best:
+    """The trained values with the lowest validation loss so far."""
+
+    values: NDArray[Any] | None = None
+    loss: float = math.inf
+    step: int = 0
+
+    def offer(self, optimiser: AdamW, loss: float) -> None:
+        """Take the values as they are now, if they are better."""
+        if loss < self.loss:
+            self.values, self.loss, self.step = optimiser.values(), loss, optimiser.steps
 
 
 def train(
@@ -113,8 +145,11 @@ def train(
     steps: int,
     clip: float | None = None,
     saver: Saver | None = None,
+    validation: Validation | None = None,
 ) -> Iterator[Metrics]:
-    """Steps until `steps` are done; yields the metrics of each.
+    """Steps until `steps` are done; yields the metrics of each, with `validation` those of the
+    steps after which it was made. The parameters end as the last values, their running mean or the
+    best ones, as the optimiser and `validation` say.
 
     `gradient` adds the gradient of a batch into `grads` and returns metrics; `rate` gives the
     learning rate of step 1..steps. When the generator is closed or interrupted between two steps,
@@ -122,10 +157,11 @@ def train(
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
+    best = Best()
     if saver is not None:
-        saver.load(optimiser, batches)
+        saver.load(optimiser, batches, best)
     cursor = batches.state_dict()
-    whole = True  # False while a step changes the parameters
+    whole = True  # False while a step changes the parameters and is judged
     try:
         while optimiser.steps < steps:
             started = time.perf_counter()
@@ -139,10 +175,15 @@ def train(
             scale = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
             whole = False
             optimiser.step(grads, rate(step), scale)
+            if validation is not None and (step % validation.every == 0 or step == steps):
+                with optimiser.averaged():
+                    metrics["validation"] = validation.loss()
+                    if validation.keep_best:
+                        best.offer(optimiser, metrics["validation"])
             cursor, whole = batches.state_dict(), True
             seconds = time.perf_counter() - started
             if saver is not None and step < steps and saver.due():
-                saver.save(optimiser, cursor)
+                saver.save(optimiser, cursor, best)
             tokens = batch.ids.size
             yield {
                 "step": step,
@@ -154,6 +195,10 @@ def train(
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
             }
+        if best.values is not None:
+            optimiser.put(best.values)
+        elif optimiser.mean is not None:
+            optimiser.put(optimiser.mean)
     finally:
         if saver is not None and whole and 0 < optimiser.steps < steps:
-            saver.save(optimiser, cursor)
+            saver.save(optimiser, cursor, best)

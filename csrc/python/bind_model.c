@@ -254,11 +254,11 @@ static PyObject *model_forward(PyObject *module, PyObject *const *args, Py_ssize
 }
 
 /* model_train(config, params, ids, pos, reset, lengths, grads, wanted, labels, target_ids,
- *             target_logp, (ce_weight, kl_weight, scale) f64 [3], form, recompute, sums f64 [3],
- *             work) */
+ *             target_logp, (ce_weight, kl_weight, scale) f64 [3], form, recompute, gate,
+ *             sums f64 [3], work) */
 static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 16)) return NULL;
+    if (!xl_begin(&c, module, nargs, 17)) return NULL;
     const xl_config *config = take_config(&c, args[0]);
     if (c.failed) return xl_end(&c, XL_OK);
     xl_params params, grads;
@@ -273,7 +273,8 @@ static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t
     const double *weights = xl_in_f64(&c, args[11], "weights", "3");
     ptrdiff_t form = xl_int(&c, args[12], "form", 0, 2);
     b.recompute = (int)xl_int(&c, args[13], "recompute", 0, 1);
-    double *sums = xl_inout_f64(&c, args[14], "sums", "3");
+    b.gate = xl_double(&c, args[14], "gate");
+    double *sums = xl_inout_f64(&c, args[15], "sums", "3");
     if (c.failed) return xl_end(&c, XL_OK);
     if (config->weights != XL_DT_REAL) {
         PyErr_SetString(PyExc_ValueError, "a model in bf16 or int8 cannot be trained");
@@ -282,7 +283,7 @@ static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t
     xl_head head = head_args(config, b.B * b.T, target_ids ? xl_dim(&c, 'K') : 0);
     head.ce_weight = weights[0], head.kl_weight = weights[1], head.scale = weights[2];
     head.form = (xl_kl_form)form;
-    void *work = take_work(&c, args[15], xl_model_train_scratch(&c.ctx, config, &b, &head));
+    void *work = take_work(&c, args[16], xl_model_train_scratch(&c.ctx, config, &b, &head));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_model_train(&c.ctx, config, &params, training ? &grads : NULL, &b, &head, sums,
                               labels, target_ids, target_logp, work));
