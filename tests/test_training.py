@@ -1,4 +1,4 @@
-"""The loop beyond its steps: running mean, validation, best values, window dropout, parts of a batch."""
+"""The loop beyond its steps: running mean, validation, best values, window dropout, wsd, parts."""
 
 from __future__ import annotations
 
