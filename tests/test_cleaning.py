@@ -35,9 +35,9 @@ def test_each_text_is_kept_once_and_first(texts):
 def test_runs_of_words_are_found_whatever_their_dress():
     found = Contamination([QUESTION, "Too short to look for."], 13)
     assert found.short == 1
-    assert len(found) == len(QUESTION.split()) - 12
+    runs = len(QUESTION.split()) - 12
     dressed = QUESTION.upper().replace(" ", "\n *")
-    assert found.runs_in(f"see: {dressed} !") == len(found)
+    assert found.runs_in(f"see: {dressed} !") == runs
     assert found.runs_in(QUESTION.replace("gases", "liquids")) == 0
     assert found.runs_in(" ".join(QUESTION.split()[:12])) == 0
 
@@ -60,7 +60,8 @@ def collection(*texts: str) -> Collection:
 def test_a_document_with_benchmark_text_is_counted_or_dropped(drop):
     found = collection("harmless", f"Exercise. {QUESTION} Answer: the second.")
     found.check(Contamination([QUESTION]), tiny_run.tokenizer(), drop=drop)
-    assert found.facts["contaminated"] == 1 and found.facts["contaminated_first"] == ["d1"]
+    assert found.facts["contaminated"] == 1 and found.facts["questions_too_short"] == 0
+    assert found.facts["contaminated_first"] == ["d1"]
     assert [d.name for d in found.train] == ["s0", "d0", *([] if drop else ["d1"])]
 
 

@@ -38,6 +38,7 @@ def write(path, *records) -> None:
 BAD = {
     "not JSON": b'{"text": "a"',
     "not UTF-8": b'{"text": "\xff"}',
+    "half a pair": rb'{"text": "a\ud800"}',
     "not an object": b"[1]",
     "no text field": b'{"txt": "a"}',
     "empty": b'{"text": " "}',
@@ -63,10 +64,11 @@ def test_malformed_documents_are_left_out_and_counted(tmp_path, tokenizer):
     malformed = Malformed(skip=True, max_bytes=100)
     paths = [file, empty, tmp_path / "c.txt"]
     found = [d.name for d in sources.read_files(paths, tokenizer, malformed)]
-    assert found == ["a.jsonl:8"]
-    assert malformed.counts == {**dict.fromkeys(BAD, 1), "empty": 3, "not UTF-8": 2}
-    assert len(malformed.places) == 10
-    assert any("a.jsonl:9" in place for place in malformed.places)
+    assert found == ["a.jsonl:9"]
+    kinds = set(BAD) - {"half a pair"}
+    assert malformed.counts == {**dict.fromkeys(kinds, 1), "empty": 3, "not UTF-8": 3}
+    assert len(malformed.places) == 11
+    assert any("a.jsonl:10" in place for place in malformed.places)
 
 
 def test_a_ten_megabyte_line_is_refused_by_its_key(tmp_path, tokenizer):
@@ -167,6 +169,11 @@ def test_rows_have_labels_for_what_is_learnt(tmp_path):
     assert np.array_equal(own, theirs)
     assert set(all_labels[labels < 0]) - {-1} == {2, 5}
     assert np.array_equal(labels[labels >= 0], all_labels[labels >= 0])
+
+
+def test_a_mask_of_another_length_is_refused():
+    with pytest.raises(UserError, match="3 tokens, but counted has 2"):
+        TokenData.from_documents([[1, 2, 3]], 16, counted=[np.array([True, False])])
 
 
 def test_a_damaged_mask_is_refused(tmp_path):

@@ -66,12 +66,13 @@ class Contamination:
             found.append(runs)
         self._known: Hashes = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def runs_in(self, text: str) -> int:
         """How many runs of words of the text stand in a question."""
-        return int(np.isin(self._runs(text), self._known).sum())
+        if not len(self._known):
+            return 0
+        runs = self._runs(text)
+        nearest = np.searchsorted(self._known[:-1], runs)  # they are sorted: no scan a document
+        return int((self._known[nearest] == runs).sum())
 
     def _runs(self, text: str) -> Hashes:
         """A hash of each run of n words."""
@@ -155,6 +156,7 @@ class Collection:
                 touched[document.name] += 1
             else:
                 clean.append(document)
+        self.facts["questions_too_short"] = contamination.short
         self.facts["contaminated"] = touched.total()
         self.facts["contaminated_first"] = sorted(touched)[:20]
         if drop:

@@ -47,6 +47,8 @@ class TokenData:
     ) -> None:
         self.ids, self.offsets, self.where, self.counted = ids, offsets, where, counted
         self.manifest: dict[str, Any] = dict(manifest or {})
+        if counted is not None and len(counted) != len(ids):
+            raise UserError(f"{where}: {len(ids)} tokens, but counted has {len(counted)}")
         self.manifest.setdefault("sha256", _digest(ids, offsets, counted))
         if self.documents == 0 or self.tokens == 0:
             raise UserError(f"{where}: holds no text")
@@ -274,10 +276,8 @@ class Rows:
             begin, end = int(self._starts[document]), int(self._starts[document + 1])
             source = int(self.data.offsets[self._order[document]])
             stop = min(end, last + 1)
-            here, there = (
-                slice(at - first, stop - first),
-                slice(source + at - begin, source + stop - begin),
-            )
+            here = slice(at - first, stop - first)
+            there = slice(source + at - begin, source + stop - begin)
             ids[here] = self.data.ids[there]
             if self.data.counted is not None:
                 counted[here] = self.data.counted[there]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,69 +132,57 @@ def _record_texts(
     file: Path, name: str, tokenizer: Tokenizer, malformed: Malformed
 ) -> Iterator[Text]:
     seen = False
-    for (own, where), read in _RECORDS[file.suffix](file, name, malformed):
+    for (own, where), record in _RECORDS[file.suffix](file, name):
         seen = True
         with malformed.tolerated():
-            yield _text_of(read(), own, where, tokenizer)
+            if isinstance(record, bytes):
+                record = _parsed(record, where)
+            found = _text_of(record, own, where, tokenizer)
+            malformed.check_size(where, _size_of(found, where))
+            yield found
     if not seen:
         with malformed.tolerated():
             raise MalformedError("empty", f"{file}: the file is empty")
 
 
-def _lines(
-    file: Path, name: str, malformed: Malformed
-) -> Iterator[tuple[Place, Callable[[], Any]]]:
+def _lines(file: Path, name: str) -> Iterator[tuple[Place, bytes]]:
     try:
         with file.open("rb") as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
-                    where = f"{file}:{number}"
-                    yield (f"{name}:{number}", where), _line_reader(line, where, malformed)
+                    yield (f"{name}:{number}", f"{file}:{number}"), line
     except OSError as error:
         raise UserError(f"{file}: cannot read: {error.strerror}") from None
 
 
-def _line_reader(line: bytes, where: str, malformed: Malformed) -> Callable[[], Any]:
-    def read() -> Any:
-        malformed.check_size(where, len(line))
-        try:
-            return json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            message = f"{where}: not UTF-8 text (byte {error.start} of the line)"
-            raise MalformedError("not UTF-8", message) from None
-        except (ValueError, RecursionError) as error:
-            raise MalformedError("not JSON", f"{where}: not valid JSON ({error})") from None
-
-    return read
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        message = f"{where}: not UTF-8 text (byte {error.start} of the line)"
+        raise MalformedError("not UTF-8", message) from None
+    except (ValueError, RecursionError) as error:
+        raise MalformedError("not JSON", f"{where}: not valid JSON ({error})") from None
 
 
-def _rows(file: Path, name: str, malformed: Malformed) -> Iterator[tuple[Place, Callable[[], Any]]]:
+def _rows(file: Path, name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{file}: reading it needs pyarrow: pip install pyarrow") from None
+        raise UserError(
+            f"{file}: reading it needs pyarrow: pip install 'xlstm_distill[arrow]'"
+        ) from None
     number = 0
     try:
         for batch in _arrow_batches(file, pyarrow):
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
                     number += 1
-                    where = f"{file}: row {number}"
-                    yield (f"{name}:{number}", where), _row_reader(row, where, malformed)
+                    yield (f"{name}:{number}", f"{file}: row {number}"), row
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: cannot read behind row {number}: {reason}") from None
-
-
-def _row_reader(row: dict[str, Any], where: str, malformed: Malformed) -> Callable[[], Any]:
-    def read() -> Any:
-        malformed.check_size(
-            where, sum(len(x.encode()) for x in row.values() if isinstance(x, str))
-        )
-        return row
-
-    return read
 
 
 def _arrow_batches(file: Path, pyarrow: Any) -> Iterator[Any]:
@@ -222,6 +210,15 @@ def _text_of(record: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:
     if not found.text.strip():
         raise MalformedError("empty", f"{where}: the document is empty")
     return found
+
+
+def _size_of(text: Text, where: str) -> int:
+    """Bytes of the text; JSON can spell what UTF-8 cannot."""
+    try:
+        return len(text.text.encode())
+    except UnicodeEncodeError as error:
+        message = f"{where}: holds half a surrogate pair (character {error.start} of the text)"
+        raise MalformedError("not UTF-8", message) from None
 
 
 def _fields(record: Mapping[str, Any], name: str, where: str, tokenizer: Tokenizer) -> Text:
