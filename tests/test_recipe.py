@@ -267,6 +267,21 @@ def test_evaluation_is_counted_as_it_is_done():
     assert evaluation_seconds(recipe, SLOW, READING) > total > 0
 
 
+def test_validation_and_copies_of_the_weights_are_counted():
+    recipe = plan(SLOW, 60, READING)
+    settings = {"validate_every": 10, "validate_rows": 2, "keep": "best", "average": 0.99}
+    more = make_recipe(
+        {**recipe.model_dump(), "distill": {**recipe.distill.model_dump(), **settings}}
+    )
+    found, before = (estimate(r, TINY_CONFIG, SLOW, READING) for r in (more, recipe))
+    times = -(-recipe.distill.steps // 10)
+    tokens = 2 * times * 2 * recipe.data.length  # of two experts, one domain each
+    expected = tokens * (1 / SLOW.student + 1 / SLOW.head)
+    taken = found["seconds"]["distill"] - before["seconds"]["distill"]
+    assert taken == pytest.approx(expected, abs=0.1)
+    assert found["memory_mib"] >= before["memory_mib"]
+
+
 def test_the_shipped_recipe_is_valid():
     recipe = make_recipe(base_recipe())
     assert recipe.distill.ce_weight == 0.1 and recipe.distill.kl_weight == 0.9

@@ -162,12 +162,16 @@ def estimate(
         "align": recipe.align.steps * recipe.align.rows * length / rates.align + 2 * moved,
         "targets": len(experts) * stage_two / rates.targets,
         "distill": len(experts)
-        * (stage_two / rates.distill + recipe.distill.steps * rates.update + moved),
+        * (stage_two / rates.distill + recipe.distill.steps * rates.update + moved)
+        + sum(_validation_seconds(recipe, rates, shares) for shares in experts.values()),
         "merge": moved,
         "evaluate": evaluation_seconds(recipe, rates, reading),
     }
     weights = 4 * config_size(config) / 2**20
     rows = min(recipe.distill.micro_rows, recipe.distill.rows)
+    # teacher, student, gradients and two moments while stage II runs; the running mean, the best
+    second = recipe.distill
+    held_weights = 5 + (second.average is not None) + (second.keep == "best")
     layers = config.num_hidden_layers
     held = layers + 24 if recipe.distill.recompute else 24 * layers  # reals a token, times width
     activations = 4 * rows * length * held * config.hidden_size / 2**20
@@ -176,12 +180,22 @@ def estimate(
     return {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
-        # teacher, student, gradients and two moments while stage II runs
-        "memory_mib": round(5 * weights + activations),
+        "memory_mib": round(held_weights * weights + activations),
         "disk_mib": round(
             (3 + 2 * len(experts)) * weights + len(experts) * stage_two * token / 2**20
         ),
     }
+
+
+def _validation_seconds(recipe: Recipe, rates: Rates, shares: Mapping[str, float]) -> float:
+    """Seconds that the validations of an expert take."""
+    section = recipe.distill
+    if not section.validate_every:
+        return 0.0
+    domains = sum(share > 0 for share in shares.values())
+    tokens = -(-section.steps // section.validate_every) * domains
+    tokens *= section.validate_rows * recipe.data.length
+    return tokens * (1 / rates.student + 1 / rates.head)
 
 
 def config_size(config: ModelConfig) -> int:

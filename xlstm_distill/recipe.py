@@ -241,6 +241,10 @@ class Recipe(_Section):
         if self.merge.weights and set(self.merge.weights) != set(self.experts):
             missing = sorted(set(self.experts) - set(self.merge.weights))[0]
             raise ValueError(f"merge.weights: the expert {missing!r} is missing")
+        if self.distill.window_dropout and self.student.mixer != "hybrid":
+            raise ValueError(
+                "distill.window_dropout needs student.mixer hybrid: the others have no output gate"
+            )
         if self.evaluate.fidelity and not any(d.held_out_tokens for d in domains.values()):
             raise ValueError("evaluate.fidelity needs held_out_tokens in a domain")
         return self

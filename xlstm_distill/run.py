@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ class Run:
 
     def rows(self, domain: str) -> Rows:
         """The packed training text of a domain."""
-        data = TokenData.open(self.path / "data" / domain / "train")
+        return self._packed(domain, TokenData.open(self.path / "data" / domain / "train"))
+
+    def _packed(self, domain: str, data: TokenData) -> Rows:
         seed = derived_seed(self.recipe.seed, "rows", domain)
         section = self.recipe.distill
         reserve = section.validate_rows if section.validate_every else 0
@@ -149,7 +152,7 @@ class Run:
                 data = from_sources(
                     found.train, self.tokenizer, described, where, vocab, found.facts
                 )
-                Rows(data, self.recipe.data.length)  # refuses too little text now, not later
+                self._packed(name, data)  # refuses too little text now, not later
                 data.save(place / "train")
                 facts.update(documents=data.documents, tokens=data.tokens, **found.facts)
 
@@ -157,7 +160,7 @@ class Run:
         """The documents of a domain, cleaned and divided."""
         sampled: list[Document] = []
         read: list[Document] = []
-        malformed = Malformed()
+        malformed = Malformed()  # of all sources together
         answers = domain.loss == "answers"
         for number, source in enumerate(domain.sources):
             if isinstance(source, SampledSource):
@@ -166,10 +169,13 @@ class Run:
                 found = sources.read_stdlib(self.tokenizer)
                 read += sources.up_to(found, source.max_tokens)
             else:
-                malformed.skip = source.malformed == "skip"
-                malformed.max_bytes = source.max_document_bytes
+                rules = replace(
+                    malformed,
+                    skip=source.malformed == "skip",
+                    max_bytes=source.max_document_bytes,
+                )
                 files = list(
-                    sources.read_files(source.paths, self.tokenizer, malformed, answers=answers)
+                    sources.read_files(source.paths, self.tokenizer, rules, answers=answers)
                 )
                 files.sort(key=lambda d: sources.hash_order(d.name))
                 read += sources.up_to(files, source.max_tokens)
@@ -308,6 +314,11 @@ class Run:
         seed = derived_seed(self.recipe.seed, "distill", expert)
         return Batches(packed, self.recipe.distill.rows, weights, seed)
 
+    @property
+    def _k(self) -> int:
+        """Targets of a position: those of the recipe, or the whole vocabulary."""
+        return min(self.recipe.targets.k, self.teacher.config.vocab_size)
+
     def run_targets(self) -> None:
         """The teacher's targets of every row that an expert will see."""
         if self.recipe.distill.kl_weight == 0 or self._all_experts():
@@ -324,8 +335,8 @@ class Run:
                 continue
             with self.timed(stage, tokens=count * self.recipe.data.length):
                 place = self.path / "targets" / name
-                k = min(self.recipe.targets.k, self.teacher.config.vocab_size)
-                metrics = write_targets(self.teacher, self.rows(name), place, count=count, k=k)
+                packed = self.rows(name)
+                metrics = write_targets(self.teacher, packed, place, count=count, k=self._k)
                 self.follow(metrics, stage, f"targets: {name}")
 
     def _all_experts(self) -> bool:
@@ -380,8 +391,7 @@ class Run:
         batch = joined(parts)
         if section.kl_weight == 0:
             return batch, None
-        k = min(self.recipe.targets.k, self.teacher.config.vocab_size)
-        found = [self.teacher.topk(p.ids, k, reset=p.reset)[:2] for p in batch.parts(1)]
+        found = [self.teacher.topk(p.ids, self._k, reset=p.reset)[:2] for p in batch.parts(1)]
         ids, logp = (np.concatenate(x) for x in zip(*found, strict=True))
         return batch, (ids, logp)
 
@@ -389,8 +399,7 @@ class Run:
         found = {}
         for name, rows in batches.sources.items():
             if batches.first_rows(self.recipe.distill.steps)[name]:
-                k = min(self.recipe.targets.k, self.teacher.config.vocab_size)
-                expect = identity_of(self.teacher, rows, k)
+                expect = identity_of(self.teacher, rows, self._k)
                 found[name] = TargetCache(self.path / "targets" / name, expect)
         return found
 

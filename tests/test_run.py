@@ -1,0 +1,245 @@
+"""The keys of a recipe file do in a run what docs/recipes.md says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import yaml
+from test_tasks import request, write_task
+
+from xlstm_distill import packages
+from xlstm_distill.cli import main
+from xlstm_distill.data import Rows, TokenData
+from xlstm_distill.model import load
+from xlstm_distill.optim import learning_rate
+from xlstm_distill.run import derived_seed
+from xlstm_distill.rundir import RunDirectory
+
+QUESTION = "Which of the four gases in the flask would turn limewater cloudy after a minute or two?"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    tiny_run.teacher().save(place / "teacher")
+    tiny_run.write_text(place / "text")
+    return place
+
+
+def run(root: Path, out: Path, until: str, changes: dict[str, dict[str, Any]]) -> int:
+    """Exit status of the command on a recipe file of the tiny run with changed sections."""
+    values = tiny_run.recipe(root / "teacher", root / "text")
+    for section, keys in changes.items():
+        values[section] = {**values[section], **keys}
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(values))
+    return main([until, str(recipe), "--out", str(out)])
+
+
+def steps(out: Path, stage: str) -> list[dict[str, Any]]:
+    with RunDirectory(out) as directory:
+        return directory.steps(stage)
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collected(root, tmp_path, monkeypatch):
+    """The section `data` of a recipe with every kind of trouble in its text."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "A."}]}
+        for n in range(8)
+    ]
+    lines = [json.dumps(r) for r in [*records, records[0], {"txt": ""}, {"text": "x" * 400}]]
+    (tmp_path / "chats.jsonl").write_text("\n".join([*lines, "{", ""]))
+    pairs = [{"prompt": f"{n} and {n}: ", "completion": f"{2 * n}"} for n in range(8)]
+    parquet.write_table(arrow.Table.from_pylist(pairs), tmp_path / "pairs.parquet")
+    (tmp_path / "asked.txt").write_text("The river\nBread\n")
+    text = tmp_path / "text"
+    text.mkdir()
+    for file in (root / "text").iterdir():
+        (text / file.name).write_bytes(file.read_bytes())
+    (text / "exercise.md").write_text(f"Exercise. {QUESTION}")
+    task = [request(0, 0, "Q", " a", 0, q=QUESTION), request(0, 1, "Q", " b", 0, q=QUESTION)]
+    write_task(tmp_path / "requests", "arc_easy/rc_5shot", task)
+    monkeypatch.setattr(packages, "fetch", lambda _: tmp_path / "requests")
+    sampled = {"kind": "sampled", "documents": 6, "max_new_tokens": 30}
+    files = {"kind": "files", "paths": [str(tmp_path / "chats.jsonl")]}
+    files["paths"].append(str(tmp_path / "pairs.parquet"))
+    return {
+        "contamination": {"tasks": ["arc_easy"]},
+        "domains": {
+            "general": {"sources": [{**sampled, "prompts": str(tmp_path / "asked.txt")}]},
+            "chats": {
+                "loss": "answers",
+                "sources": [{**files, "malformed": "skip", "max_document_bytes": 300}],
+            },
+            "notes": {
+                "sources": [{"kind": "files", "paths": [str(text)]}],
+                "held_out_tokens": 700,
+            },
+            "again": {
+                "sources": [{"kind": "files", "paths": [str(text / "text00.txt"), str(text)]}]
+            },
+        },
+    }
+
+
+def manifests(out: Path) -> dict[str, TokenData]:
+    return {p.parent.name: TokenData.open(p) for p in sorted((out / "data").glob("*/train"))}
+
+
+def test_the_keys_of_data(root, tmp_path, collected):
+    out, tokenizer = tmp_path / "out", tiny_run.tokenizer()
+    del collected["domains"]["again"]
+    assert run(root, out, "data", {"data": collected}) == 0
+    found = manifests(out)
+    asked = [tokenizer.decode(found["general"].document(n)) for n in range(6)]
+    assert [text.startswith("The river") for text in asked] == [True, False] * 3
+    assert [text.startswith("Bread") for text in asked] == [False, True] * 3
+
+    chats = found["chats"]
+    kinds = {"no text field": 1, "not JSON": 1, "too long": 1}
+    assert chats.manifest["malformed"] == kinds and chats.manifest["repeated"] == 1
+    places = " ".join(chats.manifest["malformed_first"])
+    assert all(f"chats.jsonl:{line}: " in places for line in (10, 11, 12))
+    assert chats.documents == 8 + 8
+    learnt = tokenizer.decode(chats.ids[chats.counted])
+    assert learnt.count("A.<|im_end|>") == 8 and "?" not in learnt and "and" not in learnt
+
+    notes = found["notes"]
+    assert notes.manifest["contaminated_first"] == ["exercise.md"]
+    assert QUESTION not in "".join(
+        tokenizer.decode(notes.document(n)) for n in range(notes.documents)
+    )
+    assert "contaminated" in chats.manifest and chats.manifest["contaminated"] == 0
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_a_document_of_an_earlier_domain_is_a_repeat(root, tmp_path, collected, deduplicate):
+    changes = {**collected, "deduplicate": deduplicate}
+    changes["contamination"] = {"tasks": ["arc_easy"], "words": 9, "action": "report"}
+    changes["domains"] = {k: collected["domains"][k] for k in ("general", "notes")}
+    changes["domains"]["general"] = collected["domains"]["again"]
+    out = tmp_path / "out"
+    status = run(root, out, "data", {"data": changes})
+    if deduplicate:  # nothing is left of the second domain
+        assert status == 1
+        return
+    assert status == 0
+    first, second = manifests(out).values()
+    assert first.documents == 26 and "repeated" not in first.manifest
+    assert first.manifest["contaminated"] == second.manifest["contaminated"] == 1
+    assert not list((out / "data").rglob("hashes.npy"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "chats.jsonl:10: needs the field text"),
+        ({"max_document_bytes": 30}, "chats.jsonl:1: "),
+        ({"kind": "sampled", "documents": 1, "prompts": "none.txt"}, "none.txt: cannot read"),
+    ],
+)
+def test_trouble_is_one_line(root, tmp_path, collected, capsys, source, message):
+    files = {"kind": "files", "paths": [str(tmp_path / "chats.jsonl")]}
+    own = source if "kind" in source else {**files, **source}
+    collected["domains"]["general"] = {"sources": [own]}
+    assert run(root, tmp_path / "out", "data", {"data": collected}) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+PLAIN = {"steps": 8, "warmup": 0.25, "validate_every": 3, "validate_rows": 1}
+
+
+@pytest.fixture(scope="module")
+def plain(root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain") / "out"
+    assert run(root, out, "distill", {"distill": PLAIN}) == 0
+    return out
+
+
+def test_schedules_and_parts_of_stage_one(root, tmp_path, plain):
+    out = tmp_path / "out"
+    align = {"steps": 10, "rows": 3, "micro_rows": 1, "schedule": "wsd", "lr": 0.01}
+    assert run(root, out, "align", {"align": align}) == 0
+    rates = [m["lr"] for m in steps(out, "align")]
+    expected = dict(peak=0.01, schedule="wsd", warmup=0.1, floor=1e-5)
+    assert rates == [learning_rate(n, 10, **expected) for n in range(1, 11)]
+
+
+def validation_loss(out: Path, expert: str) -> float:
+    """The loss of an expert on the rows that are set aside, computed anew."""
+    teacher, student = load(out.parent / "teacher"), load(out / "experts" / expert)
+    total = count = 0.0
+    for domain in ("notes", "general") if expert == "notes" else ("general",):
+        data = TokenData.open(out / "data" / domain / "train")
+        batch = Rows(data, 64, derived_seed(3, "rows", domain), 1).batch(domain, [-1])
+        ids, logp, _ = teacher.topk(batch.ids, 12, reset=batch.reset)
+        weights = dict(ce_weight=0.1, kl_weight=0.9)
+        sums = student.loss_and_grad(
+            batch.ids, batch.labels, (ids, logp), reset=batch.reset, **weights
+        )
+        total += 0.1 * sums["ce"] + 0.9 * sums["kl"]
+        count += batch.counted
+    return total / count
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_an_expert_has_the_loss_that_its_log_says(root, tmp_path, keep):
+    (tmp_path / "teacher").symlink_to(root / "teacher")
+    # Far too high a rate: the first validation is the best.
+    bad = {"lr": 0.5, "schedule": "constant"}
+    out = tmp_path / "out"
+    assert run(root, out, "distill", {"distill": {**PLAIN, **bad, "keep": keep}}) == 0
+    for expert in ("general", "notes"):
+        losses = {
+            m["step"]: m["validation"] for m in steps(out, f"distill {expert}") if "validation" in m
+        }
+        assert list(losses) == [3, 6, 8]
+        chosen = min(losses.values()) if keep == "best" else losses[8]
+        assert validation_loss(out, expert) == pytest.approx(chosen, rel=1e-5)
+        assert min(losses.values()) < losses[8]
+
+
+@pytest.mark.parametrize("changes", [{"average": 0.9}, {"window_dropout": 0.25}])
+def test_each_key_changes_the_experts(root, tmp_path, plain, changes):
+    out = tmp_path / "out"
+    assert run(root, out, "distill", {"distill": {**PLAIN, **changes}}) == 0
+    for expert in ("general", "notes"):
+        losses = [[m["loss"] for m in steps(o, f"distill {expert}")] for o in (plain, out)]
+        # The mean is only looked at; a hidden window is another loss from the fourth step on.
+        same = 8 if "average" in changes else 3
+        assert losses[0][:same] == losses[1][:same] and (losses[0] == losses[1]) == (same == 8)
+        weights = [
+            (o / "experts" / expert / "model.safetensors").read_bytes() for o in (plain, out)
+        ]
+        assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        ("distill", {"keep": "best"}, "keep: best needs validate_every"),
+        ("distill", {"window_dropout": 1}, "distill.window_dropout"),
+        ("distill", {"average": 1}, "distill.average"),
+        ("distill", {"validate_every": 2, "validate_rows": 999}, "999 reserved for validation"),
+        ("align", {"micro_rows": 0}, "align.micro_rows"),
+        ("student", {"mixer": "mlstm"}, "window_dropout needs student.mixer hybrid"),
+    ],
+)
+def test_bad_keys_are_named(root, tmp_path, capsys, section, keys, message):
+    changes = {section: keys}
+    if section == "student":
+        changes["distill"] = {"window_dropout": 0.1}
+    assert run(root, tmp_path / "out", "data", changes) in (1, 2)
+    assert message in capsys.readouterr().err.splitlines()[-1]
