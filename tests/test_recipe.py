@@ -68,6 +68,8 @@ def changed(path: str, value) -> dict:
         ("align.steps", 0, "align.steps"),
         ("align.steps", "many", "align.steps"),
         ("align.lr", float("nan"), "align.lr"),
+        ("distill.rates", {"mixr": 2}, "distill.rates.mixr"),
+        ("align.rates", {"gate": 0}, "align.rates.gate"),
         ("align.weights", {"poems": 1}, "align.weights: 'poems' is not one of general, notes"),
         ("experts.notes", {"poems": 1}, "experts.notes: 'poems' is not one of"),
         ("experts.notes", {}, "experts.notes: the shares add up to 0"),

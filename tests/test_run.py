@@ -211,14 +211,18 @@ def test_an_expert_has_the_loss_that_its_log_says(root, tmp_path, keep):
         assert min(losses.values()) < losses[8]
 
 
-@pytest.mark.parametrize("changes", [{"average": 0.9}, {"window_dropout": 0.25}])
+CHANGES = [{"average": 0.9}, {"window_dropout": 0.25}, {"rates": {"mixer": 20.0, "norm": 0.1}}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_each_key_changes_the_experts(root, tmp_path, plain, changes):
     out = tmp_path / "out"
     assert run(root, out, "distill", {"distill": {**PLAIN, **changes}}) == 0
     for expert in ("general", "notes"):
         losses = [[m["loss"] for m in steps(o, f"distill {expert}")] for o in (plain, out)]
-        # The mean is only looked at; a hidden window is another loss from the fourth step on.
-        same = 8 if "average" in changes else 3
+        # The mean is only looked at; a hidden window is another loss from the fourth step on, other
+        # rates from the second.
+        same = {"average": 8, "window_dropout": 3, "rates": 1}[next(iter(changes))]
         assert losses[0][:same] == losses[1][:same] and (losses[0] == losses[1]) == (same == 8)
         weights = [
             (o / "experts" / expert / "model.safetensors").read_bytes() for o in (plain, out)

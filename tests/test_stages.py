@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
 from xlstm_distill.merge import merge
-from xlstm_distill.optim import AdamW, decays, learning_rate, trainable_names
+from xlstm_distill.optim import AdamW, Group, decays, learning_rate, trainable_names
 
 ROW = dict(rows=2, length=32)
 
@@ -109,11 +110,17 @@ def test_what_trains_and_what_decays(teacher):
         trainable_names(teacher, "mixer")
 
 
-@pytest.mark.parametrize("mixer_rate", [1.0, 3.0])
-def test_adamw_is_the_reference_tensor_by_tensor(teacher, mixer_rate):
+RATES = [({}, {}), ({"mixer": 3.0}, {"map": 3.0, "gate": 3.0})]
+RATES.append(({"mixer": 3.0, "gate": 0.5, "mlp": 0.1}, {"map": 3.0, "gate": 1.5, "mlp": 0.1}))
+
+
+@pytest.mark.parametrize(("rates", "by_role"), RATES)
+def test_adamw_is_the_reference_tensor_by_tensor(teacher, rates, by_role):
     student = student_of(teacher)
     names = trainable_names(student, "all")
-    optimiser = AdamW(student.params, names, weight_decay=0.1, mixer_rate=mixer_rate)
+    optimiser = AdamW(student.params, names, weight_decay=0.1, rates=rates)
+    factor = {e.name: by_role.get(e.role, 1.0) for e in optimiser.entries}
+    factor.update({n: rates.get("mixer", 1.0) for n in names if ".mixer." in n and "bias" in n})
     start = {n: student.params[n].copy() for n in student.params}
     random = np.random.default_rng(0)
     grads = student.params.zeros_like()
@@ -128,7 +135,7 @@ def test_adamw_is_the_reference_tensor_by_tensor(teacher, mixer_rate):
                 grads[e.name].astype(np.float64).reshape(-1),
                 m.reshape(-1),
                 v.reshape(-1),
-                lr=1e-2 * (mixer_rate if ".mixer." in e.name else 1.0),
+                lr=1e-2 * factor[e.name],
                 beta1=0.9,
                 beta2=0.95,
                 eps=1e-8,
@@ -144,6 +151,20 @@ def test_adamw_is_the_reference_tensor_by_tensor(teacher, mixer_rate):
             assert np.abs(student.params[name] - expected[name]).max() < 1e-5
         else:
             assert np.array_equal(student.params[name], start[name])
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [({"mixr": 2.0}, "no group 'mixr'; there are: mixer, "), ({"norm": 0.0}, "norm has 0.0")],
+)
+def test_bad_rates_are_named(teacher, rates, message):
+    with pytest.raises(UserError, match=message):
+        AdamW(teacher.params, set(teacher.params), rates=rates)
+
+
+def test_every_role_is_a_group(teacher):
+    roles = {e.role for e in student_of(teacher).params.entries}
+    assert roles | {"mixer", "head", "bias"} == set(get_args(Group))
 
 
 def test_schedules():

@@ -6,7 +6,7 @@ layer input, so layers do not depend on each other (paper.md 2, equation 12).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from .data import Batch, Batches, Data, as_batches
 from .errors import UserError
 from .model import Model
-from .optim import AdamW, Schedule, learning_rate, trainable_names
+from .optim import AdamW, Group, Schedule, learning_rate, trainable_names
 from .parameters import Parameters
 from .training import Metrics, Saver, train
 
@@ -31,6 +31,7 @@ def align(
     length: int = 1024,
     lr: float = 2e-2,
     warmup: float = 0.1,
+    rates: Mapping[Group, float] | None = None,
     schedule: Schedule = "cosine",
     floor: float = 1e-5,
     beta2: float = 0.99,
@@ -43,7 +44,8 @@ def align(
 
     data: token data (packed into rows of `length` tokens, `rows` a step, `micro_rows` of them at
     once, None: all) or batches. The learning rate rises over the share `warmup` of the steps to
-    `lr` and goes on as `schedule` says (`optim.learning_rate`), a cosine to `floor`.
+    `lr` and goes on as `schedule` says (`optim.learning_rate`), a cosine to `floor`; `rates`
+    multiplies it for groups of tensors (`optim.Group`).
     With `state`, the run can be killed and continued from that file.
 
     Metrics: loss (sum over layers of the squared error of a token, mean over tokens), layers
@@ -53,10 +55,11 @@ def align(
     check_shared_weights(student, teacher)
     batches = as_batches(data, rows, length, seed)
     names = trainable_names(student, "mixer")
-    optimiser = AdamW(student.params, names, beta2=beta2, weight_decay=weight_decay)
+    optimiser = AdamW(student.params, names, beta2=beta2, weight_decay=weight_decay, rates=rates)
     settings = {
         "steps": steps,
         "lr": lr,
+        "rates": optimiser.rates,
         "warmup": warmup,
         "schedule": schedule,
         "floor": floor,

@@ -16,7 +16,7 @@ from .align import saver_of
 from .data import Batch, Data, as_batches
 from .errors import UserError
 from .model import KlForm, Model
-from .optim import AdamW, Schedule, Train, learning_rate, trainable_names
+from .optim import AdamW, Group, Schedule, Train, learning_rate, trainable_names
 from .parameters import Parameters
 from .targets import TargetCache, Targets
 from .training import Metrics, Validation, train
@@ -38,7 +38,7 @@ def distill(
     kl_form: KlForm = "renormalised",
     k: int = 256,
     lr: float = 1e-4,
-    mixer_lr: float | None = None,
+    rates: Mapping[Group, float] | None = None,
     warmup: float = 0.1,
     schedule: Schedule = "linear",
     clip: float = 1.0,
@@ -62,9 +62,9 @@ def distill(
     (its `k` best tokens are then computed on the way), or None for cross-entropy alone. A step
     takes `rows` rows of `length` tokens, `micro_rows` at a time. The learning rate rises over the
     share `warmup` of the steps to `lr` and goes on as `schedule` says (`optim.learning_rate`).
-    mixer_lr: that of the mixers' own tensors, with the same schedule (None: lr). Few steps move the
-    mixers too little at a rate that the teacher's weights bear. average: the student ends as the
-    running mean of its values, which keeps this share in a step (None: as the last ones).
+    rates: factors of it for groups of tensors (`optim.Group`), {"mixer": 60} say: few steps move
+    the mixers too little at a rate that the teacher's weights bear. average: the student ends as
+    the running mean of its values, which keeps this share in a step (None: as the last ones).
     window_dropout: the share of the steps, evenly spread, in which every output gate is 1, so that
     the mLSTM alone has to answer. held_out: rows whose loss is measured every `validate_every`
     steps; with keep="best" the student ends as it was at the lowest.
@@ -86,13 +86,12 @@ def distill(
         )
     batches = as_batches(data, rows, length, seed)
     names = trainable_names(student, train_what)
-    mixer_rate = 1.0 if mixer_lr is None else mixer_lr / lr
     optimiser = AdamW(
         student.params,
         names,
         beta2=beta2,
         weight_decay=weight_decay,
-        mixer_rate=mixer_rate,
+        rates=rates,
         average=average,
     )
     settings = {
@@ -102,7 +101,7 @@ def distill(
         "kl_form": kl_form,
         "k": _k_of(targets, k),
         "lr": lr,
-        "mixer_lr": mixer_lr,
+        "rates": optimiser.rates,
         "warmup": warmup,
         "schedule": schedule,
         "clip": clip,

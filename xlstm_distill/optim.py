@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from .parameters import Entry, Parameters
 
 Train = Literal["all", "mixer"]
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
+Group = Literal["mixer", "embedding", "norm", "map", "gate", "projection", "mlp", "head", "bias"]
+"""Tensors that may have a learning rate of their own: those of a role (parameters.Entry), and those
+that a student has beside its teacher's ("mixer": maps, gates and their biases)."""
 
 EPSILON = 1e-8
 _NO_DECAY = ("norm", "bias")
@@ -52,6 +55,12 @@ def decays(entry: Entry) -> bool:
     return entry.role not in _NO_DECAY and len(entry.shape) > 1
 
 
+def rate_factor(entry: Entry, rates: Mapping[Group, float]) -> float:
+    """By what a tensor's learning rate is multiplied: the factors of its groups."""
+    groups = {entry.role, "mixer"} if in_mixer(entry.name) else {entry.role}
+    return math.prod(factor for group, factor in rates.items() if group in groups)
+
+
 def learning_rate(
     step: int, steps: int, *, peak: float, schedule: Schedule, warmup: float, floor: float = 0.0
 ) -> float:
@@ -75,9 +84,10 @@ def learning_rate(
 class AdamW:
     """AdamW with decoupled decay on matrices; moments exist for the trained tensors alone.
 
-    The mixers' own tensors learn at `mixer_rate` times the learning rate of the others. `average`:
-    the share that a running mean of the trained values keeps in a step (None: no mean is kept); it
-    keeps less in the first steps, (1 + t) / (10 + t) after t, so that the start is soon forgotten.
+    `rates` multiplies the learning rate of groups of tensors (`rate_factor`). `average`: the share
+    that a running mean of the trained values keeps in a step (None: no mean is kept); it keeps less
+    in the first steps, (1 + t) / (10 + t) after t, so that the start is soon forgotten. UserError
+    names a group that does not exist and a factor that is not above 0.
     """
 
     def __init__(
@@ -88,13 +98,19 @@ class AdamW:
         beta1: float = 0.9,
         beta2: float = 0.95,
         weight_decay: float = 0.1,
-        mixer_rate: float = 1.0,
+        rates: Mapping[Group, float] | None = None,
         average: float | None = None,
     ) -> None:
         self.params = params
         self.entries = [e for e in params.entries if e.name in names]
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
-        self.mixer_rate = mixer_rate
+        self.rates = dict(rates or {})
+        for group, factor in self.rates.items():
+            if group not in get_args(Group):
+                known = ", ".join(get_args(Group))
+                raise UserError(f"rates: there is no group {group!r}; there are: {known}")
+            if not (factor > 0 and math.isfinite(factor)):
+                raise UserError(f"rates: {group} has {factor}, expected more than 0")
         size = sum(e.size for e in self.entries)
         self.m: NDArray[Any] = np.zeros(size, dtype=params.dtype)
         self.v: NDArray[Any] = np.zeros(size, dtype=params.dtype)
@@ -129,7 +145,7 @@ class AdamW:
                 gradient[place],
                 self.m[own],
                 self.v[own],
-                lr=lr * self.mixer_rate if in_mixer(e.name) else lr,
+                lr=lr * rate_factor(e, self.rates),
                 beta1=self.beta1,
                 beta2=self.beta2,
                 eps=EPSILON,

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .atomic import write_text
 from .errors import UserError, first_problem
-from .optim import Schedule
+from .optim import Group, Schedule
 from .texts import MAX_BYTES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -117,6 +117,10 @@ class DataSection(_Section):
     domains: dict[str, DomainSection] = Field(min_length=1)
 
 
+GroupRates = dict[Group, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+"""Factors of the learning rate."""
+
+
 class AlignSection(_Section):
     """Stage I. `weights`: share of each domain (default: all alike)."""
 
@@ -124,6 +128,7 @@ class AlignSection(_Section):
     rows: int = Field(default=8, ge=1)
     micro_rows: int | None = Field(default=None, ge=1)
     lr: float = Field(default=2e-2, gt=0)
+    rates: GroupRates = Field(default_factory=dict)
     warmup: float = Field(default=0.1, ge=0, le=1)
     schedule: Schedule = "cosine"
     floor: float = Field(default=1e-5, ge=0)
@@ -150,7 +155,7 @@ class DistillSection(_Section):
     kl_weight: float = Field(default=0.9, ge=0)
     kl_form: Literal["renormalised", "tail"] = "renormalised"
     lr: float = Field(default=1e-4, gt=0)
-    mixer_lr: float | None = Field(default=None, gt=0)
+    rates: GroupRates = Field(default_factory=dict)
     warmup: float = Field(default=0.1, ge=0, le=1)
     schedule: Schedule = "linear"
     clip: float = Field(default=1.0, gt=0)
