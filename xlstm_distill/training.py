@@ -182,8 +182,6 @@ def train(
                         best.offer(optimiser, metrics["validation"])
             cursor, whole = batches.state_dict(), True
             seconds = time.perf_counter() - started
-            if saver is not None and step < steps and saver.due():
-                saver.save(optimiser, cursor, best)
             tokens = batch.ids.size
             yield {
                 "step": step,
@@ -195,6 +193,9 @@ def train(
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
             }
+            # Only now that the caller has logged the step: a kill in between would leave a gap.
+            if saver is not None and step < steps and saver.due():
+                saver.save(optimiser, cursor, best)
         if best.values is not None:
             optimiser.put(best.values)
         elif optimiser.mean is not None:
