@@ -97,7 +97,8 @@ asan: setup-test $(ASAN)/.built ## the fast tests under AddressSanitizer and UBS
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/lib \
 	    $(BIN)/pytest -q -m "$(FAST)"
 
-deep: isas asan ## the fast tests with every instruction set and under the sanitizers
+deep: isas asan ## deep tests, and the fast ones with every instruction set and under the sanitizers
+	$(PY) -m pytest -m deep
 
 # ---- checks --------------------------------------------------------------------------------------
 

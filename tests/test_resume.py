@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,8 +79,8 @@ def test_a_kill_falls_back_to_the_last_saved_step(tmp_path, teacher, data):
     state = tmp_path / "state.npz"
     _, generator = stage("align", teacher, data, state=state, save_seconds=0)
     for m in generator:
-        if m["step"] == 3:
-            content = state.read_bytes()
+        if m["step"] == 4:
+            content = state.read_bytes()  # of step 3: saved once its metrics were taken
         if m["step"] == 6:
             break
     generator.close()
@@ -254,22 +256,31 @@ def test_first_interrupt_waits_and_second_does_not():
 
 # ---- whole runs ---------------------------------------------------------------------------------
 
+TRAINING = {
+    "steps": 40,
+    "rows": 2,
+    "lr": 1e-3,
+    "rates": {"mixer": 5.0},
+    "average": 0.9,
+    "window_dropout": 0.3,
+    "validate_every": 3,
+    "validate_rows": 1,
+    "keep": "best",
+}
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, teacher):
-    """A teacher directory and a recipe file whose training saves after every step."""
-    root = tmp_path_factory.mktemp("whole")
+
+def prepare(root: Path, teacher, save_seconds: float) -> Path:
+    """A teacher directory and a recipe file beside it, with all that a state may hold."""
     teacher.save(root / "teacher")
     text = tiny_run.write_text(root / "text")
-    values = tiny_run.recipe(root / "teacher", text, save_seconds=0)
-    values["align"]["steps"] = values["distill"]["steps"] = 40
+    values = tiny_run.recipe(root / "teacher", text, save_seconds=save_seconds, distill=TRAINING)
+    values["align"].update(steps=40, micro_rows=1)
     save_recipe(make_recipe(values), root / "recipe.yaml")
-    return root
+    return root / "recipe.yaml"
 
 
-def start(root: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "xlstm_distill", "run", str(root / "recipe.yaml")]
-    command += ["--out", str(out)]
+def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "xlstm_distill", "run", str(recipe), "--out", str(out)]
     package = Path(xlstm_distill.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(package), "XLSTM_DISTILL_THREADS": "1"}
     return subprocess.Popen(
@@ -277,20 +288,48 @@ def start(root: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(process: subprocess.Popen[str], out: Path, stage: str, step: int) -> None:
-    """Until the log tells of a step of a stage."""
+def finish(recipe: Path, out: Path) -> None:
+    process = start(recipe, out)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+Key = tuple[str, Any]
+"""(stage, step or event): one line of the log"""
+
+
+def key_of(line: dict[str, Any]) -> Key:
+    return line["stage"], line.get("step", line.get("event"))
+
+
+def log_of(out: Path, behind: int = 0) -> list[dict[str, Any]]:
+    """The whole lines of the log behind so many bytes."""
+    try:
+        lines = (out / "log.jsonl").read_bytes()[behind:].splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"}")]
+
+
+def stop(recipe: Path, out: Path, keys: set[Key], delay: float, how: signal.Signals) -> None:
+    """Start a run, wait until it logs one of the lines and then so many seconds, and stop it."""
+    log = out / "log.jsonl"
+    behind = log.stat().st_size if log.exists() else 0
+    process = start(recipe, out)
     end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            lines = (out / "log.jsonl").read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            lines = []
-        for line in lines:
-            if line.endswith("}") and f'"stage": "{stage}", "step": {step},' in line:
-                return
+    while not keys.intersection(key_of(line) for line in log_of(out, behind)):
+        if time.monotonic() > end or process.poll() is not None:
+            process.kill()
+            raise AssertionError(f"none of {keys} was reached: {process.communicate()}")
         time.sleep(0.002)
-    process.kill()
-    raise AssertionError(f"{stage} {step} was never reached: {process.communicate()}")
+    time.sleep(delay)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert errors.splitlines()[-1].startswith("xlstm-distill: error: stopped")
+    else:
+        assert process.returncode == -signal.SIGKILL, errors
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -300,11 +339,19 @@ def results(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
 
-KILLS = [
-    ("sample general 0", 1, signal.SIGKILL),
-    ("align", 7, signal.SIGKILL),
+def check_the_same(whole: Path, stopped: Path) -> None:
+    expected, found = results(whole), results(stopped)
+    assert list(found) == list(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+    with RunDirectory(whole) as a, RunDirectory(stopped) as b:
+        for stage in ("align", "distill general", "distill notes"):
+            for field in ("loss", "validation"):
+                losses = [[m.get(field) for m in run.steps(stage)] for run in (a, b)]
+                assert losses[0] == losses[1], stage
+
+
+STOPS = [
     ("align", 20, signal.SIGINT),
-    ("targets notes", 1, signal.SIGKILL),
     ("distill general", 5, signal.SIGKILL),
     ("distill general", 23, signal.SIGKILL),
     ("distill notes", 11, signal.SIGINT),
@@ -312,32 +359,52 @@ KILLS = [
 
 
 @pytest.mark.slow
-def test_killed_run_ends_with_the_same_bits(prepared, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(prepared, whole)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    for stage, step, how in KILLS:
-        process = start(prepared, killed)
-        wait_for(process, killed, stage, step)
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
-        if how == signal.SIGINT:
-            assert process.returncode == 130, errors
-            assert errors.splitlines()[-1].startswith("xlstm-distill: error: stopped")
-        else:
-            assert process.returncode == -signal.SIGKILL
-    process = start(prepared, killed)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    expected, found = results(whole), results(killed)
-    assert list(found) == list(expected)
-    assert [name for name in expected if found[name] != expected[name]] == []
-    with RunDirectory(whole) as a, RunDirectory(killed) as b:
-        for stage in ("align", "distill general", "distill notes"):
-            assert [m["loss"] for m in a.steps(stage)] == [m["loss"] for m in b.steps(stage)]
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, teacher):
+    recipe, whole, stopped = prepare(tmp_path, teacher, 0), tmp_path / "whole", tmp_path / "stopped"
+    finish(recipe, whole)
+    for stage, step, how in STOPS:
+        stop(recipe, stopped, {(stage, step)}, 0.0, how)
+    finish(recipe, stopped)
+    check_the_same(whole, stopped)
     # A finished run has nothing left to do, and keeps its results.
-    run(load_recipe(prepared / "recipe.yaml"), killed)
-    assert results(killed) == expected
-    report = json.loads((killed / "report" / "report.json").read_text())
+    expected = results(stopped)
+    run(load_recipe(recipe), stopped)
+    assert results(stopped) == expected
+    report = json.loads((stopped / "report" / "report.json").read_text())
     assert report["layer_errors"]["before"] != report["layer_errors"]["after"]
+
+
+def moments(log: list[dict[str, Any]], count: int) -> list[tuple[set[Key], float]]:
+    """Moments of a run: so many lines of its log, of every stage in turn, and for each the lines of
+    which one must stand before and the seconds to wait then, so that the kill comes somewhere in
+    the work that ends with the line."""
+    random = np.random.default_rng(count)
+    chosen: set[int] = set()
+    stages = [line["stage"] for line in log]
+    order = random.permutation(list(dict.fromkeys(stages)))
+    for stage in itertools.islice(itertools.cycle(order), 10 * count):
+        own = [n for n, s in enumerate(stages) if n > 0 and s == stage and n not in chosen]
+        if own and len(chosen) < count:
+            chosen.add(int(random.choice(own)))
+    found = []
+    for n in sorted(chosen):
+        # A run that had gone on for longer before its last kill begins behind the line before.
+        before = {key_of(line) for line in log[n - 1 :]}
+        found.append((before, random.uniform() * (log[n]["time"] - log[n - 1]["time"])))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "save_seconds"), [(4, 0.0), pytest.param(20, 0.05, marks=pytest.mark.deep)]
+)
+def test_kills_at_random_moments(tmp_path, teacher, count, save_seconds):
+    recipe = prepare(tmp_path, teacher, save_seconds)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(recipe, whole)
+    kills = moments(log_of(whole), count)
+    assert len(kills) == count
+    for keys, delay in kills:
+        stop(recipe, killed, keys, delay, signal.SIGKILL)
+    finish(recipe, killed)
+    check_the_same(whole, killed)
