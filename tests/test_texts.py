@@ -11,6 +11,7 @@ import tiny_run
 from xlstm_distill import sources
 from xlstm_distill.data import Rows, TokenData
 from xlstm_distill.errors import UserError
+from xlstm_distill.sampling import read_prompts
 from xlstm_distill.texts import Malformed, read_texts
 
 CHAT = [
@@ -74,7 +75,11 @@ def test_malformed_documents_are_left_out_and_counted(tmp_path, tokenizer):
 def test_a_ten_megabyte_line_is_refused_by_its_key(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", {"text": "x" * 10_000_000})
     with pytest.raises(UserError, match=r"a\.jsonl:1: .*max_document_bytes"):
-        list(read_texts([tmp_path / "a.jsonl"], tokenizer, Malformed()))
+        list(read_texts([tmp_path / "a.jsonl"], tokenizer, Malformed(max_bytes=8_000_000)))
+    (tmp_path / "a.txt").write_text("x" * 10_000_000)  # a book is a document, however long
+    paths = [tmp_path / "a.txt", tmp_path / "a.jsonl"]
+    assert len(list(read_texts(paths[:1], tokenizer, Malformed(max_bytes=8_000_000)))) == 1
+    assert len(list(read_texts(paths, tokenizer, Malformed()))) == 2
 
 
 def test_a_byte_that_the_vocabulary_lacks_is_counted(tmp_path):
@@ -182,3 +187,28 @@ def test_a_damaged_mask_is_refused(tmp_path):
     (tmp_path / "data" / "counted.bin").write_bytes(b"\x01\x01\x01")
     with pytest.raises(UserError, match="damaged"):
         TokenData.open(tmp_path / "data")
+
+
+# ---- prompts of a file --------------------------------------------------------------------------
+
+
+def test_prompts_are_lines_of_text_or_records(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\u2028lines\n")
+    assert read_prompts(tmp_path / "a.txt") == ["one", "two\u2028lines"]
+    lines = ['{"prompt": "p", "text": "t"}', '{"instruction": "i\u2028i"}', '{"text": "t"}', ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert read_prompts(tmp_path / "a.jsonl") == ["p", "i\u2028i", "t"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "a"}\n{"txt": "b"}', r"a\.jsonl:2: needs the field prompt, instruction or text"),
+        ('{"text": "a"}\n\n{', r"a\.jsonl:3: not valid JSON"),
+        ("\n", r"a\.jsonl: the file is empty"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / "a.jsonl")

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .atomic import write_text
 from .errors import UserError, first_problem
 from .optim import Group, Schedule
-from .texts import MAX_BYTES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -63,13 +62,14 @@ class StdlibSource(_Section):
 
 class FilesSource(_Section):
     """The user's files: txt, jsonl, Parquet, Arrow, directories of these. `malformed`: what happens
-    to documents that cannot be used, those of more than `max_document_bytes` among them."""
+    to documents that cannot be used; among them lines and rows whose text is longer than
+    `max_document_bytes`: such a line is rarely one document."""
 
     kind: Literal["files"]
     paths: list[str] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     malformed: Literal["refuse", "skip"] = "refuse"
-    max_document_bytes: int = Field(default=MAX_BYTES, ge=1)
+    max_document_bytes: int = Field(default=8_000_000, ge=1)
 
 
 Source = Annotated[SampledSource | StdlibSource | FilesSource, Field(discriminator="kind")]

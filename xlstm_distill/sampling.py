@@ -61,7 +61,7 @@ def read_prompts(file: str | Path) -> list[str]:
     """Prompts of a text file, one a line, or of a jsonl file. UserError names the file and line."""
     path = Path(file).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError as error:

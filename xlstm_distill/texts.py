@@ -18,8 +18,6 @@ from .errors import UserError
 from .tokenizer import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-MAX_BYTES = 8_000_000
-"""Of a document, unless told otherwise: what is longer is rarely one."""
 _PLACES = 20
 _ROWS_AT_ONCE = 256
 
@@ -45,10 +43,11 @@ class MalformedError(UserError):
 @dataclass
 class Malformed:
     """What happens to documents that cannot be used: the first one ends the reading, or, with
-    `skip`, they are left out, counted by kind, and the first of them named."""
+    `skip`, they are left out, counted by kind, and the first of them named. `max_bytes`: of the
+    text of a line or a row (None: no limit); a file of plain text may have any length."""
 
     skip: bool = False
-    max_bytes: int = MAX_BYTES
+    max_bytes: int | None = None
     counts: Counter[str] = field(default_factory=Counter)
     places: list[str] = field(default_factory=list)
 
@@ -64,12 +63,18 @@ class Malformed:
             if len(self.places) < _PLACES:
                 self.places.append(str(error))
 
-    def check_size(self, where: str, size: int) -> None:
-        """Refuse a document of more than `max_bytes` bytes."""
-        if size > self.max_bytes:
+    def check_size(self, text: Text, where: str) -> None:
+        """Refuse a text of more than `max_bytes` bytes of UTF-8, or of none: JSON can spell what
+        UTF-8 cannot."""
+        try:
+            size = len(text.text.encode())
+        except UnicodeEncodeError as error:
+            message = f"{where}: holds half a surrogate pair (character {error.start} of the text)"
+            raise MalformedError("not UTF-8", message) from None
+        if self.max_bytes is not None and size > self.max_bytes:
             raise MalformedError(
                 "too long",
-                f"{where}: {size:,} bytes are more than one document may have, "
+                f"{where}: {size:,} bytes are more than a document may have here, "
                 f"{self.max_bytes:,}; split it or raise max_document_bytes",
             )
 
@@ -89,7 +94,7 @@ def read_texts(
                 yield from _record_texts(file, name, tokenizer, malformed)
             else:
                 with malformed.tolerated():
-                    yield Text(name, _plain(file, malformed))
+                    yield Text(name, _plain(file))
 
 
 def _files(path: Path) -> Iterator[tuple[Path, str]]:
@@ -109,9 +114,8 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
             yield file, file.relative_to(path).as_posix()
 
 
-def _plain(file: Path, malformed: Malformed) -> str:
+def _plain(file: Path) -> str:
     try:
-        malformed.check_size(str(file), file.stat().st_size)
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file}: cannot read: {error.strerror}") from None
@@ -138,7 +142,7 @@ def _record_texts(
             if isinstance(record, bytes):
                 record = _parsed(record, where)
             found = _text_of(record, own, where, tokenizer)
-            malformed.check_size(where, _size_of(found, where))
+            malformed.check_size(found, where)
             yield found
     if not seen:
         with malformed.tolerated():
@@ -210,15 +214,6 @@ def _text_of(record: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:
     if not found.text.strip():
         raise MalformedError("empty", f"{where}: the document is empty")
     return found
-
-
-def _size_of(text: Text, where: str) -> int:
-    """Bytes of the text; JSON can spell what UTF-8 cannot."""
-    try:
-        return len(text.text.encode())
-    except UnicodeEncodeError as error:
-        message = f"{where}: holds half a surrogate pair (character {error.start} of the text)"
-        raise MalformedError("not UTF-8", message) from None
 
 
 def _fields(record: Mapping[str, Any], name: str, where: str, tokenizer: Tokenizer) -> Text:
