@@ -123,7 +123,9 @@ def test_the_keys_of_data(root, tmp_path, collected):
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
-def test_a_document_of_an_earlier_domain_is_a_repeat(root, tmp_path, collected, deduplicate):
+def test_a_document_of_an_earlier_domain_is_a_repeat(
+    root, tmp_path, collected, capsys, deduplicate
+):
     changes = {**collected, "deduplicate": deduplicate}
     changes["contamination"] = {"tasks": ["arc_easy"], "words": 9, "action": "report"}
     changes["domains"] = {k: collected["domains"][k] for k in ("general", "notes")}
@@ -132,6 +134,8 @@ def test_a_document_of_an_earlier_domain_is_a_repeat(root, tmp_path, collected, 
     status = run(root, out, "data", {"data": changes})
     if deduplicate:  # nothing is left of the second domain
         assert status == 1
+        message = "domain notes: no document is left (repeated: 25); add other text"
+        assert message in capsys.readouterr().err.splitlines()[-1]
         return
     assert status == 0
     first, second = manifests(out).values()

@@ -108,6 +108,20 @@ def test_keep_best_ends_with_the_lowest_validation_loss(teacher, text):
     assert np.array_equal(student.params.flat, best[1])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": "best", "validate_every": 0}, "needs held_out and validate_every"),
+        ({"keep": "best", "held_out": None}, "needs held_out and validate_every"),
+        ({"held_out_targets": None}, "give held_out_targets"),
+    ],
+)
+def test_validation_without_its_rows_or_targets_is_refused(teacher, text, changes, message):
+    _, generator = stage(teacher, text, **changes)
+    with pytest.raises(UserError, match=message):
+        next(generator)
+
+
 @pytest.mark.parametrize("stops", [(1,), (4, 3), (8,)])
 def test_it_all_continues_bitwise(tmp_path, teacher, text, stops):
     settings = {"average": 0.9, "keep": "best", "window_dropout": 0.4, "micro_rows": 1}

@@ -162,6 +162,18 @@ class Collection:
         if drop:
             self._keep(clean)
 
+    def check_not_empty(self, where: str) -> None:
+        """UserError with the reasons if no document is left."""
+        if not self.train:
+            reasons = ", ".join(
+                f"{name}: {self.facts[name]}"
+                for name in ("malformed", "repeated", "contaminated")
+                if self.facts.get(name)
+            )
+            raise UserError(
+                f"{where}: no document is left ({reasons or 'no text'}); add other text"
+            )
+
     def hold_out(self, tokens: int, where: str) -> None:
         """Set evaluation text aside; no document is more than a tenth of it."""
         self.read, held = split_held_out(self.read, tokens, where)

@@ -6,7 +6,8 @@ loss_t = ce_weight * CE + kl_weight * KL(teacher's k targets || student's) (pape
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +68,8 @@ def distill(
     the running mean of its values, which keeps this share in a step (None: as the last ones).
     window_dropout: the share of the steps, evenly spread, in which every output gate is 1, so that
     the mLSTM alone has to answer. held_out: rows whose loss is measured every `validate_every`
-    steps; with keep="best" the student ends as it was at the lowest.
+    steps, with held_out_targets, the teacher's of these rows, where kl_weight is not 0; with
+    keep="best" the student ends as it was at the lowest.
     train_what: "all" or "mixer" (everything copied from the teacher stays frozen). recompute: less
     memory for about a quarter more time, the same bits (Model.loss_and_grad). With `state`, the run
     can be killed and continued from that file.
@@ -84,6 +86,10 @@ def distill(
             f"distill: ce_weight {ce_weight} and kl_weight {kl_weight}: expected 0 or more, "
             "not both 0"
         )
+    if keep == "best" and (held_out is None or not validate_every):
+        raise UserError('distill: keep="best" needs held_out and validate_every')
+    if held_out is not None and validate_every and kl_weight != 0 and held_out_targets is None:
+        raise UserError("distill: kl_weight is not 0; give held_out_targets beside held_out")
     batches = as_batches(data, rows, length, seed)
     names = trainable_names(student, train_what)
     optimiser = AdamW(
@@ -117,18 +123,18 @@ def distill(
 
     def losses(
         batch: Batch,
-        wanted: Callable[[Batch], Targets | None],
+        wanted: Iterable[Targets | None],
         grads: Parameters | None = None,
         gate: float | None = None,
     ) -> Metrics:
-        """Mean losses of a batch; adds the gradient into `grads`."""
+        """Mean losses of a batch with the targets of its parts; adds the gradient into `grads`."""
         count = max(1, batch.counted)
         sums = np.zeros(2)
-        for part in batch.parts(micro_rows):
+        for part, own in zip(batch.parts(micro_rows), wanted, strict=True):
             found = student.loss_and_grad(
                 part.ids,
                 part.labels,
-                wanted(part),
+                own,
                 ce_weight=ce_weight,
                 kl_weight=kl_weight,
                 kl_form=kl_form,
@@ -145,21 +151,16 @@ def distill(
 
     def gradient(batch: Batch, grads: Parameters) -> Metrics:
         hidden = _falls_on(optimiser.steps + 1, window_dropout)
-        gate = 1.0 if hidden else None
-        return losses(batch, lambda part: _targets_of(part, targets, k), grads, gate)
+        wanted = (_targets_of(part, targets, k) for part in batch.parts(micro_rows))
+        return losses(batch, wanted, grads, gate=1.0 if hidden else None)
 
-    def validation_loss() -> float:
-        assert held_out is not None
-        rows = iter(range(0, len(held_out.ids), micro_rows))
+    def validation_loss(batch: Batch) -> float:
+        return float(losses(batch, _parts_of(held_out_targets, batch, micro_rows))["loss"])
 
-        def own(part: Batch) -> Targets | None:
-            start = next(rows)
-            if held_out_targets is None:
-                return None
-            ids, logp = held_out_targets
-            return ids[start : start + micro_rows], logp[start : start + micro_rows]
-
-        return float(losses(held_out, own)["loss"])
+    validation = None
+    if held_out is not None and validate_every:
+        loss = partial(validation_loss, held_out)
+        validation = Validation(loss, validate_every, keep == "best")
 
     def rate(step: int) -> float:
         return learning_rate(step, steps, peak=lr, schedule=schedule, warmup=warmup)
@@ -173,15 +174,20 @@ def distill(
         steps=steps,
         clip=clip,
         saver=saver_of("distill", state, save_seconds, student, batches, settings),
-        validation=None
-        if held_out is None or not validate_every
-        else Validation(validation_loss, validate_every, keep == "best"),
+        validation=validation,
     )
 
 
 def _falls_on(step: int, share: float) -> bool:
     """True for the share of the steps 1, 2 ... , evenly spread."""
     return math.floor(step * share) > math.floor((step - 1) * share)
+
+
+def _parts_of(targets: Targets | None, batch: Batch, rows: int) -> Iterator[Targets | None]:
+    """Targets of a whole batch, cut as `batch.parts(rows)` cuts it."""
+    for start in range(0, len(batch.ids), rows):
+        s = slice(start, start + rows)
+        yield None if targets is None else (targets[0][s], targets[1][s])
 
 
 def _k_of(targets: TargetSource, k: int) -> int | None:

@@ -187,6 +187,7 @@ class Run:
             section = self.recipe.data.contamination
             assert section is not None
             collection.check(self._contamination, self.tokenizer, drop=section.action == "drop")
+        collection.check_not_empty(f"domain {name}")
         if domain.passages:
             collection.held_out = self._passages(domain)
         else:
