@@ -311,8 +311,9 @@ def log_of(out: Path, behind: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith(b"}")]
 
 
-def stop(recipe: Path, out: Path, keys: set[Key], delay: float, how: signal.Signals) -> None:
-    """Start a run, wait until it logs one of the lines and then so many seconds, and stop it."""
+def stop(recipe: Path, out: Path, keys: set[Key], delay: float, how: signal.Signals) -> bool:
+    """Start a run, wait until it logs one of the lines and then so many seconds, and stop it. False
+    if it ended first."""
     log = out / "log.jsonl"
     behind = log.stat().st_size if log.exists() else 0
     process = start(recipe, out)
@@ -325,11 +326,14 @@ def stop(recipe: Path, out: Path, keys: set[Key], delay: float, how: signal.Sign
     time.sleep(delay)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        return False
     if how == signal.SIGINT:
         assert process.returncode == 130, errors
         assert errors.splitlines()[-1].startswith("xlstm-distill: error: stopped")
     else:
         assert process.returncode == -signal.SIGKILL, errors
+    return True
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -363,7 +367,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, teacher):
     recipe, whole, stopped = prepare(tmp_path, teacher, 0), tmp_path / "whole", tmp_path / "stopped"
     finish(recipe, whole)
     for stage, step, how in STOPS:
-        stop(recipe, stopped, {(stage, step)}, 0.0, how)
+        assert stop(recipe, stopped, {(stage, step)}, 0.0, how)
     finish(recipe, stopped)
     check_the_same(whole, stopped)
     # A finished run has nothing left to do, and keeps its results.
@@ -404,7 +408,7 @@ def test_kills_at_random_moments(tmp_path, teacher, count, save_seconds):
     finish(recipe, whole)
     kills = moments(log_of(whole), count)
     assert len(kills) == count
-    for keys, delay in kills:
-        stop(recipe, killed, keys, delay, signal.SIGKILL)
+    done = [stop(recipe, killed, keys, delay, signal.SIGKILL) for keys, delay in kills]
+    assert all(done[:-1])  # the last one may come too late: in the milliseconds of the report
     finish(recipe, killed)
     check_the_same(whole, killed)
