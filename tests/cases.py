@@ -592,6 +592,33 @@ def mlstm_cases() -> Iterator[Case]:
     yield mlstm_case(40, "ratio", "recurrent", gates="tiny i", heads=(1, 2), last=False)
 
 
+def _mapped_forward(m: ModuleType, a: Args) -> Values:
+    arrays = [a[name] for name in ("q", "k", "v", "i", "f", "w_q", "w_k")]
+    h, (c, n, stabiliser) = m.mapped_mlstm_forward(*arrays, chunk=16, reset=a["reset"])
+    size = np.exp(stabiliser)
+    return {"h": h, "c": c * size[..., None, None], "n": n * size[..., None]}
+
+
+MAPPED_MLSTM = Op(("mapped_mlstm_forward",), _mapped_forward, cell=True)
+
+
+def mapped_mlstm_cases() -> Iterator[Case]:
+    for (h, g), packed in itertools.product(((2, 2), (6, 2)), (False, True)):
+        rng = seeded("mapped mlstm", h, packed)
+        b, t, d, e = 2, 37, 6, 5
+        args = {
+            "q": rng.standard_normal((b, h, t, d)),
+            "k": rng.standard_normal((b, g, t, d)),
+            "v": rng.standard_normal((b, h, t, e)),
+            "i": rng.standard_normal((b, h, t)),
+            "f": 2 + 2 * rng.standard_normal((b, h, t)),
+            "w_q": rng.standard_normal((h, d, d)),
+            "w_k": rng.standard_normal((h, d, d)),
+            "reset": resets(rng, b, t, 0.08) if packed else None,
+        }
+        yield Case(f"mapped mlstm {h}/{g}" + " packed" * packed, MAPPED_MLSTM, args)
+
+
 # ---- sLSTM --------------------------------------------------------------------------------------
 
 
@@ -663,5 +690,6 @@ CASES: list[Case] = [
     *feature_map_cases(),
     *gate_cases(),
     *mlstm_cases(),
+    *mapped_mlstm_cases(),
     *slstm_cases(),
 ]

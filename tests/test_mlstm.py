@@ -553,3 +553,40 @@ def test_an_empty_sequence_hands_the_state_through():
     h, last = ops.mlstm_forward(*x, state)
     assert h.shape == x[2].shape
     assert all(np.array_equal(a, b) for a, b in zip(last, state, strict=True))
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("heads", [(2, 1), (6, 3)])  # chunks side by side, and heads over threads
+def test_maps_a_chunk_at_a_time_change_no_bit(heads, mixed, isa, runtime):
+    runtime.set_isa(isa)
+    H, G = heads
+    T, D = 150, 40
+    random = seeded("mapped", H, G)
+    q, k = (random.standard_normal((1, n, T, D)).astype("f4") for n in (H, G))
+    w_q, w_k = (random.standard_normal((H, D, D)).astype("f4") for _ in range(2))
+    _, _, v, i, f = inputs(T, B=1, H=H, D=D, E=24, dtype=np.float32)
+    phi = [ops.feature_map_forward(x, w, mixed) for x, w in ((q, w_q), (k, w_k))]
+    for options in (
+        {},
+        {"normalizer": "max", "scale": 0.5},
+        {"form": "parallel"},
+        {"chunk": 7, "reset": random.random((1, T)) < 0.05},
+    ):
+        expected = flat(ops.mlstm_forward(*phi, v, i, f, mixed=mixed, **options))
+        for threads in (1, 2, 3):
+            runtime.set_threads(threads)
+            found = ops.mapped_mlstm_forward(q, k, v, i, f, w_q, w_k, mixed=mixed, **options)
+            for a, b in zip(flat(found), expected, strict=True):
+                assert np.array_equal(a, b), (options, threads)
+
+
+def test_maps_that_do_not_fit_are_refused():
+    q, k, v, i, f = inputs(5)
+    w = np.ones((2, 6, 6))
+    with pytest.raises(ValueError, match="w_k has shape"):
+        ops.mapped_mlstm_forward(q, k, v, i, f, w, w[:1])
+    with pytest.raises(ValueError, match="no multiple of 3 key heads"):
+        ops.mapped_mlstm_forward(q, np.ones((2, 3, 5, 6)), v, i, f, w, w)
+    with pytest.raises(ValueError, match="recurrent form takes features"):
+        ops.mapped_mlstm_forward(q, k, v, i, f, w, w, form="recurrent")

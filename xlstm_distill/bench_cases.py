@@ -232,9 +232,9 @@ def mixer_cases() -> Iterator[Case]:
 
         def mixer(cell: _Cell = cell, mixed: bool = compute == "mixed") -> None:
             q, k, v, i, f = cell
-            phi_q = ops.feature_map_forward(q, maps, mixed)
-            phi_k = ops.feature_map_forward(k, maps, mixed)
-            hm, _ = ops.mlstm_forward(phi_q, phi_k, v, i, f, scale=1.0, chunk=CHUNK, mixed=mixed)
+            hm, _ = ops.mapped_mlstm_forward(
+                q, k, v, i, f, maps, maps, scale=1.0, chunk=CHUNK, mixed=mixed
+            )
             hs = ops.attention_forward(q, k, v, MIXER_WINDOW, SINKS, mixed=mixed)
             ops.mix_forward(hm, hs, ops.output_gate_forward(q, k, v, gate, gate[:, 0]))
 

@@ -161,16 +161,20 @@ static xl_status mlstm_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m
                               const xl_batch *b, xl_mixer_tape *t, xl_layer_state *state,
                               void *scratch) {
     ptrdiff_t T = b->T, H = c->H, D = c->D;
-    xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, c->G);
-    XL_TRY(xl_feature_map_forward(ctx, &mq, view(t->phi_q, T, H, D), view(t->q, T, H, D), w->map_q,
-                                  scratch));
-    XL_TRY(xl_feature_map_forward(ctx, &mk, view(t->phi_k, T, H, D), view(t->k, T, c->G, D),
-                                  w->map_k, scratch));
-    xl_mlstm a = cell_args(c, m, b, state && T == 1);
     xl_mlstm_state none = {0}, cell = state ? state->cell : none;
-    return xl_mlstm_forward(ctx, &a, view(t->hm, T, H, D), cell, view(t->phi_q, T, H, D),
-                            view(t->phi_k, T, H, D), view(t->v, T, c->G, D), view(t->i, T, H, 1),
-                            view(t->f, T, H, 1), cell, scratch);
+    xl_heads q = view(t->q, T, H, D), k = view(t->k, T, c->G, D), v = view(t->v, T, c->G, D),
+             phi_q = view(t->phi_q, T, H, D), phi_k = view(t->phi_k, T, H, D),
+             h = view(t->hm, T, H, D), i = view(t->i, T, H, 1), f = view(t->f, T, H, 1);
+    xl_mlstm a = cell_args(c, m, b, state && T == 1);
+    if (a.form == XL_RECURRENT) { /* the maps of all rows are one product */
+        xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, c->G);
+        XL_TRY(xl_feature_map_forward(ctx, &mq, phi_q, q, w->map_q, scratch));
+        XL_TRY(xl_feature_map_forward(ctx, &mk, phi_k, k, w->map_k, scratch));
+        return xl_mlstm_forward(ctx, &a, h, cell, phi_q, phi_k, v, i, f, cell, scratch);
+    }
+    xl_mlstm_maps maps = {.G = c->G, .w_q = w->map_q, .w_k = w->map_k};
+    if (!state) maps.phi_q = phi_q, maps.phi_k = phi_k; /* a backward may follow */
+    return xl_mapped_mlstm_forward(ctx, &a, &maps, h, cell, q, k, v, i, f, cell, scratch);
 }
 
 xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,

@@ -87,6 +87,8 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                                   xl_heads dphi, xl_heads phi, xl_heads x, const real *w,
                                   void *scratch);
 ptrdiff_t xl_feature_map_scratch(const xl_ctx *ctx, const xl_fmap *a);
+/* Rows z = x w, st reals apart, become features. */
+void xl_features(const xl_ctx *ctx, ptrdiff_t rows, ptrdiff_t D, real *z, ptrdiff_t st);
 
 /* ---- mlstm.c ------------------------------------------------------------------------------ */
 
@@ -117,6 +119,18 @@ typedef struct {
 xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_state last,
                            xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
                            xl_mlstm_state first, void *scratch);
+/* The same behind feature maps, chunkwise or parallel: q (H heads) and k (G heads) are what the maps
+ * w_q, w_k [H, D, D] make features of, a chunk at a time; the bits are those of the two ops. Features
+ * are kept in phi_q, phi_k (H heads) where their p is not NULL. */
+typedef struct {
+    ptrdiff_t G;
+    const real *w_q, *w_k;
+    xl_heads phi_q, phi_k;
+} xl_mlstm_maps;
+xl_status xl_mapped_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps,
+                                  xl_heads h, xl_mlstm_state last, xl_heads q, xl_heads k,
+                                  xl_heads v, xl_heads i, xl_heads f, xl_mlstm_state first,
+                                  void *scratch);
 /* dlast: gradient on the last state at fixed m (c, n; m is not read), or all NULL. dfirst: likewise on
  * the start state (c, n added; m set to 0), all NULL where not wanted. The states of the chunks are
  * computed again and kept in scratch. Always chunkwise, whatever a->form. */

@@ -38,6 +38,14 @@ static xl_status check(xl_ctx *ctx, const xl_fmap *a) {
     return xl_fail(ctx, XL_VALUE, "%td heads are no multiple of %td key heads", a->H, a->G);
 }
 
+void xl_features(const xl_ctx *ctx, ptrdiff_t rows, ptrdiff_t D, real *z, ptrdiff_t st) {
+    const xl_kernels *k = ctx->k;
+    for (ptrdiff_t t = 0; t < rows; t++, z += st) {
+        real by = 1 / (k->exp_sum(D, z, k->max(D, z), z) * (1 + FLOOR));
+        for (ptrdiff_t j = 0; j < D; j++) z[j] = z[j] * by + FLOOR / ((real)D * (1 + FLOOR));
+    }
+}
+
 xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl_heads x,
                                  const real *w, void *scratch) {
     XL_TRY(check(ctx, a));
@@ -46,8 +54,7 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
         return xl_feature_map_forward(ctx, &rows, (xl_heads){phi.p, 0, phi.sh, phi.sb},
                                       (xl_heads){x.p, 0, x.sh, x.sb}, w, scratch);
     }
-    const xl_kernels *k = ctx->k;
-    xl_gemm gemm = xl_gemm_of(k, a->mixed);
+    xl_gemm gemm = xl_gemm_of(ctx->k, a->mixed);
     ptrdiff_t D = a->D, rep = a->H / a->G;
 #pragma omp parallel num_threads(ctx->threads)
     {
@@ -59,12 +66,7 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
                     ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
                     gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1, 0,
                          xl_at(phi, b, h, t0), phi.st, s.pack);
-                    for (ptrdiff_t t = t0; t < t0 + rows; t++) {
-                        real *z = xl_at(phi, b, h, t);
-                        real by = 1 / (k->exp_sum(D, z, k->max(D, z), z) * (1 + FLOOR));
-                        for (ptrdiff_t j = 0; j < D; j++)
-                            z[j] = z[j] * by + FLOOR / ((real)D * (1 + FLOOR));
-                    }
+                    xl_features(ctx, rows, D, xl_at(phi, b, h, t0), phi.st);
                 }
     }
     return XL_OK;

@@ -25,6 +25,7 @@ static double forward_chunks(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work
     for (ptrdiff_t t0 = start; t0 < end; t0 += xl_mlstm_chunk_length(a)) {
         ptrdiff_t S = xl_min(xl_mlstm_chunk_length(a), end - t0);
         xl_chunk c = xl_mlstm_open_chunk(ctx, a, w, r, b, h, t0, S, w->C, w->n, m);
+        xl_mlstm_map_chunk(ctx, a, w, r, &c, 1);
         xl_mlstm_forward_chunk(ctx, a, w, r, &c);
         xl_mlstm_chunk_adds(ctx, a, w, &c, w->U, w->u);
         m = xl_mlstm_advance(ctx, a, w, &c, w->U, w->u, w->C, w->n);
@@ -166,6 +167,19 @@ xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_
                            xl_mlstm_state first, void *scratch) {
     const xl_mlstm_arrays r = {
         .h = h, .q = q, .k = k, .v = v, .i = i, .f = f, .first = first, .last = last};
+    return run_rows(ctx, a, &r, scratch, 0);
+}
+
+xl_status xl_mapped_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps,
+                                  xl_heads h, xl_mlstm_state last, xl_heads q, xl_heads k,
+                                  xl_heads v, xl_heads i, xl_heads f, xl_mlstm_state first,
+                                  void *scratch) {
+    const xl_mlstm_arrays r = {
+        .h = h, .q = q, .k = k, .v = v, .i = i, .f = f, .first = first, .last = last, .maps = maps};
+    if (maps->G < 1 || a->H % maps->G)
+        return xl_fail(ctx, XL_VALUE, "%td heads are no multiple of %td key heads", a->H, maps->G);
+    if (a->form == XL_RECURRENT)
+        return xl_fail(ctx, XL_VALUE, "the recurrent form takes features, not maps");
     return run_rows(ctx, a, &r, scratch, 0);
 }
 

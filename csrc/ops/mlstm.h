@@ -41,6 +41,8 @@ typedef struct {
     /* packed operands: q, which serves two products, and what serves one; right: v or G, which serve two,
      * and what serves one */
     real *left_q, *left, *right_v, *right;
+    real *phi_q, *phi_k, *map_q, *map_k; /* features of the chunk [S, D]; packed maps of `head` */
+    ptrdiff_t head;
 } xl_mlstm_work;
 
 /* Rows of a chunk, st reals apart. */
@@ -61,6 +63,7 @@ typedef struct {
 typedef struct {
     xl_heads h, dh, q, k, v, i, f, dq, dk, dv, di, df;
     xl_mlstm_state first, last, dfirst, dlast;
+    const xl_mlstm_maps *maps; /* NULL: q and k are features */
 } xl_mlstm_arrays;
 
 /* ---- mlstm_chunk.c: a row, its segments, its chunks ----------------------------------------- */
@@ -88,6 +91,9 @@ double xl_mlstm_start_state(const xl_mlstm *a, xl_mlstm_work *w, xl_mlstm_state 
 xl_chunk xl_mlstm_open_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w,
                              const xl_mlstm_arrays *r, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0,
                              ptrdiff_t S, const real *C, const real *n, double m);
+/* Where there are maps: features of k, and of q if `both`, in place of the rows of an open chunk. */
+void xl_mlstm_map_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w,
+                        const xl_mlstm_arrays *r, xl_chunk *c, int both);
 void xl_mlstm_pack_v(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w, const xl_chunk *c);
 /* U, u: what the chunk adds to the state. It depends on the chunk alone. right_v: v packed. */
 void xl_mlstm_chunk_adds(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w, const xl_chunk *c,

@@ -55,6 +55,11 @@ static void plan_thread(xl_plan *p, const xl_ctx *ctx, const xl_mlstm *a, xl_mls
     w->left = xl_take_left(p, ctx, most, most);
     w->right_v = xl_take_right(p, ctx, S, wide);
     w->right = xl_take_right(p, ctx, most, xl_round_up(wide, XL_PAIR_K));
+    w->phi_q = xl_take_reals(p, S * D);
+    w->phi_k = xl_take_reals(p, S * D);
+    w->map_q = xl_take_right(p, ctx, D, D);
+    w->map_k = xl_take_right(p, ctx, D, D);
+    w->head = -1;
 }
 
 xl_mlstm_work xl_mlstm_place_thread(const xl_ctx *ctx, const xl_mlstm *a, char *base) {
@@ -127,6 +132,13 @@ static void scale_rows(const xl_ctx *ctx, ptrdiff_t S, ptrdiff_t width, const re
         ctx->k->scale_to(width, by[s], x.p + s * x.st, to + s * width);
 }
 
+static void scale_q(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w, xl_chunk *c) {
+    if (a->scale == 1) return;
+    for (ptrdiff_t t = 0; t < c->S; t++)
+        ctx->k->scale_to(a->D, a->scale, c->q.p + t * c->q.st, w->q + t * a->D);
+    c->q = (xl_rows){w->q, a->D};
+}
+
 /* The chunk at step t0 behind the state (C, n, m), its exponents, and how the state goes on. m gets
  * the first step's log f added: that decay acts on the carry alone, so b starts at 0 and never meets
  * the mask of a document start. */
@@ -155,14 +167,37 @@ xl_chunk xl_mlstm_open_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work
                   C,
                   n,
                   rows_at(r->q, b, h, t0),
-                  rows_at(r->k, b, h, t0),
+                  rows_at(r->k, b, r->maps ? h / (a->H / r->maps->G) : h, t0),
                   rows_at(r->v, b, h / a->v_rep, t0)};
-    if (a->scale != 1) {
-        for (ptrdiff_t t = 0; t < S; t++)
-            ctx->k->scale_to(a->D, a->scale, c.q.p + t * c.q.st, w->q + t * a->D);
-        c.q = (xl_rows){w->q, a->D};
-    }
+    if (!r->maps) scale_q(ctx, a, w, &c);
     return c;
+}
+
+/* Features of an open chunk's rows x into `own`, or where they are kept. */
+static xl_rows map_rows(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w, const xl_chunk *c,
+                        xl_rows x, const real *map, xl_heads phi, real *own) {
+    ptrdiff_t D = a->D, st = phi.p ? phi.st : D;
+    real *to = phi.p ? xl_at(phi, c->b, c->h, c->t0) : own;
+    xl_left left = xl_pack_left(ctx, a->mixed, c->S, D, x.p, x.st, 1, w->left);
+    xl_packed_product(ctx, a->mixed, c->S, D, D, 1, left, map, 0, to, st);
+    xl_features(ctx, c->S, D, to, st);
+    return (xl_rows){to, st};
+}
+
+void xl_mlstm_map_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w,
+                        const xl_mlstm_arrays *r, xl_chunk *c, int both) {
+    const xl_mlstm_maps *maps = r->maps;
+    ptrdiff_t D = a->D;
+    if (!maps) return;
+    if (w->head != c->h) {
+        xl_pack_right(ctx, a->mixed, D, D, maps->w_q + c->h * D * D, D, 1, w->map_q);
+        xl_pack_right(ctx, a->mixed, D, D, maps->w_k + c->h * D * D, D, 1, w->map_k);
+        w->head = c->h;
+    }
+    c->k = map_rows(ctx, a, w, c, c->k, w->map_k, maps->phi_k, w->phi_k);
+    if (!both) return;
+    c->q = map_rows(ctx, a, w, c, c->q, w->map_q, maps->phi_q, w->phi_q);
+    scale_q(ctx, a, w, c);
 }
 
 /* P = (q k^T) o decay, den = rowsum P + w q.n, and q packed; w where there is a state. */

@@ -190,6 +190,7 @@ int xl_mlstm_run_lanes(const xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_arra
                     xl_chunk c =
                         xl_mlstm_open_chunk(ctx, a, &w, r, b, h, s->t0, s->S, C, C + D * E, s->m);
                     if (phase == ADDS) {
+                        xl_mlstm_map_chunk(ctx, a, &w, r, &c, 0);
                         xl_mlstm_pack_v(ctx, a, &w, &c);
                         xl_mlstm_chunk_adds(ctx, a, &w, &c, U, U + D * E);
                     } else if (phase == THROUGH) {
@@ -197,6 +198,7 @@ int xl_mlstm_run_lanes(const xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_arra
                     } else if (backward) {
                         xl_mlstm_backward_inside(ctx, a, &w, r, &c, dk, dv, U, U + D * E);
                     } else {
+                        xl_mlstm_map_chunk(ctx, a, &w, r, &c, 1);
                         xl_mlstm_forward_chunk(ctx, a, &w, r, &c);
                     }
                 }

@@ -56,6 +56,30 @@ static PyObject *mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize
     return xl_end(&c, c.status);
 }
 
+/* mapped_mlstm_forward(h [B,H,T,E], last state C, n, m, q [B,H,T,D], k [B,G,T,D], v [B,H,T,E],
+ *                      i, f [B,H,T], state C?, n, m, as mlstm_forward up to mixed,
+ *                      w_q, w_k [H,D,D]) */
+static PyObject *mapped_mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 21)) return NULL;
+    real *q = xl_in(&c, args[4], "q", "BHTD"), *k = xl_in(&c, args[5], "k", "BGTD");
+    real *v = xl_in(&c, args[6], "v", "BHTE");
+    real *i = xl_in(&c, args[7], "i", "BHT"), *f = xl_in(&c, args[8], "f", "BHT");
+    real *h = xl_inout(&c, args[0], "h", "BHTE");
+    xl_mlstm_state last = mlstm_state(&c, args + 1, 1), first = mlstm_state(&c, args + 9, 0);
+    xl_mlstm a = mlstm_options(&c, args + 12);
+    xl_mlstm_maps maps = {.w_q = xl_in(&c, args[19], "w_q", "HDD"),
+                          .w_k = xl_in(&c, args[20], "w_k", "HDD"),
+                          .G = xl_dim(&c, 'G')};
+    ptrdiff_t H = a.H, T = a.T, D = a.D, E = a.E;
+    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_mlstm_scratch(&c.ctx, &a));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_mapped_mlstm_forward(&c.ctx, &a, &maps, view(h, H, T, E), last, view(q, H, T, D),
+                                       view(k, maps.G, T, D), view(v, H, T, E), view(i, H, T, 1),
+                                       view(f, H, T, 1), first, scratch));
+    return xl_end(&c, c.status);
+}
+
 /* mlstm_backward(dq?, dk?, dv?, di?, df?, gradient of the start state dC?, dn, dm, dh, q, k, v, i, f,
  *                state C?, n, m, gradient of the last state dC?, dn, dm, then as mlstm_forward) */
 static PyObject *mlstm_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
@@ -135,6 +159,6 @@ static PyObject *slstm_backward(PyObject *module, PyObject *const *args, Py_ssiz
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 PyMethodDef xl_methods_cells[] = {
-    METHOD(mlstm_forward),  METHOD(mlstm_backward), METHOD(slstm_forward),
-    METHOD(slstm_backward), {NULL, NULL, 0, NULL},
+    METHOD(mlstm_forward), METHOD(mapped_mlstm_forward), METHOD(mlstm_backward),
+    METHOD(slstm_forward), METHOD(slstm_backward),       {NULL, NULL, 0, NULL},
 };

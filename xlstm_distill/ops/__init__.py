@@ -37,6 +37,7 @@ from xlstm_distill.ops.basic import (
     swiglu_forward,
 )
 from xlstm_distill.ops.cells import (
+    mapped_mlstm_forward,
     mlstm_backward,
     mlstm_forward,
     slstm_backward,
@@ -57,6 +58,7 @@ __all__ = [
     "head_topk",
     "linear_backward",
     "linear_forward",
+    "mapped_mlstm_forward",
     "merge_linear",
     "mix_backward",
     "mix_forward",

@@ -90,13 +90,16 @@ class _Mlstm:
         reset: ArrayLike | None,
         mixed: bool,
         *more: ArrayLike,
+        key_heads: bool = False,
     ) -> None:
+        """key_heads: k may have fewer heads than q, each for a group of them."""
         self.dtype = common_dtype(q, k, v, i, f, *_members(state), *more)
         self.q, self.v = floats("q", q, 4, self.dtype), floats("v", v, 4, self.dtype)
         self.k = floats("k", k, 4, self.dtype)
         self.i, self.f = floats("i", i, 3, self.dtype), floats("f", f, 3, self.dtype)
         batch, heads, steps, width = self.q.shape
-        same_shape("k", self.k, self.q.shape)
+        groups = self.k.shape[1] if key_heads else heads
+        same_shape("k", self.k, (batch, groups, steps, width))
         same_shape("v", self.v, (batch, heads, steps, self.v.shape[3]))
         same_shape("i", self.i, (batch, heads, steps))
         same_shape("f", self.f, (batch, heads, steps))
@@ -150,6 +153,40 @@ def mlstm_forward(
     c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
     h = np.empty_like(a.v)
     core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options)
+    return h, (c, n, m)
+
+
+def mapped_mlstm_forward(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    i: ArrayLike,
+    f: ArrayLike,
+    w_q: ArrayLike,
+    w_k: ArrayLike,
+    state: Sequence[ArrayLike] | None = None,
+    normalizer: str = "ratio",
+    scale: float | None = None,
+    form: str = "chunkwise",
+    chunk: int = 64,
+    reset: ArrayLike | None = None,
+    mixed: bool = False,
+) -> tuple[Array, MlstmState]:
+    """`mlstm_forward` of `feature_map_forward(q, w_q)` and `feature_map_forward(k, w_k)`, bit by
+    bit, made a chunk at a time: features are never in memory as a whole.
+
+    q [B, H, T, D], k [B, G, T, D], w_q, w_k [H, D, D]; form "chunkwise" or "parallel"; the rest as
+    there.
+    """
+    options = (normalizer, scale, form, chunk, reset, mixed)
+    a = _Mlstm(q, k, v, i, f, state, *options, w_q, w_k, key_heads=True)
+    heads, width = a.q.shape[1], a.q.shape[3]
+    maps = [floats(name, w, 3, a.dtype) for name, w in (("w_q", w_q), ("w_k", w_k))]
+    for name, w in zip(("w_q", "w_k"), maps, strict=True):
+        same_shape(name, w, (heads, width, width))
+    c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
+    h = np.empty_like(a.v)
+    core(a.dtype).mapped_mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, *maps)
     return h, (c, n, m)
 
 

@@ -34,7 +34,7 @@ from xlstm_distill.reference.losses import (
     mse_backward,
     mse_forward,
 )
-from xlstm_distill.reference.mlstm import mlstm_backward, mlstm_forward
+from xlstm_distill.reference.mlstm import mapped_mlstm_forward, mlstm_backward, mlstm_forward
 from xlstm_distill.reference.rows import (
     adamw_step,
     embedding_backward,
@@ -66,6 +66,7 @@ __all__ = [
     "head_topk",
     "linear_backward",
     "linear_forward",
+    "mapped_mlstm_forward",
     "merge_linear",
     "mix_backward",
     "mix_forward",

@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 
+from xlstm_distill.reference.attention import feature_map_forward
 from xlstm_distill.reference.scalars import Array, log_sigmoid, sigmoid
 
 State = tuple[Array, Array, Array]
@@ -156,6 +157,26 @@ def mlstm_forward(
     if form == "parallel":
         return _parallel(q, k, v, i, f, state, normalizer, start)
     return _chunkwise(q, k, v, i, f, state, normalizer, start, chunk)
+
+
+def mapped_mlstm_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    i: Array,
+    f: Array,
+    w_q: Array,
+    w_k: Array,
+    state: State | None = None,
+    normalizer: str = "ratio",
+    scale: float | None = None,
+    form: str = "chunkwise",
+    chunk: int = 64,
+    reset: Array | None = None,
+) -> tuple[Array, State]:
+    """`mlstm_forward` of the features of q [B, H, T, D] under w_q, of k [B, G, T, D] under w_k."""
+    phi_q, phi_k = feature_map_forward(q, w_q), feature_map_forward(k, w_k)
+    return mlstm_forward(phi_q, phi_k, v, i, f, state, normalizer, scale, form, chunk, reset)
 
 
 def mlstm_backward(
