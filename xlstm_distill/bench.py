@@ -46,7 +46,7 @@ def measure(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, 
     return times
 
 
-def peak(compute: Compute = "f32", seconds: float = 0.3) -> float:
+def peak(compute: Compute = "f32", seconds: float = 1.0) -> float:
     """GFLOP/s of multiply-adds in registers on all threads, this instruction set, best of many.
 
     compute: one of `PEAKS`, what the operands are."""

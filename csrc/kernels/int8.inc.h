@@ -256,6 +256,8 @@ static void tiles_int8(ptrdiff_t m, ptrdiff_t n, ptrdiff_t depth, real alpha, co
 }
 #endif
 
+#define HALF (XL_MR > 8 ? 8 : XL_MR) /* rows: a panel is read once where there are so few */
+
 static void gemm_int8(ptrdiff_t m, ptrdiff_t n, ptrdiff_t depth, real alpha, const int8_t *x,
                       const int8_t *panels, const real *scale, real beta, real *c, ptrdiff_t ldc) {
 #if defined XL_AMX && !defined XL_REAL_F64
@@ -267,11 +269,13 @@ static void gemm_int8(ptrdiff_t m, ptrdiff_t n, ptrdiff_t depth, real alpha, con
     _Alignas(64) int32_t s[XL_MR * TILE_N];
     for (ptrdiff_t i = 0, rows; i < m; i += rows) {
         const int8_t *xi = x + i * xl_int8_row(depth);
-        rows = m - i >= XL_MR ? XL_MR : m - i >= 4 ? 4 : 1;
+        rows = m - i >= XL_MR ? XL_MR : m - i >= HALF ? HALF : m - i >= 4 ? 4 : 1;
         for (ptrdiff_t j = 0; j < n; j += TILE_N) {
             const int8_t *w = panels + j / XL_PANEL * XL_PANEL * depth + j % XL_PANEL * 4;
             if (rows == XL_MR)
                 tile_int8(XL_MR, depth, xi, w, s);
+            else if (rows == HALF)
+                tile_int8(HALF, depth, xi, w, s);
             else if (rows == 4)
                 tile_int8(4, depth, xi, w, s);
             else

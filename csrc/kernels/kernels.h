@@ -74,7 +74,8 @@ typedef struct xl_kernels {
     /* y[r * XL_PANEL + c] = x_r . w_c for the rows w_c of a panel. A product does not depend on rows. */
     void (*dots_panel)(ptrdiff_t n, ptrdiff_t rows, const real *x, ptrdiff_t ldx,
                        const xl_bf16 *panel, real *y);
-    /* dots_panel of rows that round_mixed made; 0 where gemm_mixed is */
+    /* dots_panel of rows that round_mixed made, of which those up to a multiple of 16 may be read; 0 where
+     * gemm_mixed is */
     void (*dots_panel_mixed)(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrdiff_t ldx,
                              const xl_bf16 *panel, real *y);
     /* to nearest, ties to even; y padded with zeros to a multiple of XL_PAIR_K */
