@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-NEEDS_TEACHER = {"01_quickstart"}
+NEEDS_TEACHER = {"01_quickstart", "03_align", "04_distill"}
 
 by_notebook = pytest.mark.parametrize(
     "path",
