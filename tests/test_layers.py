@@ -69,6 +69,7 @@ LEVELS = [
         "distill",
         "evaluate",
         "linearize",
+        "lora",
         "merge",
         "optim",
         "plots",

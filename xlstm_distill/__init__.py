@@ -18,6 +18,7 @@ from .distill import distill
 from .errors import UserError
 from .evaluate import compare, evaluate, fidelity, win_and_tie
 from .linearize import linearize
+from .lora import Lora, merge_adapter
 from .merge import merge
 from .model import Model, load
 from .packages import fetch
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches",
+    "Lora",
     "MixerConfig",
     "Model",
     "ModelConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "load_recipe",
     "load_state",
     "merge",
+    "merge_adapter",
     "ops",
     "quickstart",
     "reference",

@@ -16,6 +16,7 @@ import numpy as np
 from .align import saver_of
 from .data import Batch, Data, as_batches
 from .errors import UserError
+from .lora import Lora
 from .model import KlForm, Model
 from .optim import AdamW, Group, Schedule, Train, learning_rate, trainable_names
 from .parameters import Parameters
@@ -45,7 +46,7 @@ def distill(
     clip: float = 1.0,
     beta2: float = 0.95,
     weight_decay: float = 0.1,
-    train_what: Train = "all",
+    train_what: Train | Lora = "all",
     average: float | None = None,
     window_dropout: float = 0.0,
     recompute: bool = False,
@@ -70,9 +71,10 @@ def distill(
     the mLSTM alone has to answer. held_out: rows whose loss is measured every `validate_every`
     steps, with held_out_targets, the teacher's of these rows, where kl_weight is not 0; with
     keep="best" the student ends as it was at the lowest.
-    train_what: "all" or "mixer" (everything copied from the teacher stays frozen). recompute: less
-    memory for about a quarter more time, the same bits (Model.loss_and_grad). With `state`, the run
-    can be killed and continued from that file.
+    train_what: "all", "mixer" (everything copied from the teacher stays frozen), or an adapter of
+    the student, whose factors then train beside the mixers; a running mean is one of the factors.
+    recompute: less memory for about a quarter more time, the same bits (Model.loss_and_grad). With
+    `state`, the run can be killed and continued from that file.
 
     Metrics: loss, ce, kl (nats, mean over counted tokens), lr, gradient_norm, tokens, seconds, and
     validation (a loss) where it was measured.
@@ -90,16 +92,24 @@ def distill(
         raise UserError('distill: keep="best" needs held_out and validate_every')
     if held_out is not None and validate_every and kl_weight != 0 and held_out_targets is None:
         raise UserError("distill: kl_weight is not 0; give held_out_targets beside held_out")
+    lora = train_what if isinstance(train_what, Lora) else None
+    if lora is not None and lora.model is not student:
+        raise UserError("distill: the adapter belongs to another model than the student")
     batches = as_batches(data, rows, length, seed)
-    names = trainable_names(student, train_what)
+    if isinstance(train_what, Lora):
+        names, params = train_what.wanted, train_what.params
+    else:
+        names, params = trainable_names(student, train_what), student.params
     optimiser = AdamW(
-        student.params,
-        names,
+        params,
+        names if lora is None else set(params.names()),
         beta2=beta2,
         weight_decay=weight_decay,
         rates=rates,
         average=average,
+        changed=None if lora is None else lora.merge,
     )
+    of_student = None if lora is None else student.params.zeros_like()
     settings = {
         "steps": steps,
         "ce_weight": ce_weight,
@@ -113,7 +123,7 @@ def distill(
         "clip": clip,
         "beta2": beta2,
         "weight_decay": weight_decay,
-        "train": train_what,
+        "train": train_what if lora is None else lora.settings,
         "micro_rows": micro_rows,
         "average": average,
         "window_dropout": window_dropout,
@@ -152,7 +162,11 @@ def distill(
     def gradient(batch: Batch, grads: Parameters) -> Metrics:
         hidden = _falls_on(optimiser.steps + 1, window_dropout)
         wanted = (_targets_of(part, targets, k) for part in batch.parts(micro_rows))
-        return losses(batch, wanted, grads, gate=1.0 if hidden else None)
+        into = grads if of_student is None else of_student
+        found = losses(batch, wanted, into, gate=1.0 if hidden else None)
+        if lora is not None:
+            lora.gradient(into, grads)
+        return found
 
     def validation_loss(batch: Batch) -> float:
         return float(losses(batch, _parts_of(held_out_targets, batch, micro_rows))["loss"])
@@ -167,7 +181,7 @@ def distill(
 
     yield from train(
         optimiser,
-        student.params.zeros_like(),
+        optimiser.params.zeros_like(),
         batches,
         gradient,
         rate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -39,6 +39,9 @@ def trainable_names(model: Model, which: Train) -> set[str]:
     The input gate's bias is left out under the `ratio` normaliser, where it cancels: its gradient
     is rounding noise that Adam would scale up to full steps.
     """
+    if which not in get_args(Train):
+        known = ", ".join(get_args(Train))
+        raise UserError(f"train_what is {which!r}, expected {known} or, in stage II, a Lora")
     frozen = {
         f"model.layers.{layer}.mixer.i_proj.bias"
         for layer, mixer in enumerate(model.config.mixers)
@@ -86,8 +89,9 @@ class AdamW:
 
     `rates` multiplies the learning rate of groups of tensors (`rate_factor`). `average`: the share
     that a running mean of the trained values keeps in a step (None: no mean is kept); it keeps less
-    in the first steps, (1 + t) / (10 + t) after t, so that the start is soon forgotten. UserError
-    names a group that does not exist and a factor that is not above 0.
+    in the first steps, (1 + t) / (10 + t) after t, so that the start is soon forgotten. `changed`
+    is called whenever the values have changed: what is made of them must follow. UserError names a
+    group that does not exist and a factor that is not above 0.
     """
 
     def __init__(
@@ -100,8 +104,9 @@ class AdamW:
         weight_decay: float = 0.1,
         rates: Mapping[Group, float] | None = None,
         average: float | None = None,
+        changed: Callable[[], None] | None = None,
     ) -> None:
-        self.params = params
+        self.params, self.changed = params, changed
         self.entries = [e for e in params.entries if e.name in names]
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
         self.rates = dict(rates or {})
@@ -154,6 +159,8 @@ class AdamW:
                 scale=scale,
             )
         self._follow()
+        if self.changed is not None:
+            self.changed()
 
     def _follow(self) -> None:
         """Move the mean towards the values."""
@@ -174,6 +181,8 @@ class AdamW:
         flat = self.params.flat
         for _, place, own in self._slices():
             flat[place] = values[own]
+        if self.changed is not None:
+            self.changed()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -1,13 +1,15 @@
 """Flat buffers with named views: parameters, gradients, moments, decode states.
 
-The core plans every buffer (csrc/base/plan.h): names, shapes and offsets come from there and
-nowhere else, so that freezing, learning-rate groups, decay and merging all read one list.
+The core plans every buffer of a model (csrc/base/plan.h): names, shapes and offsets come from there
+and nowhere else, so that freezing, learning-rate groups, decay and merging all read one list.
+Tensors that the core does not know, a LoRA adapter's, lie in a buffer made by `Parameters.of`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -62,6 +64,18 @@ class Parameters:
             place = (offset, nbytes, size, _STORAGE[kind])
             self.entries.append(Entry(name, tuple(shape), role, group, *place))
         self._index = {e.name: i for i, e in enumerate(self.entries)}
+
+    @classmethod
+    def of(
+        cls, tensors: Iterable[tuple[str, tuple[int, ...], str, int]], dtype: DTypeLike
+    ) -> Parameters:
+        """Zeros for tensors that the core does not plan: (name, shape, role, layer) of each."""
+        plan, end = [], 0
+        for name, shape, role, layer in tensors:
+            nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+            plan.append((name, shape, role, layer, 0, end, nbytes))
+            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return cls(plan, end, dtype)
 
     @property
     def packed(self) -> bool:

@@ -1,6 +1,7 @@
 """Model checkpoints: GGUF files and Hugging Face directories in, directories out.
 
 `load` opens what a user names; `save` writes a model directory. Both account for every tensor.
+`load_adapter` and `save_adapter` do the same for LoRA adapters in PEFT's layout.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ from pathlib import Path
 from ..errors import UserError
 from ..packages import resolve
 from . import directory, gguf
+from .adapter import ADAPTER_CONFIG, Adapter, load_adapter, save_adapter
 from .checkpoint import Checkpoint, LazyTensors, TensorSource, check_tensors, fingerprint
 from .directory import save
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "Adapter",
     "Checkpoint",
     "LazyTensors",
     "TensorSource",
     "check_tensors",
     "fingerprint",
     "load",
+    "load_adapter",
     "save",
+    "save_adapter",
 ]
 
 

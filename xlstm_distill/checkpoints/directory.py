@@ -29,8 +29,8 @@ def load(folder: Path) -> Checkpoint:
 
     Every tensor is accounted for. Raises `UserError` naming the file and the key or tensor.
     """
-    values = _json(folder / CONFIG)
-    generation = _json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    values = read_json(folder / CONFIG)
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     # The end tokens of generation_config.json are the ones that end a generation.
     if generation.get("eos_token_id") is not None:
         values["eos_token_id"] = generation["eos_token_id"]
@@ -38,7 +38,7 @@ def load(folder: Path) -> Checkpoint:
     sources = _sources(folder)
     _drop_redundant(config, sources)
     check_tensors(config, {name: s.shape for name, s in sources.items()}, str(folder))
-    provenance = _json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     return Checkpoint(
         config,
         LazyTensors({name: sources[name] for name in tensor_shapes(config)}),
@@ -69,9 +69,9 @@ def save(
         "pad_token_id": config.pad_token_id,
     }
     with atomic_directory(directory, CONFIG) as work:
-        _write_json(work / CONFIG, config.to_hf())
-        _write_json(work / GENERATION, {k: v for k, v in generation.items() if v is not None})
-        _write_json(work / PROVENANCE, dict(provenance or {}))
+        write_json(work / CONFIG, config.to_hf())
+        write_json(work / GENERATION, {k: v for k, v in generation.items() if v is not None})
+        write_json(work / PROVENANCE, dict(provenance or {}))
         if tokenizer is not None:
             tokenizer.save(work)
         safetensors.write_file(work / WEIGHTS, tensors, tensor_shapes(config))
@@ -97,7 +97,7 @@ def _sources(folder: Path) -> dict[str, TensorSource]:
 def _shards(folder: Path) -> dict[str, TensorSource]:
     """Tensors of all shards; the index and the shards must agree on every name."""
     index = folder / INDEX
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
         raise UserError(f"{index}: weight_map must map tensors to files")
     sources: dict[str, TensorSource] = {}
@@ -141,7 +141,8 @@ def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     return Tokenizer.from_directory(folder, config.eos_token_ids or None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError naming the file if it is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -153,6 +154,7 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
     text = json.dumps(values, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
