@@ -1,23 +1,28 @@
-"""LoRA: exact gradients, merged is applied, what is frozen, PEFT's files, resume."""
+"""LoRA: exact gradients, merged is applied, what is frozen, PEFT's files, resume, whole runs."""
 
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pytest
 import tiny_run
+import yaml
 from models import random_batch, random_model
 from safetensors.numpy import load_file, save_file
 from test_model import directional_errors
+from test_resume import check_the_same, finish, prepare, stop
 from tolerances import DIRECTIONAL_F64, OP_F32, OP_F64
 
 from xlstm_distill import reference, runtime
+from xlstm_distill.cli import main
 from xlstm_distill.data import Batches, Rows, TokenData
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
 from xlstm_distill.lora import TARGETS, Lora, merge_adapter
+from xlstm_distill.model import load
 from xlstm_distill.optim import in_mixer
 from xlstm_distill.testing import assert_close
 
@@ -412,3 +417,43 @@ def test_a_directory_without_an_adapter_is_named(tmp_path, teacher):
         merge_adapter(teacher, tmp_path)
     with pytest.raises(UserError, match="weights are int8"):
         merge_adapter(teacher.copy(compute="int8"), tmp_path)
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+ADAPTED = {"steps": 12, "rows": 2, "lr": 1e-2, "train": "lora", "lora": {"rank": 4, "alpha": 8}}
+
+
+def test_a_recipe_trains_adapters(tmp_path, teacher):
+    teacher.save(tmp_path / "teacher")
+    text = tiny_run.write_text(tmp_path / "text")
+    values = tiny_run.recipe(tmp_path / "teacher", text, distill=ADAPTED)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    out = tmp_path / "run"
+    assert main(["run", str(tmp_path / "r.yaml"), "--out", str(out)]) == 0
+    assert (out / "report" / "report.html").is_file()
+    written = yaml.safe_load((out / "recipe.yaml").read_text())["distill"]["lora"]
+    assert written == {"rank": 4, "alpha": 8, "targets": list(TARGETS)}
+    aligned = load(out / "aligned")
+    for name in ("general", "notes"):
+        adapter, expert = out / "experts" / f"{name}.adapter", load(out / "experts" / name)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert (adapter / config["base_model_name_or_path"]).resolve() == (out / "aligned")
+        assert np.array_equal(merge_adapter(aligned, adapter).params.flat, expert.params.flat)
+        for frozen in ("model.embed_tokens.weight", "model.norm.weight"):
+            assert np.array_equal(expert.params[frozen], aligned.params[frozen])
+    assert load(out / "merged").provenance["merge"]["experts"][0]["weight"] == 0.5
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, teacher):
+    recipe, whole, killed = prepare(tmp_path, teacher, 0), tmp_path / "whole", tmp_path / "killed"
+    values = yaml.safe_load(recipe.read_text())
+    values["distill"].update(train="lora", lora={"rank": 4})
+    recipe.write_text(yaml.safe_dump(values))
+    finish(recipe, whole)
+    for stage_, step in (("distill general", 23), ("distill notes", 40)):
+        stop(recipe, killed, {(stage_, step)}, 0.0, signal.SIGKILL)
+    finish(recipe, killed)
+    check_the_same(whole, killed)
+    assert (whole / "experts" / "notes.adapter" / "adapter_model.safetensors").is_file()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import tiny_run
 import yaml
 
-from xlstm_distill.budget import Rates, estimate, evaluation_seconds, fidelity_seconds
+from xlstm_distill.budget import (
+    Rates,
+    calibrate,
+    estimate,
+    evaluation_seconds,
+    fidelity_seconds,
+)
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate.tasks import ReadTokens
 from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan, replan
@@ -69,6 +75,10 @@ def changed(path: str, value) -> dict:
         ("align.steps", "many", "align.steps"),
         ("align.lr", float("nan"), "align.lr"),
         ("distill.rates", {"mixr": 2}, "distill.rates.mixr"),
+        ("distill.lora", {"rnak": 4}, "distill.lora.rnak: unknown key; did you mean rank?"),
+        ("distill.lora", {"rank": 0}, "distill.lora.rank"),
+        ("distill.lora", {"targets": []}, "distill.lora.targets"),
+        ("distill.lora", {"targets": ["lm_head"]}, "distill.lora.targets.0"),
         ("align.rates", {"gate": 0}, "align.rates.gate"),
         ("align.weights", {"poems": 1}, "align.weights: 'poems' is not one of general, notes"),
         ("experts.notes", {"poems": 1}, "experts.notes: 'poems' is not one of"),
@@ -282,6 +292,28 @@ def test_validation_and_copies_of_the_weights_are_counted():
     taken = found["seconds"]["distill"] - before["seconds"]["distill"]
     assert taken == pytest.approx(expected, abs=0.1)
     assert found["memory_mib"] >= before["memory_mib"]
+
+
+@pytest.mark.parametrize("train", ["all", "mixer", "lora"])
+def test_every_kind_of_work_is_measured(tmp_path, train):
+    found = calibrate(tiny_run.teacher(), make_recipe(changed("distill.train", train)), tmp_path, 1)
+    assert all(0 < value < float("inf") for value in asdict(found).values())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extra", [{}, {"keep": "best", "validate_every": 5, "average": 0.9}])
+def test_memory_depends_on_what_trains(extra):
+    def held(**distill):
+        recipe = make_recipe(values())
+        settings = {**recipe.distill.model_dump(), **extra, **distill}
+        large = TINY_CONFIG.model_copy(update={"hidden_size": 2048, "intermediate_size": 8192})
+        return estimate(
+            make_recipe({**recipe.model_dump(), "distill": settings}), large, SLOW, READING
+        )["memory_mib"]
+
+    one = held(train="lora", lora={"rank": 1, "targets": ["q_proj"]})
+    more = held(train="lora", lora={"rank": 64})
+    assert held(train="mixer") < one < more < held(train="all")
 
 
 def test_the_shipped_recipe_is_valid():

@@ -15,6 +15,7 @@ from .config import ModelConfig
 from .errors import UserError
 from .evaluate.tasks import ReadTokens
 from .linearize import linearize
+from .lora import Lora, sizes
 from .model import Model
 from .optim import AdamW, trainable_names
 from .recipe import FidelitySection, Recipe, SampledSource
@@ -37,7 +38,7 @@ class Rates:
 
     sample: new tokens of a full batch; align, distill: forward and backward; targets: the teacher's
     top-k; teacher, student: hidden states; head: one model's logits and what is read from them;
-    update: one AdamW step on all parameters; save: one model directory; load: one model.
+    update: one AdamW step on what trains in stage II; save: one model directory; load: one model.
     """
 
     sample: float
@@ -92,11 +93,19 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
     student_rate = _rate(n, lambda: student.hidden(ids))
     pair = _rate(n, lambda: teacher.divergence([student], ids))
     teacher.compute = student.compute = recipe.compute
-    optimiser = AdamW(student.params, trainable_names(student, "all"))
+    lora = None
+    if d.train == "lora":
+        lora = Lora(student, **d.lora.model_dump())
+        optimiser = AdamW(lora.params, set(lora.params.names()), changed=lora.merge)
+    else:
+        optimiser = AdamW(student.params, trainable_names(student, d.train))
+    own = grads if lora is None else lora.params.zeros_like()
 
     def update() -> None:
-        optimiser.norm(grads)
-        optimiser.step(grads, 0.0)
+        if lora is not None:
+            lora.gradient(grads, own)
+        optimiser.norm(own)
+        optimiser.step(own, 0.0)
 
     times: list[float] = []
     sampler(teacher).generate_batch(
@@ -169,9 +178,6 @@ def estimate(
     }
     weights = 4 * config_size(config) / 2**20
     rows = min(recipe.distill.micro_rows, recipe.distill.rows)
-    # teacher, student, gradients and two moments while stage II runs; the running mean, the best
-    second = recipe.distill
-    held_weights = 5 + (second.average is not None) + (second.keep == "best")
     layers = config.num_hidden_layers
     held = layers + 24 if recipe.distill.recompute else 24 * layers  # reals a token, times width
     activations = 4 * rows * length * held * config.hidden_size / 2**20
@@ -180,11 +186,23 @@ def estimate(
     return {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
-        "memory_mib": round(held_weights * weights + activations),
+        "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations),
         "disk_mib": round(
             (3 + 2 * len(experts)) * weights + len(experts) * stage_two * token / 2**20
         ),
     }
+
+
+def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:
+    """Numbers held while stage II runs, but for activations and mixers: teacher and student; of
+    what trains gradients, two moments, the running mean, the best values."""
+    section, size = recipe.distill, config_size(config)
+    of_trained = 3 + (section.average is not None) + (section.keep == "best")
+    if section.train == "lora":
+        matrices, factors = sizes(config, section.lora.rank, section.lora.targets)
+        # the matrices as they were, and their gradients; the factors themselves
+        return 2 * size + 2 * matrices + (1 + of_trained) * factors
+    return 2 * size + (of_trained * size if section.train == "all" else 0)
 
 
 def _validation_seconds(recipe: Recipe, rates: Rates, shares: Mapping[str, float]) -> float:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .atomic import write_text
 from .errors import UserError, first_problem
+from .lora import TARGETS, Target
 from .optim import Group, Schedule
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -143,6 +144,14 @@ class TargetsSection(_Section):
     k: int = Field(default=256, ge=1)
 
 
+class LoraSection(_Section):
+    """Adapters of stage II with `train: lora`: PEFT's `r`, `lora_alpha` and `target_modules`."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=8, gt=0, allow_inf_nan=False)
+    targets: list[Target] = Field(default_factory=lambda: list(TARGETS), min_length=1)
+
+
 class DistillSection(_Section):
     """Stage II, the same for every expert. `recompute`: activations are made again on the way back,
     so that long rows fit into memory. `validate_rows` rows a domain are never trained on where
@@ -161,7 +170,8 @@ class DistillSection(_Section):
     clip: float = Field(default=1.0, gt=0)
     beta2: float = Field(default=0.95, gt=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
-    train: Literal["all", "mixer"] = "all"
+    train: Literal["all", "mixer", "lora"] = "all"
+    lora: LoraSection = Field(default_factory=LoraSection)
     average: float | None = Field(default=None, gt=0, lt=1)
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
     validate_every: int = Field(default=0, ge=0)

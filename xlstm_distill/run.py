@@ -27,6 +27,7 @@ from .distill import distill
 from .errors import UserError
 from .evaluate import passages, questions
 from .linearize import linearize
+from .lora import Lora
 from .merge import merge
 from .model import Model, load
 from .progress import Reporter
@@ -43,6 +44,8 @@ _PROBE_ROWS = 2
 """Rows a domain on which stage I's error is measured before and after."""
 _STATE = "state.npz"
 _HASHES = "hashes.npy"
+_ADAPTER_BASE = "../../aligned"
+"""The model that an expert's adapter belongs to, seen from the adapter."""
 
 
 def derived_seed(seed: int, *names: object) -> int:
@@ -362,7 +365,8 @@ class Run:
         student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
         targets = None if section.kl_weight == 0 else self._targets(batches)
-        settings = section.model_dump(exclude={"steps", "rows", "train", "validate_rows"})
+        settings = section.model_dump(exclude={"steps", "rows", "train", "lora", "validate_rows"})
+        train = self._adapter(student) if section.train == "lora" else section.train
         held_out, held_out_targets = self._validation(batches)
         stage = f"distill {name}"
         tokens = section.steps * section.rows * self.recipe.data.length
@@ -372,7 +376,7 @@ class Run:
                 batches,
                 targets,
                 steps=section.steps,
-                train_what=section.train,
+                train_what=train,
                 held_out=held_out,
                 held_out_targets=held_out_targets,
                 state=state,
@@ -380,8 +384,16 @@ class Run:
                 **settings,
             )
             self.follow(metrics, stage, f"stage II: expert {name}")
-            student.save(place, {"distill": section.model_dump(), "data": batches.identity})
+            provenance = {"distill": section.model_dump(), "data": batches.identity}
+            if isinstance(train, Lora):  # before the expert, with which the stage is done
+                train.save(place.with_name(f"{name}.adapter"), _ADAPTER_BASE, provenance)
+            student.save(place, provenance)
         _remove(state)
+
+    def _adapter(self, student: Model) -> Lora:
+        """New factors of the student, which begin alike for every expert."""
+        settings = self.recipe.distill.lora.model_dump()
+        return Lora(student, **settings, seed=derived_seed(self.recipe.seed, "lora"))
 
     def _validation(self, batches: Batches) -> tuple[Batch | None, Targets | None]:
         """The rows that are set aside for validation, and the teacher's targets of them."""
