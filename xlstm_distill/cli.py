@@ -72,6 +72,18 @@ def _add_runs(add: _Add) -> None:
     stage("align", "a recipe up to stage I")
     stage("targets", "a recipe up to the teacher's targets")
     stage("distill", "a recipe up to the experts")
+    p = add("sweep", "a grid of recipes, tabled; again to continue", commands.sweep)
+    p.add_argument("recipe", help="recipe (YAML)")
+    p.add_argument("--out", required=True, help="directory of the runs and their table")
+    p.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="values of a key; keys that change together: KEY/OTHER=V1/W1,V2/W2",
+    )
+    p.add_argument("--seeds", type=int, default=1, help="runs of each point (%(default)s)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
     p = add("report", "write the report of a run again", commands.report)
     p.add_argument("run", help="run directory")
     for name, help_, work in (

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from . import bench as benchmarks
 from . import budget, checkpoints, packages, plots, runtime
+from . import sweep as sweeps
 from .assess import machine_facts, report_facts, write_report
 from .checkpoints import LazyTensors
 from .data import TokenData
@@ -92,6 +94,21 @@ def _finished(arguments: Arguments, out: Path, seconds: float) -> Result:
         terminal_table(facts)
     _say(arguments, f"report: {page} ({seconds / 60:.1f} minutes)")
     return {"run": out, "report": page, "seconds": seconds, **facts.model_dump(mode="json")}
+
+
+def sweep(arguments: Arguments) -> Result:
+    """A grid of recipes with a table of what came out."""
+    points = sweeps.grid(arguments.recipe, arguments.vary, arguments.seeds, arguments.set)
+    found: Result = sweeps.sweep(points, arguments.out, Reporter())
+    if not arguments.json:
+        Console().print(sweeps.table(found))
+    place = Path(arguments.out) / sweeps.RESULTS
+    if found["failed"]:
+        name, message = next(iter(found["failed"].items()))
+        count = f"{len(found['failed'])} of {sum(len(p.runs) for p in points)} runs failed"
+        raise UserError(f"{count}; {name}: {message}; the others are in {place}")
+    _say(arguments, f"results: {place}, plot: {place.with_name(sweeps.PLOT)}")
+    return found
 
 
 def report(arguments: Arguments) -> Result:

@@ -239,3 +239,35 @@ def layer_errors(before: Sequence[float], after: Sequence[float]) -> Figure:
     )
     axes.legend()
     return figure
+
+
+def sweep(series: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
+    """A panel a metric, a line of points a recipe: the mean of the seeds, their standard deviation
+    as a bar, and each seed as a dot.
+
+    series: metric ("kl", "agree" or "perplexity") -> name -> recipe -> a value a seed.
+    """
+    names = list(dict.fromkeys(p for of in series.values() for own in of.values() for p in own))
+    words = {"kl": "KL(teacher ‖ student), nats", "agree": "top-1 agreement"}
+    with matplotlib.rc_context(_STYLE):
+        height = 1.6 + 0.3 * len(names)
+        figure = Figure(figsize=(3.4 * len(series) + 1.6, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
+        for axes, (metric, of) in zip(panels, series.items(), strict=True):
+            for i, (label, own) in enumerate(of.items()):
+                rows = np.array([names.index(p) for p in own]) + 0.5 * (i + 1) / (len(of) + 1)
+                means = [float(np.mean(values)) for values in own.values()]
+                spreads = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in own.values()]
+                style = {**_style(i), "linestyle": "none"}
+                axes.errorbar(
+                    means, rows, xerr=spreads, label=label, markersize=5, capsize=2, **style
+                )
+                for row, values in zip(rows, own.values(), strict=True):
+                    axes.plot(values, [row] * len(values), ".", color=style["color"], markersize=2)
+            axes.set(xlabel=words.get(metric, metric))
+        panels[0].set_yticks(np.arange(len(names)) + 0.25, names)
+        panels[0].invert_yaxis()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return figure

@@ -285,17 +285,26 @@ def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
 
     Raises UserError, one line that names the file, the key and what is wrong.
     """
+    return make_recipe(read_values(path, settings), str(path))
+
+
+def read_values(path: str | Path, settings: Iterable[str] = ()) -> dict[str, Any]:
+    """The keys that a YAML recipe gives, with `settings` made; not checked."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{file}: cannot read: {reason}", usage=True) from None
-    return parse_recipe(text, str(file), settings)
+    return _parsed(text, str(file), settings)
 
 
 def parse_recipe(text: str, where: str, settings: Iterable[str] = ()) -> Recipe:
     """A recipe from YAML text; `where` opens the error messages."""
+    return make_recipe(_parsed(text, where, settings), where)
+
+
+def _parsed(text: str, where: str, settings: Iterable[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -304,7 +313,7 @@ def parse_recipe(text: str, where: str, settings: Iterable[str] = ()) -> Recipe:
         raise UserError(f"{where}: a mapping of keys is expected", usage=True)
     for setting in settings:
         _set(values, setting)
-    return make_recipe(values, where)
+    return values
 
 
 def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -351,29 +360,32 @@ def _set(values: dict[str, Any], setting: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {setting}: the value is not valid YAML", usage=True) from None
+    set_key(values, key, value, f"--set {setting}")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Change the key "align.steps", say, in plain values; `where` opens the error messages."""
     *path, last = key.split(".")
     place: Any = values
     for part in path:
-        place = _inside(place, part, setting, make=True)
+        place = _inside(place, part, where, make=True)
     if isinstance(place, list):
-        _inside(place, last, setting, make=False)
+        _inside(place, last, where, make=False)
         place[int(last)] = value
     else:
         place[last] = value
 
 
-def _inside(place: Any, part: str, setting: str, *, make: bool) -> Any:
+def _inside(place: Any, part: str, where: str, *, make: bool) -> Any:
     if isinstance(place, list):
         if not part.isdigit() or int(part) >= len(place):
-            raise UserError(
-                f"--set {setting}: {part} is not one of the {len(place)} entries", usage=True
-            )
+            raise UserError(f"{where}: {part} is not one of the {len(place)} entries", usage=True)
         return place[int(part)]
     if make and part not in place:
         place[part] = {}
     inner = place.get(part)
     if make and not isinstance(inner, dict | list):
-        raise UserError(f"--set {setting}: {part} holds a value, not keys", usage=True)
+        raise UserError(f"{where}: {part} holds a value, not keys", usage=True)
     return inner
 
 

@@ -1,0 +1,445 @@
+"""A grid of recipes, a run directory for each of its points and seeds, and a table of the results.
+
+    DIR/window=64,lr=0.01,seed=0/   a run directory like any other
+    DIR/sweep.json  DIR/sweep.svg   the results of the runs that are done, after each of them
+
+Results of stages that do not depend on what is varied are made once: a later run takes the files of
+an earlier one as hard links (copies where the file system has none) with their lines of the log, so
+that every run directory stays complete by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from . import checkpoints
+from .assess import CONTROL, MERGED, read_piece
+from .atomic import atomic_directory, write_text
+from .errors import UserError
+from .evaluate import Fidelity, load_task
+from .progress import Reporter
+from .recipe import Recipe, first_difference, make_recipe, read_values, set_key
+from .run import Run
+from .rundir import Interrupt, RunDirectory
+
+RESULTS, PLOT = "sweep.json", "sweep.svg"
+_METRICS = ("kl", "agree", "perplexity")
+_ALL = "all"
+"""Name of the mean of the domains in tables."""
+_SAFE = re.compile(r"[A-Za-z0-9._+-]{1,40}")
+
+
+# ---- the grid -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Keys that change together, and the values that they take: [values][keys]."""
+
+    keys: tuple[str, ...]
+    values: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A recipe of the grid, once for each seed. `values`: varied key -> value."""
+
+    name: str
+    values: dict[str, Any]
+    runs: dict[str, Recipe]
+    """Name of the run directory -> its recipe."""
+
+
+def parse_axis(text: str) -> Axis:
+    """An axis from "key=v1,v2", or "key/other=v1/w1,v2/w2" for keys that change together.
+
+    Values are YAML. Raises UserError that names the text.
+    """
+    where = f"--vary {text}"
+    left, equals, right = text.partition("=")
+    keys = tuple(left.split("/"))
+    if not equals or not all(keys):
+        raise UserError(f"{where}: expected KEY=VALUE,VALUE,...", usage=True)
+    if "seed" in keys:
+        raise UserError(f"{where}: give --seeds N instead", usage=True)
+    try:
+        values = yaml.safe_load(f"[{right}]")
+        if len(keys) > 1:
+            rows = [tuple(yaml.safe_load(v) for v in str(value).split("/")) for value in values]
+        else:
+            rows = [(value,) for value in values]
+    except yaml.YAMLError:
+        raise UserError(f"{where}: the values are not valid YAML", usage=True) from None
+    if not rows:
+        raise UserError(f"{where}: there are no values", usage=True)
+    for row in rows:
+        if len(row) != len(keys):
+            found = "/".join(map(_word, row))
+            raise UserError(f"{where}: {found} is not a value for each of {left}", usage=True)
+    return Axis(keys, tuple(rows))
+
+
+def grid(
+    recipe: str | Path, vary: Sequence[str] = (), seeds: int = 1, settings: Sequence[str] = ()
+) -> list[Point]:
+    """All points of the grid, each recipe checked.
+
+    vary: texts for `parse_axis`; seeds: each point runs with so many seeds, from the recipe's own
+    upwards. Raises UserError for the first point whose recipe is not valid, and for two points
+    that are the same.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: expected at least 1", usage=True)
+    axes = [parse_axis(text) for text in vary]
+    keys = [key for axis in axes for key in axis.keys]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"--vary {key}: named twice", usage=True)
+    base = read_values(recipe, settings)
+    names = _short_names(keys)
+    points: list[Point] = []
+    for row in itertools.product(*(axis.values for axis in axes)):
+        values = dict(zip(keys, (v for part in row for v in part), strict=True))
+        name = ", ".join(f"{names[key]} {_word(value)}" for key, value in values.items())
+        where = f"{recipe} with {name}" if name else str(recipe)
+        changed = copy.deepcopy(base)
+        for key, value in values.items():
+            set_key(changed, key, value, f"--vary {key}={_word(value)}")
+        first = make_recipe(changed, where)
+        if not first.evaluate.fidelity:
+            raise UserError(f"{where}: a sweep tables evaluate.fidelity; give it", usage=True)
+        for other in points:
+            if first_difference(first, next(iter(other.runs.values()))) is None:
+                raise UserError(f"{where}: the same as with {other.name}", usage=True)
+        folder = "".join(f"{names[key]}={_file_word(value)}," for key, value in values.items())
+        runs = {
+            f"{folder}seed={seed}": make_recipe({**changed, "seed": seed}, where)
+            for seed in range(first.seed, first.seed + seeds)
+        }
+        points.append(Point(name or first.title, values, runs))
+    return points
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Key -> the shortest end of its path that no other key has and that is no number."""
+
+    def ends(key: str) -> list[str]:
+        parts = key.split(".")
+        return [".".join(parts[n:]) for n in reversed(range(len(parts)))]
+
+    taken = [end for key in keys for end in ends(key)]
+    return {
+        key: next((e for e in ends(key) if taken.count(e) == 1 and not e[0].isdigit()), key)
+        for key in keys
+    }
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _file_word(value: Any) -> str:
+    """A value as a part of a file name; where letters had to go, a hash keeps it distinct."""
+    text = _word(value)
+    if _SAFE.fullmatch(text):
+        return text
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")[:40] + f"-{digest}"
+
+
+# ---- stages that several runs have in common ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stage, or a domain's share of it. `depends`: all that decides its result."""
+
+    place: str
+    log: tuple[str, ...]
+    depends: dict[str, Any]
+
+
+def _parts(recipe: Recipe) -> Iterator[_Part]:
+    """What a run can take from another one whose recipe agrees in `depends`.
+
+    Titles, budgets, trackers and how often states are saved decide no bit of a result.
+    """
+    values = recipe.model_dump()
+    models = {key: values[key] for key in ("teacher", "compute")}
+    text = {"teacher": recipe.teacher, "data": values["data"]}
+    sources = {name: domain.sources for name, domain in recipe.data.domains.items()}
+    if any(source.kind == "sampled" for own in sources.values() for source in own):
+        text.update(models, seed=recipe.seed)
+    section = recipe.distill
+    rows = {
+        "text": text,
+        "seed": recipe.seed,
+        "reserved": section.validate_rows if section.validate_every else 0,
+    }
+    for name, own in sources.items():
+        sampled = [f"sample {name} {n}" for n, s in enumerate(own) if s.kind == "sampled"]
+        yield _Part(f"data/{name}", (*sampled, f"data {name}"), text)
+    student = {**models, "student": values["student"]}
+    yield _Part("student0", ("linearize",), student)
+    yield _Part("aligned", ("align",), {**student, **rows, "align": values["align"]})
+    if section.kl_weight:
+        reached = {key: values[key] for key in ("targets", "experts")}
+        reached.update(steps=section.steps, rows_a_step=section.rows)
+        for name in recipe.data.domains:
+            yield _Part(f"targets/{name}", (f"targets {name}",), {**models, **rows, **reached})
+
+
+def _share(directory: RunDirectory, recipe: Recipe, others: dict[Path, Recipe]) -> dict[str, Path]:
+    """Take from `others` what they have done already; returns place -> the run it came from.
+
+    Files come before the lines of the log, and both steps look at what is there: a kill in between
+    is made up for by the next call.
+    """
+    found: dict[str, Path] = {}
+    for part in _parts(recipe):
+        if directory.done(part.log[-1]):
+            continue
+        for place, other in others.items():
+            if place == directory.path or not any(part == own for own in _parts(other)):
+                continue
+            donor = RunDirectory(place)  # read only: its lock is not taken
+            if donor.done(part.log[-1]) is None or not (place / part.place).is_dir():
+                continue
+            target = directory.path / part.place
+            if not target.exists():
+                with atomic_directory(target, "config.json") as work:
+                    shutil.copytree(
+                        place / part.place, work, copy_function=_link, dirs_exist_ok=True
+                    )
+            elif not _whole(target):
+                break  # this run began it by itself, and goes on
+            for line in donor.read_log():
+                if line.get("stage") in part.log:
+                    directory.log(**{**line, "taken_from": place.name})
+            found[part.place] = place
+            break
+    return found
+
+
+def _whole(place: Path) -> bool:
+    """True if the result of a stage stands there, and not only its beginnings."""
+    return any((place / name).is_file() for name in ("config.json", "train/manifest.json"))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+# ---- the runs -----------------------------------------------------------------------------------
+
+
+def sweep(points: Sequence[Point], out: str | Path, reporter: Reporter | None = None) -> Any:
+    """Do all runs of a grid in `out` that are not done, and return the results (`results`).
+
+    Seeds come one after the other, so that all points have their first run early. A run that fails
+    is noted in the results and the others go on; Ctrl-C ends the sweep. Raises UserError before
+    anything starts if `out` holds a run of another recipe, or if a teacher, a file or a request
+    set of any point is not there.
+    """
+    reporter = reporter or Reporter()
+    if RunDirectory(out).has_recipe:
+        raise UserError(f"{out}: is a run directory; choose another --out", usage=True)
+    recipes = {Path(out) / name: recipe for p in points for name, recipe in p.runs.items()}
+    _check(recipes)
+    with RunDirectory(out) as held:  # its lock alone: one sweep at a time works here
+        failed: dict[str, str] = {}
+        turns = itertools.chain.from_iterable(zip(*(p.runs for p in points), strict=True))
+        for number, name in enumerate(turns, start=1):
+            place = held.path / name
+            if not (place / "report" / "report.json").is_file():
+                reporter.note(f"run {number} of {len(recipes)}: {name}")
+                try:
+                    _run(place, recipes, reporter)
+                except (UserError, FloatingPointError, MemoryError) as error:
+                    failed[name] = " ".join(str(error).split()) or "out of memory"
+                    reporter.note(f"{name} failed: {failed[name]}")
+            found = results(points, held.path, failed)
+            write_text(held.path / RESULTS, _json(found))
+        _plot(found, held.path / PLOT)
+    return found
+
+
+def _check(recipes: dict[Path, Recipe]) -> None:
+    for place, recipe in recipes.items():
+        directory = RunDirectory(place)
+        if directory.has_recipe:
+            difference = first_difference(directory.recipe(), recipe)
+            if difference:
+                raise UserError(
+                    f"{place}: the run began with another recipe: {difference}; choose another "
+                    "--out"
+                )
+    for teacher in dict.fromkeys(recipe.teacher for recipe in recipes.values()):
+        layers = checkpoints.load(teacher).config.num_hidden_layers
+        own = [recipe.student for recipe in recipes.values() if recipe.teacher == teacher]
+        outside = [i for student in own for i in student.keep_attention if not 0 <= i < layers]
+        if outside:
+            raise UserError(
+                f"student.keep_attention: layer {outside[0]} is outside 0..{layers - 1}", usage=True
+            )
+    for file in dict.fromkeys(f for recipe in recipes.values() for f in _files(recipe)):
+        if not Path(file).exists():
+            raise UserError(f"{file}: no such file or directory", usage=True)
+    for task in dict.fromkeys(t for recipe in recipes.values() for t in recipe.evaluate.tasks):
+        load_task(task)
+
+
+def _files(recipe: Recipe) -> Iterator[str]:
+    """The files that a recipe reads text from."""
+    for domain in recipe.data.domains.values():
+        for source in domain.sources:
+            if source.kind == "files":
+                yield from source.paths
+            elif source.kind == "sampled" and source.prompts is not None:
+                yield source.prompts
+
+
+def _run(place: Path, recipes: dict[Path, Recipe], reporter: Reporter) -> None:
+    interrupt = Interrupt()
+    with interrupt.listening(), RunDirectory(place) as directory:
+        recipe = directory.begin(recipes[place])
+        for part, other in _share(directory, recipe, recipes).items():
+            reporter.note(f"{part} is that of {other.name}")
+        interrupt.check()
+        Run(directory, recipe, reporter, interrupt).execute()
+
+
+# ---- the results --------------------------------------------------------------------------------
+
+
+def results(points: Sequence[Point], out: Path, failed: dict[str, str]) -> dict[str, Any]:
+    """What the finished runs measured, as plain values.
+
+    `points`: name, values, `runs` ({name, seed, context, models}) and `models`: model -> domain
+    ("all": mean of the domains) -> kl, agree, perplexity -> mean and sd over the seeds (sd null
+    with one). Each run's largest context counts. `failed`: run -> message.
+    """
+    found = []
+    for point in points:
+        runs = [
+            {"name": name, "seed": recipe.seed, **_measured(out / name, recipe)}
+            for name, recipe in point.runs.items()
+            if (out / name / "report" / "report.json").is_file()
+        ]
+        models = {}
+        if runs:
+            models = {
+                model: {
+                    domain: {m: _spread([r["models"][model][domain][m] for r in runs]) for m in own}
+                    for domain, own in domains.items()
+                }
+                for model, domains in runs[0]["models"].items()
+            }
+        found.append({"name": point.name, "values": point.values, "runs": runs, "models": models})
+    return {"out": str(out), "points": found, "failed": failed}
+
+
+def _measured(place: Path, recipe: Recipe) -> dict[str, Any]:
+    context = max(section.context for section in recipe.evaluate.fidelity)
+    file = place / "evaluation" / "parts" / f"fidelity-{context}.json"
+    fidelity = Fidelity(**read_piece(file))
+    models = {
+        name: {
+            domain: {m: getattr(measure, m) for m in _METRICS}
+            for domain, measure in [
+                (_ALL, fidelity.mean(name)),
+                *((d, of.overall) for d, of in fidelity.models[name].items()),
+            ]
+        }
+        for name in fidelity.complete
+    }
+    return {"context": context, "models": models}
+
+
+def _json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=1, allow_nan=False, default=str) + "\n"
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": sd, "values": values}
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The results as a table: the merged student of every point, and the teacher's perplexity."""
+    shown = Table()
+    for name in ("point", "domain"):
+        shown.add_column(name, overflow="fold")
+    for name in ("runs", "KL", "KL / control", "agreement", "perplexity", "of the teacher"):
+        shown.add_column(name, justify="right")
+    for point in found["points"]:
+        models = point["models"]
+        if not models:
+            shown.add_row(Text(point["name"]), "", "0")
+            continue
+        for domain in _domains(models):
+            own, control = models[MERGED][domain], models[CONTROL][domain]
+            pairs = zip(own["kl"]["values"], control["kl"]["values"], strict=True)
+            ratio = [kl / untrained for kl, untrained in pairs if untrained > 0]
+            shown.add_row(
+                Text(point["name"] if domain == _ALL else ""),
+                Text(domain),
+                str(len(point["runs"])) if domain == _ALL else "",
+                _figure(own["kl"], 4),
+                _figure(_spread(ratio), 3) if ratio else "",
+                _figure(own["agree"], 4),
+                _figure(own["perplexity"], 3),
+                f"{models['teacher'][domain]['perplexity']['mean']:.3f}",
+            )
+    return shown
+
+
+def _domains(models: dict[str, Any]) -> list[str]:
+    """The mean first; with one domain it is that domain's."""
+    names = list(models[MERGED])
+    return names if len(names) > 2 else [_ALL]
+
+
+def _figure(value: dict[str, Any], digits: int) -> str:
+    text = f"{value['mean']:.{digits}f}"
+    return text if value["sd"] is None else f"{text} ± {value['sd']:.{digits}f}"
+
+
+def _plot(found: dict[str, Any], file: Path) -> None:
+    from . import plots  # slow to import
+
+    points = [point for point in found["points"] if point["models"]]
+    if not points:
+        return
+    series: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for metric in _METRICS:
+        series[metric] = {}
+        for label, model, domains in (
+            ("{}", MERGED, _domains(points[0]["models"])),
+            ("untrained, {}", CONTROL, [_ALL]),
+        ):
+            for domain in domains:
+                series[metric][label.format(domain)] = {
+                    p["name"]: p["models"][model][domain][metric]["values"]
+                    for p in points
+                    if domain in p["models"][model]
+                }
+    plots.save(plots.sweep(series), file)
