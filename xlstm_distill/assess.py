@@ -24,7 +24,7 @@ from .errors import UserError
 from .evaluate import Comparison, Fidelity, compare, evaluate, fidelity, write_results
 from .linearize import linearize
 from .model import Model, load
-from .recipe import FidelitySection
+from .recipe import GENERALIST, FidelitySection
 from .report import ReportData, report
 from .sources import document_end
 
@@ -63,8 +63,12 @@ class _Models:
                 mixer="window",
                 keep_attention=section.keep_attention,
             )
-        inside = MERGED if name == MERGED else f"experts/{name}"
-        return load(self.run.path / inside)
+        return load(self.run.path / MERGED if name == MERGED else self.run.trained_place(name))
+
+
+def student_names(run: Run) -> list[str]:
+    """The students that are measured on everything: control, generalist if there is one, merged."""
+    return [CONTROL, *([GENERALIST] if run.recipe.generalist else []), MERGED]
 
 
 def expert_names(run: Run) -> list[str]:
@@ -104,6 +108,7 @@ class _Assessment:
     def fidelity(self, section: FidelitySection) -> Any:
         """KL, agreement and perplexity of all students on windows of one length."""
         experts = expert_names(self.run) if section.expert_windows else []
+        control, *others = student_names(self.run)
         separator = next(iter(document_end(self.run.tokenizer)), None)
         with self.run.reporter.bar(f"fidelity at {section.context}") as update:
 
@@ -112,7 +117,7 @@ class _Assessment:
                 self.run.interrupt.check()
 
             found = fidelity(
-                {name: self.models[name] for name in (CONTROL, *experts, MERGED)},
+                {name: self.models[name] for name in (control, *experts, *others)},
                 self.run.teacher,
                 self.documents,
                 context=section.context,
@@ -148,13 +153,13 @@ class _Assessment:
         }
 
     def sample(self, prompt: str, chat: bool) -> dict[str, Any]:
-        """What teacher, control and merged model write after a prompt, greedily."""
+        """What the teacher and all students write after a prompt, greedily."""
         text = prompt
         if chat:
             text = self.run.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
         outputs = {
             name: self.models[name].generate(text, self.section.max_new_tokens)
-            for name in ("teacher", CONTROL, MERGED)
+            for name in ("teacher", *student_names(self.run))
         }
         return {"prompt": prompt, "outputs": outputs}
 
@@ -188,7 +193,7 @@ def assess(run: Run) -> None:
         prompts = [(p, False) for p in section.prompts] + [(p, True) for p in section.chats]
         for number, (prompt, chat) in enumerate(prompts):
             work.piece(f"sample-{number}", partial(work.sample, prompt, chat))
-        for name in ("teacher", CONTROL, MERGED):
+        for name in ("teacher", *student_names(run)):
             parts = [
                 work.piece(
                     f"{task.replace(':', '-')}-{name}", partial(work.task, task, limit, name)
@@ -198,12 +203,13 @@ def assess(run: Run) -> None:
             if parts:
                 write_results(_joined(parts), place / f"results_{name}.json")
         if section.tasks:
-            compare_results(place)
+            compare_results(run)
 
 
-def compare_results(place: Path) -> Comparison:
-    """Win-and-Tie of the merged model and the control, from their result files."""
-    students = {name: place / f"results_{name}.json" for name in (MERGED, CONTROL)}
+def compare_results(run: Run) -> Comparison:
+    """Win-and-Tie of the merged model, the generalist and the control, from their result files."""
+    place = run.path / "evaluation"
+    students = {name: place / f"results_{name}.json" for name in reversed(student_names(run))}
     return compare(
         place / "results_teacher.json", students, control=CONTROL, out=place / "comparison"
     )
@@ -267,13 +273,11 @@ def report_facts(run: Run) -> ReportData:
         "layer_errors": errors,
         "fidelity": main,
         "gates": None,
-        "benchmarks": compare_results(run.path / "evaluation")
-        if run.recipe.evaluate.tasks
-        else None,
+        "benchmarks": compare_results(run) if run.recipe.evaluate.tasks else None,
         "samples": samples,
         "claims": _claims(run, main, errors),
         "machine": machine_facts(),
-        "notes": _notes(run, measured[1:]),
+        "notes": _notes(run, main, measured[1:]),
     }
     if gates.is_file():
         text = "o near 0: the head reads the window, near 1: the mLSTM."
@@ -383,32 +387,45 @@ def _stage_facts(run: Run) -> list[dict[str, Any]]:
 
 
 def _loss_curves(run: Run) -> list[dict[str, Any]]:
-    curves = []
-    steps = run.directory.steps("align")
-    if steps:
-        values = [float(s["relative_error"]) for s in steps]
-        curves.append(
-            {
-                "stage": "stage I",
-                "label": "mean relative error of the layers",
-                "steps": [s["step"] for s in steps],
-                "values": values,
-                "unit": "relative squared error",
-            }
-        )
-    for name in run.recipe.experts:
-        steps = run.directory.steps(f"distill {name}")
-        for key, label in (("kl", "KL to the targets"), ("ce", "cross-entropy")):
-            if steps:
-                curves.append(
-                    {
-                        "stage": f"stage II, {label}",
-                        "label": name,
-                        "steps": [s["step"] for s in steps],
-                        "values": [float(s[key]) for s in steps],
-                    }
-                )
+    curves: list[dict[str, Any]] = []
+
+    def curve(stage: str, label: str, steps: list[dict[str, Any]], key: str, **unit: str) -> None:
+        if steps:
+            numbers, values = [s["step"] for s in steps], [float(s[key]) for s in steps]
+            curves.append(
+                {"stage": stage, "label": label, "steps": numbers, "values": values, **unit}
+            )
+
+    what, unit = "mean relative error of the layers", "relative squared error"
+    curve("stage I", what, run.directory.steps("align"), "relative_error", unit=unit)
+    for name in run.recipe.trained:
+        steps, validations = run.directory.steps(f"distill {name}"), _validations(run, name)
+        curve("stage II, KL to the targets", name, steps, "kl")
+        curve("stage II, cross-entropy", name, steps, "ce")
+        if validations:
+            curve("stage II, loss", name, steps, "loss")
+            curve("stage II, loss", f"{name}, not trained on", validations, "validation")
     return curves
+
+
+def _validations(run: Run, name: str) -> list[dict[str, Any]]:
+    """The steps of stage II after which the loss of rows that are not trained on was measured."""
+    return [s for s in run.directory.steps(f"distill {name}") if "validation" in s]
+
+
+def _validation_notes(run: Run) -> list[str]:
+    notes = []
+    for name in run.recipe.trained:
+        measured = _validations(run, name)
+        if measured:
+            best, last = min(measured, key=lambda s: float(s["validation"])), measured[-1]
+            kept = best if run.recipe.distill.keep == "best" else last
+            notes.append(
+                f"Stage II, {name}: the loss of rows that are not trained on is "
+                f"{last['validation']:.4f} after the last step, at its lowest "
+                f"{best['validation']:.4f} after step {best['step']}; kept: step {kept['step']}."
+            )
+    return notes
 
 
 def _claims(
@@ -446,8 +463,16 @@ def _claims(
     return claims
 
 
-def _notes(run: Run, shorter: list[Fidelity]) -> list[str]:
-    notes = []
+def _notes(run: Run, main: Fidelity | None, shorter: list[Fidelity]) -> list[str]:
+    notes = _validation_notes(run)
+    if main is not None and run.recipe.generalist:
+        ratio = main.ratio(MERGED, GENERALIST)
+        notes.append(
+            f"The generalist had {run.recipe.steps_of(GENERALIST):,} steps on the text of all "
+            f"experts, as many as they together: KL {main.mean(GENERALIST).kl:.4f}, the merged "
+            f"student's is {ratio.value:.3f} of it (95 % interval {ratio.low:.3f} to "
+            f"{ratio.high:.3f})."
+        )
     for measured in shorter:
         words = [
             f"{name} {measured.mean(name).kl:.4f}"

@@ -157,22 +157,25 @@ def estimate(
     recipe: Recipe, config: ModelConfig, rates: Rates, reading: Mapping[str, ReadTokens]
 ) -> dict[str, Any]:
     """Seconds by stage, most memory and disk in MiB. reading: of each request set."""
-    length, experts = recipe.data.length, recipe.experts
+    length, trained = recipe.data.length, recipe.trained
     sampled = [s for d in recipe.data.domains.values() for s in d.sources]
     new = sum(
         s.documents * s.max_new_tokens * SAMPLE_FILLED
         for s in sampled
         if isinstance(s, SampledSource)
     )
-    stage_two = recipe.distill.steps * recipe.distill.rows * length
+    steps = sum(map(recipe.steps_of, trained))
+    stage_two = steps * recipe.distill.rows * length
+    targets = _target_rows(recipe) * length
     moved = rates.save + rates.load
     seconds = {
         "sample": new / rates.sample,
         "align": recipe.align.steps * recipe.align.rows * length / rates.align + 2 * moved,
-        "targets": len(experts) * stage_two / rates.targets,
-        "distill": len(experts)
-        * (stage_two / rates.distill + recipe.distill.steps * rates.update + moved)
-        + sum(_validation_seconds(recipe, rates, shares) for shares in experts.values()),
+        "targets": targets / rates.targets,
+        "distill": stage_two / rates.distill
+        + steps * rates.update
+        + len(trained) * moved
+        + sum(_validation_seconds(recipe, rates, name) for name in trained),
         "merge": moved,
         "evaluate": evaluation_seconds(recipe, rates, reading),
     }
@@ -187,9 +190,7 @@ def estimate(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
         "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations),
-        "disk_mib": round(
-            (3 + 2 * len(experts)) * weights + len(experts) * stage_two * token / 2**20
-        ),
+        "disk_mib": round((3 + 2 * len(trained)) * weights + targets * token / 2**20),
     }
 
 
@@ -205,13 +206,23 @@ def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:
     return 2 * size + (of_trained * size if section.train == "all" else 0)
 
 
-def _validation_seconds(recipe: Recipe, rates: Rates, shares: Mapping[str, float]) -> float:
-    """Seconds that the validations of an expert take."""
+def _target_rows(recipe: Recipe) -> float:
+    """Rows of which targets are wanted; experts and the generalist share those of a domain."""
+    wanted = dict.fromkeys(recipe.data.domains, 0.0)
+    for name, shares in recipe.trained.items():
+        rows = recipe.steps_of(name) * recipe.distill.rows / sum(shares.values())
+        for domain, share in shares.items():
+            wanted[domain] = max(wanted[domain], rows * share)
+    return sum(wanted.values()) if recipe.distill.kl_weight else 0.0
+
+
+def _validation_seconds(recipe: Recipe, rates: Rates, name: str) -> float:
+    """Seconds that the validations of an expert, or of the generalist, take."""
     section = recipe.distill
     if not section.validate_every:
         return 0.0
-    domains = sum(share > 0 for share in shares.values())
-    tokens = -(-section.steps // section.validate_every) * domains
+    domains = sum(share > 0 for share in recipe.trained[name].values())
+    tokens = -(-recipe.steps_of(name) // section.validate_every) * domains
     tokens *= section.validate_rows * recipe.data.length
     return tokens * (1 / rates.student + 1 / rates.head)
 
@@ -225,23 +236,29 @@ def config_size(config: ModelConfig) -> int:
     return c.num_hidden_layers * layer + heads * c.vocab_size * c.hidden_size + c.hidden_size
 
 
-def fidelity_seconds(rates: Rates, domains: int, section: FidelitySection, experts: int) -> float:
-    """Seconds to compare control, merged student and experts with the teacher, on all domains."""
+def fidelity_seconds(
+    rates: Rates, domains: int, section: FidelitySection, experts: int, students: int = 2
+) -> float:
+    """Seconds to compare the students (control and merged one) and the experts with the teacher, on
+    all domains."""
     one, teacher = 1 / rates.student + 1 / rates.head, 1 / rates.teacher + 1 / rates.head
-    each = section.windows * (teacher + 2 * one) + section.expert_windows * experts * one
+    each = section.windows * (teacher + students * one) + section.expert_windows * experts * one
     return domains * section.context * each
 
 
-def task_seconds(rates: Rates, tokens: float) -> float:
-    """Seconds for teacher, control and merged student to read `tokens` tokens of requests."""
-    return _SHORT_ROWS * tokens * (1 / rates.teacher + 2 / rates.student + 3 / rates.head)
+def task_seconds(rates: Rates, tokens: float, students: int = 2) -> float:
+    """Seconds for the teacher and the students to read `tokens` tokens of requests."""
+    each = 1 / rates.teacher + students / rates.student + (students + 1) / rates.head
+    return _SHORT_ROWS * tokens * each
 
 
 def evaluation_seconds(recipe: Recipe, rates: Rates, reading: Mapping[str, ReadTokens]) -> float:
     """Seconds of the evaluation of a recipe."""
     domains = sum(1 for d in recipe.data.domains.values() if d.held_out_tokens)
     experts = len(recipe.experts) if len(recipe.experts) > 1 else 0
-    total = sum(fidelity_seconds(rates, domains, s, experts) for s in recipe.evaluate.fidelity)
+    students = 3 if recipe.generalist else 2
+    sections = recipe.evaluate.fidelity
+    total = sum(fidelity_seconds(rates, domains, s, experts, students) for s in sections)
     for task, limit in recipe.evaluate.tasks.items():
-        total += task_seconds(rates, reading[task].of(limit))
+        total += task_seconds(rates, reading[task].of(limit), students)
     return total

@@ -29,10 +29,13 @@ class Reporter:
         self.console.print(text, markup=False)
 
     def follow(self, metrics: Iterable[dict[str, Any]], title: str) -> Iterator[dict[str, Any]]:
-        """Pass metrics on and show them: `step` of `steps`, rate, loss."""
+        """Pass metrics on and show them: `step` of `steps`, rate, loss, the last validation."""
+        last: Metrics = {}
         with self.bar(title) as update:
             for m in metrics:
-                update(m)
+                if "validation" in m:
+                    last = {"validation": m["validation"], "validated": m["step"]}
+                update({**m, **last})
                 yield m
 
     @contextmanager
@@ -92,6 +95,8 @@ def _figures(m: Metrics) -> str:
     ):
         if isinstance(m.get(key), float):
             parts.append(form.format(m[key]))
+    if isinstance(m.get("validation"), float):
+        parts.append(f"validation {m['validation']:.4g} (step {m['validated']})")
     if isinstance(m.get("tokens_per_second"), float):
         parts.append(f"{m['tokens_per_second']:,.0f} tokens/s")
     return ", ".join(parts)

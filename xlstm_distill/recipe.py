@@ -22,6 +22,9 @@ from .errors import UserError, first_problem
 from .lora import TARGETS, Target
 from .optim import Group, Schedule
 
+GENERALIST = "generalist"
+RESERVED = ("teacher", "untrained", "merged", GENERALIST)
+"""Names of the report's own models, which no expert may have."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -193,6 +196,13 @@ class MergeSection(_Section):
     weights: dict[str, float] = Field(default_factory=dict)
 
 
+class GeneralistSection(_Section):
+    """A control: one student trained from the same aligned one for as many steps as the experts
+    together. `weights`: share of each domain (default: as the experts together have them)."""
+
+    weights: dict[str, float] = Field(default_factory=dict)
+
+
 class FidelitySection(_Section):
     """`windows` windows of `context` tokens a domain; experts on the first `expert_windows`."""
 
@@ -239,6 +249,7 @@ class Recipe(_Section):
     targets: TargetsSection = Field(default_factory=TargetsSection)
     distill: DistillSection
     experts: dict[str, dict[str, float]] = Field(min_length=1)
+    generalist: GeneralistSection | None = None
     merge: MergeSection = Field(default_factory=MergeSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
 
@@ -248,10 +259,14 @@ class Recipe(_Section):
         for name in [*domains, *self.experts]:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"the name {name!r} must be letters, digits, '_', '.' or '-'")
+        if taken := [name for name in self.experts if name in RESERVED]:
+            raise ValueError(f"experts: {taken[0]!r} is a name of the report; choose another")
         shares = {"align.weights": self.align.weights}
         shares.update({f"experts.{name}": share for name, share in self.experts.items()})
         for where, weights in shares.items():
             _check_shares(where, weights, domains, empty=where == "align.weights")
+        if self.generalist:
+            _check_shares("generalist.weights", self.generalist.weights, domains, empty=True)
         _check_shares("merge.weights", self.merge.weights, self.experts, empty=True)
         if self.merge.weights and set(self.merge.weights) != set(self.experts):
             missing = sorted(set(self.experts) - set(self.merge.weights))[0]
@@ -263,6 +278,25 @@ class Recipe(_Section):
         if self.evaluate.fidelity and not any(d.held_out_tokens for d in domains.values()):
             raise ValueError("evaluate.fidelity needs held_out_tokens in a domain")
         return self
+
+    @property
+    def trained(self) -> dict[str, dict[str, float]]:
+        """Who is trained in stage II, name -> share of each domain: the experts, the generalist."""
+        found = dict(self.experts)
+        if self.generalist:
+            found[GENERALIST] = self.generalist.weights or self._shares_together()
+        return found
+
+    def _shares_together(self) -> dict[str, float]:
+        """Share of each domain in the text of all experts, which have equally many tokens."""
+        return {
+            domain: sum(own.get(domain, 0.0) / sum(own.values()) for own in self.experts.values())
+            for domain in self.data.domains
+        }
+
+    def steps_of(self, name: str) -> int:
+        """Steps of stage II of an expert, or of the generalist."""
+        return self.distill.steps * (len(self.experts) if name == GENERALIST else 1)
 
 
 def _check_shares(
@@ -414,8 +448,10 @@ def _section_at(kind: Any, path: list[str | int]) -> type[BaseModel] | None:
         return _section_at(typing.get_args(kind)[0], path)
     if origin in (typing.Union, types.UnionType):
         for choice in typing.get_args(kind):
-            tagged = path and _tag(choice) == path[0]
-            found = _section_at(choice, path[1:]) if tagged else None
+            tag = _tag(choice)
+            if tag is not None and (not path or tag != path[0]):
+                continue
+            found = _section_at(choice, path if tag is None else path[1:])
             if found is not None:
                 return found
         return None

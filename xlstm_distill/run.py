@@ -8,6 +8,7 @@ killed and started again ends with the same bits.
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,7 @@ from .lora import Lora
 from .merge import merge
 from .model import Model, load
 from .progress import Reporter
-from .recipe import DomainSection, Recipe, SampledSource
+from .recipe import GENERALIST, DomainSection, Recipe, SampledSource
 from .rundir import Interrupt, RunDirectory
 from .sampling import read_documents, sample_documents
 from .sources import Document
@@ -44,8 +45,6 @@ _PROBE_ROWS = 2
 """Rows a domain on which stage I's error is measured before and after."""
 _STATE = "state.npz"
 _HASHES = "hashes.npy"
-_ADAPTER_BASE = "../../aligned"
-"""The model that an expert's adapter belongs to, seen from the adapter."""
 
 
 def derived_seed(seed: int, *names: object) -> int:
@@ -312,10 +311,10 @@ class Run:
 
     # ---- stage II -----------------------------------------------------------------------------
 
-    def _batches(self, expert: str) -> Batches:
-        weights = self.recipe.experts[expert]
-        packed = {name: self.rows(name) for name, share in weights.items() if share > 0}
-        seed = derived_seed(self.recipe.seed, "distill", expert)
+    def _batches(self, name: str) -> Batches:
+        weights = self.recipe.trained[name]
+        packed = {domain: self.rows(domain) for domain, share in weights.items() if share > 0}
+        seed = derived_seed(self.recipe.seed, "distill", name)
         return Batches(packed, self.recipe.distill.rows, weights, seed)
 
     @property
@@ -324,12 +323,13 @@ class Run:
         return min(self.recipe.targets.k, self.teacher.config.vocab_size)
 
     def run_targets(self) -> None:
-        """The teacher's targets of every row that an expert will see."""
-        if self.recipe.distill.kl_weight == 0 or self._all_experts():
+        """The teacher's targets of every row that stage II will see."""
+        if self.recipe.distill.kl_weight == 0 or self._all_trained():
             return
         wanted: dict[str, int] = {}
-        for expert in self.recipe.experts:
-            for name, n in self._batches(expert).first_rows(self.recipe.distill.steps).items():
+        for student in self.recipe.trained:
+            steps = self.recipe.steps_of(student)
+            for name, n in self._batches(student).first_rows(steps).items():
                 wanted[name] = max(n, wanted.get(name, 0))
         for name, count in wanted.items():
             if count == 0:
@@ -343,39 +343,40 @@ class Run:
                 metrics = write_targets(self.teacher, packed, place, count=count, k=self._k)
                 self.follow(metrics, stage, f"targets: {name}")
 
-    def _all_experts(self) -> bool:
-        return all(
-            (self.path / "experts" / name / "config.json").is_file() for name in self.recipe.experts
-        )
+    def trained_place(self, name: str) -> Path:
+        """Where an expert, or the generalist, stands after stage II."""
+        return self.path / name if name == GENERALIST else self.path / "experts" / name
+
+    def _all_trained(self) -> bool:
+        places = map(self.trained_place, self.recipe.trained)
+        return all((place / "config.json").is_file() for place in places)
 
     def run_distill(self) -> None:
-        """Stage II: each expert from aligned."""
-        for name in self.recipe.experts:
+        """Stage II: each expert, and the generalist, from aligned."""
+        for name in self.recipe.trained:
             self._distill(name)
 
     def _distill(self, name: str) -> None:
-        place, state = (
-            self.path / "experts" / name,
-            self.path / "experts" / f"{name}.state" / _STATE,
-        )
-        section = self.recipe.distill
+        place = self.trained_place(name)
+        state = place.with_name(f"{name}.state") / _STATE
+        section, steps = self.recipe.distill, self.recipe.steps_of(name)
         if (place / "config.json").is_file():
             _remove(state)
             return
         student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
-        targets = None if section.kl_weight == 0 else self._targets(batches)
+        targets = None if section.kl_weight == 0 else self._targets(batches, steps)
         settings = section.model_dump(exclude={"steps", "rows", "train", "lora", "validate_rows"})
         train = self._adapter(student) if section.train == "lora" else section.train
         held_out, held_out_targets = self._validation(batches)
         stage = f"distill {name}"
-        tokens = section.steps * section.rows * self.recipe.data.length
-        with self.timed(stage, steps=section.steps, tokens=tokens):
+        tokens = steps * section.rows * self.recipe.data.length
+        with self.timed(stage, steps=steps, tokens=tokens):
             metrics = distill(
                 student,
                 batches,
                 targets,
-                steps=section.steps,
+                steps=steps,
                 train_what=train,
                 held_out=held_out,
                 held_out_targets=held_out_targets,
@@ -383,10 +384,13 @@ class Run:
                 save_seconds=self.recipe.save_seconds,
                 **settings,
             )
-            self.follow(metrics, stage, f"stage II: expert {name}")
+            title = name if name == GENERALIST else f"expert {name}"
+            self.follow(metrics, stage, f"stage II: {title}")
             provenance = {"distill": section.model_dump(), "data": batches.identity}
             if isinstance(train, Lora):  # before the expert, with which the stage is done
-                train.save(place.with_name(f"{name}.adapter"), _ADAPTER_BASE, provenance)
+                adapter = place.with_name(f"{name}.adapter")
+                base = os.path.relpath(self.path / "aligned", adapter)
+                train.save(adapter, base, provenance)
             student.save(place, provenance)
         _remove(state)
 
@@ -408,10 +412,10 @@ class Run:
         ids, logp = (np.concatenate(x) for x in zip(*found, strict=True))
         return batch, (ids, logp)
 
-    def _targets(self, batches: Batches) -> dict[str, TargetCache]:
+    def _targets(self, batches: Batches, steps: int) -> dict[str, TargetCache]:
         found = {}
         for name, rows in batches.sources.items():
-            if batches.first_rows(self.recipe.distill.steps)[name]:
+            if batches.first_rows(steps)[name]:
                 expect = identity_of(self.teacher, rows, self._k)
                 found[name] = TargetCache(self.path / "targets" / name, expect)
         return found

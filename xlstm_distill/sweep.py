@@ -198,7 +198,7 @@ def _parts(recipe: Recipe) -> Iterator[_Part]:
     yield _Part("student0", ("linearize",), student)
     yield _Part("aligned", ("align",), {**student, **rows, "align": values["align"]})
     if section.kl_weight:
-        reached = {key: values[key] for key in ("targets", "experts")}
+        reached = {key: values[key] for key in ("targets", "experts", "generalist")}
         reached.update(steps=section.steps, rows_a_step=section.rows)
         for name in recipe.data.domains:
             yield _Part(f"targets/{name}", (f"targets {name}",), {**models, **rows, **reached})
