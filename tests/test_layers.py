@@ -59,7 +59,7 @@ def test_c_keeps_its_promises(path):
 LEVELS = [
     ["cli", "commands", "__main__"],
     ["run", "quickstart", "budget", "assess", "sweep"],
-    ["recipe", "rundir", "progress"],
+    ["recipe", "rundir", "progress", "trackers"],
     [
         "align",
         "bench",

@@ -21,6 +21,7 @@ from .atomic import write_text
 from .errors import UserError, first_problem
 from .lora import TARGETS, Target
 from .optim import Group, Schedule
+from .trackers import Name as TrackerName
 
 GENERALIST = "generalist"
 RESERVED = ("teacher", "untrained", "merged", GENERALIST)
@@ -243,6 +244,7 @@ class Recipe(_Section):
     minutes: float | None = Field(default=None, gt=0)
     save_seconds: float = Field(default=60.0, ge=0)
     compute: Literal["f32", "mixed"] = "f32"
+    trackers: list[TrackerName] = Field(default_factory=list)
     student: StudentSection = Field(default_factory=StudentSection)
     data: DataSection
     align: AlignSection

@@ -12,9 +12,9 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .sources import Document
 from .targets import TargetCache, Targets, identity_of, write_targets
 from .texts import Malformed
 from .tokenizer import Tokenizer
+from .trackers import Trackers, check_installed
 
 STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
 _PROBE_ROWS = 2
@@ -67,14 +68,19 @@ class Run:
         self.path = directory.path
         self.reporter = reporter or Reporter(quiet=True)
         self.interrupt = interrupt or Interrupt()
+        self.trackers = Trackers(
+            recipe.trackers, self.path, recipe.title, recipe.model_dump(mode="json")
+        )
 
     def execute(self, until: str = "report") -> None:
         """Run all stages up to `until` that are not done."""
         if until not in STAGES:
             raise UserError(f"stage {until!r} is not known: {', '.join(STAGES)}", usage=True)
-        for stage in STAGES[: STAGES.index(until) + 1]:
-            getattr(self, f"run_{stage}")()
-            self.interrupt.check()
+        check_installed(self.recipe.trackers)
+        with closing(self.trackers):
+            for stage in STAGES[: STAGES.index(until) + 1]:
+                getattr(self, f"run_{stage}")()
+                self.interrupt.check()
 
     @cached_property
     def teacher(self) -> Model:
@@ -109,9 +115,11 @@ class Run:
         """Exhaust the generator of a stage: show, log, and stop between steps if asked to."""
         generator = iter(metrics)
         try:
-            for m in self.reporter.follow(generator, title):
-                self.directory.log(stage, **m)
-                self.interrupt.check()
+            with self.trackers.stage(stage, partial(self.directory.steps, stage)) as show:
+                for m in self.reporter.follow(generator, title):
+                    self.directory.log(stage, **m)
+                    show(m)
+                    self.interrupt.check()
         finally:
             close = getattr(generator, "close", None)
             if close is not None:
@@ -479,6 +487,7 @@ def run(
 
     A first Ctrl-C stops at the next safe place and saves; KeyboardInterrupt is raised then.
     """
+    check_installed(recipe.trackers)
     interrupt = Interrupt()
     with interrupt.listening(), RunDirectory(out) as directory:
         Run(directory, directory.begin(recipe), reporter, interrupt).execute(until)

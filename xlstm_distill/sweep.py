@@ -36,6 +36,7 @@ from .progress import Reporter
 from .recipe import Recipe, first_difference, make_recipe, read_values, set_key
 from .run import Run
 from .rundir import Interrupt, RunDirectory
+from .trackers import check_installed
 
 RESULTS, PLOT = "sweep.json", "sweep.svg"
 _METRICS = ("kl", "agree", "perplexity")
@@ -284,6 +285,7 @@ def sweep(points: Sequence[Point], out: str | Path, reporter: Reporter | None = 
 
 def _check(recipes: dict[Path, Recipe]) -> None:
     for place, recipe in recipes.items():
+        check_installed(recipe.trackers)
         directory = RunDirectory(place)
         if directory.has_recipe:
             difference = first_difference(directory.recipe(), recipe)

@@ -1,0 +1,246 @@
+"""Trackers: every step of log.jsonl once, whatever was stopped; nothing where a package is missing.
+
+TensorBoard's event files are read back. Weights & Biases is not installed here: a small module in
+its place records what is called, so only the sequence of calls is tested.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import struct
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import yaml
+
+from xlstm_distill import trackers
+from xlstm_distill.cli import main
+from xlstm_distill.errors import UserError
+from xlstm_distill.progress import Reporter
+from xlstm_distill.recipe import Recipe, make_recipe
+from xlstm_distill.run import Run, run
+from xlstm_distill.rundir import Interrupt, RunDirectory
+from xlstm_distill.trackers import TensorBoard, scalars
+
+STAGES = ("sample general 0", "sample general 1", "align", "targets general", "targets notes")
+STAGES += ("distill general", "distill notes")
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trackers")
+    tiny_run.teacher().save(root / "teacher")
+    text = tiny_run.write_text(root / "text")
+    return tiny_run.recipe(root / "teacher", text)
+
+
+def stopped_and_continued(recipe: Recipe, out: Path) -> None:
+    """A run up to stage II that stops twice, the first time as a kill would leave it."""
+    for title, step in (("stage I: align", 4), ("stage II: expert notes", 3)):
+        interrupt = Interrupt()
+
+        class Stops(Reporter):
+            def follow(self, metrics: Any, title: str) -> Any:
+                for m in super().follow(metrics, title):
+                    interrupt.asked = (title, m["step"]) == self.moment  # noqa: B023
+                    yield m
+
+        reporter = Stops(quiet=True)
+        reporter.moment = (title, step)
+        with RunDirectory(out) as directory, pytest.raises(KeyboardInterrupt):
+            Run(directory, directory.begin(recipe), reporter, interrupt).execute("distill")
+        if title == "stage I: align":  # without its state: all steps are done again
+            (out / "aligned.state" / "state.npz").unlink()
+    run(recipe, out, until="distill")
+
+
+# ---- TensorBoard --------------------------------------------------------------------------------
+
+
+def events(folder: Path) -> list[Any]:
+    """The events of the one file in a folder: records of length, checksum, bytes, checksum."""
+    pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    (file,) = folder.glob("events.out.tfevents.*")
+    content, found, at = file.read_bytes(), [], 0
+    while at < len(content):
+        (size,) = struct.unpack_from("<Q", content, at)
+        found.append(pb2.Event.FromString(content[at + 12 : at + 12 + size]))
+        at += 12 + size + 4
+    return [e for e in found if e.HasField("summary")]
+
+
+def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value) in the order of the file."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in events(folder):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_tensorboard_has_each_step_of_the_log_once(values, tmp_path):
+    out = tmp_path / "out"
+    stopped_and_continued(make_recipe({**values, "trackers": ["tensorboard"]}), out)
+    with RunDirectory(out) as directory:
+        lines = [x for x in directory.read_log() if x["stage"] == "align" and "step" in x]
+        assert len(lines) == 4 + 6  # four were done twice
+        for stage in STAGES:
+            steps = directory.steps(stage)
+            found = shown(out.joinpath("tensorboard", *stage.split()))
+            expected: dict[str, list[tuple[int, float]]] = {}
+            for m in steps:
+                for key, value in scalars(m):
+                    expected.setdefault(key, []).append((m["step"], value))
+            assert set(found) == set(expected) and steps
+            for key, own in expected.items():
+                assert [s for s, _ in found[key]] == [s for s, _ in own]
+                if key not in ("seconds", "tokens_per_second"):
+                    # Event files hold float32: half a unit in the last of 24 bits.
+                    assert [v for _, v in found[key]] == pytest.approx(
+                        [v for _, v in own], rel=2**-24, abs=0
+                    )
+    assert {"loss", "lr", "layers/00", "layers/01"} <= set(shown(out / "tensorboard" / "align"))
+    again = {f: f.read_bytes() for f in (out / "tensorboard").rglob("events*")}
+    run(make_recipe({**values, "trackers": ["tensorboard"]}), out, until="distill")
+    assert again == {f: f.read_bytes() for f in (out / "tensorboard").rglob("events*")}
+
+
+def test_half_an_event_file_is_replaced(tmp_path):
+    folder = tmp_path / "tensorboard" / "align"
+    folder.mkdir(parents=True)
+    (folder / "events.out.tfevents.1.host").write_bytes(b"half")
+    (folder / "notes.txt").write_text("mine")
+    logged = [
+        {"step": n, "loss": float(n), "time": 100.0 + n, "stage": "align"} for n in range(1, 6)
+    ]
+    board = TensorBoard(tmp_path)
+    board.begin("align", logged, 4)  # steps 4 and 5 are done again
+    for n in (4, 5, 6):
+        board.step("align", {"step": n, "steps": 6, "loss": float(n)})
+    board.end("align")
+    assert shown(folder) == {"loss": [(n, float(n)) for n in range(1, 7)]}
+    assert [e.wall_time for e in events(folder)][:3] == [101.0, 102.0, 103.0]
+    assert (folder / "notes.txt").exists()
+
+
+def test_tensorboard_does_not_bring_torch():
+    code = (
+        "import sys; from pathlib import Path; from xlstm_distill.trackers import TensorBoard\n"
+        "board = TensorBoard(Path(sys.argv[1])); board.begin('align', [], 1)\n"
+        "board.end('align'); assert 'torch' not in sys.modules and 'tensorboardX' in sys.modules"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", code, folder], check=True)
+
+
+def test_trackers_change_no_bit_of_a_result(values, tmp_path):
+    for name in ("with", "without"):
+        chosen = ["tensorboard"] if name == "with" else []
+        recipe = make_recipe({**values, "trackers": chosen})
+        run(recipe, tmp_path / name, until="align")
+    a, b = (tmp_path / n / "aligned" / "model.safetensors" for n in ("with", "without"))
+    assert a.read_bytes() == b.read_bytes()
+    assert not (tmp_path / "without" / "tensorboard").exists()
+
+
+# ---- Weights & Biases ---------------------------------------------------------------------------
+
+
+class FakeRun:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings, self.defined, self.lines = settings, [], []
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.defined.append((name, step_metric))
+
+    def log(self, values: dict[str, float]) -> None:
+        assert not self.finished
+        self.lines.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """The calls that a module in wandb's place got."""
+    runs: list[FakeRun] = []
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.Error = type("Error", (Exception,), {})
+
+    def init(**settings: Any) -> FakeRun:
+        runs.append(FakeRun(settings))
+        return runs[-1]
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return runs
+
+
+def test_wandb_gets_each_step_once(values, tmp_path, wandb, monkeypatch):
+    out = tmp_path / "out"
+    stopped_and_continued(make_recipe({**values, "trackers": ["wandb"]}), out)
+    assert len(wandb) == 3 and all(r.finished for r in wandb)
+    assert {r.settings["id"] for r in wandb} == {(out / "wandb" / "run-id").read_text()}
+    for settings in (r.settings for r in wandb):
+        assert settings["mode"] == "offline" and settings["resume"] == "allow"
+        assert settings["dir"] == str(out) and settings["config"]["seed"] == 3
+    lines = [line for r in wandb for line in r.lines]
+    with RunDirectory(out) as directory:
+        for stage in STAGES:
+            group = stage.replace(" ", "/")
+            steps = [x[f"{group}/step"] for x in lines if f"{group}/step" in x]
+            assert steps == [m["step"] for m in directory.steps(stage)], stage
+    assert (("align/step", None) in wandb[0].defined) and (
+        ("distill/notes/*", "distill/notes/step") in wandb[-1].defined
+    )
+    assert any("align/layers/01" in line and "align/loss" in line for line in lines)
+    run(make_recipe({**values, "trackers": ["wandb"]}), out, until="distill")
+    assert len(wandb) == 3  # nothing was left to show
+    monkeypatch.setenv("WANDB_MODE", "online")
+    trackers.Wandb(out, "title", {})
+    assert wandb[-1].settings["mode"] == "online"
+
+
+def test_wandb_that_does_not_open_is_one_line(tmp_path, wandb, monkeypatch):
+    def refuses(**_: Any) -> None:
+        raise sys.modules["wandb"].Error("no network\n  at all")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuses)
+    with pytest.raises(UserError, match="trackers: wandb: no network at all"):
+        trackers.Wandb(tmp_path, "title", {})
+
+
+# ---- packages that are missing ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+@pytest.mark.parametrize("command", [["run"], ["sweep", "--vary", "align.lr=0.1,0.2"]])
+def test_a_missing_package_is_named_before_work_starts(
+    values, tmp_path, capsys, monkeypatch, name, module, command
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        trackers.importlib.util, "find_spec", lambda n: None if n == module else find(n)
+    )
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump({**values, "trackers": [name]}))
+    assert main([*command, str(recipe), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"pip install 'xlstm_distill[{name}]'" in line and "trackers: " in line
+    assert not out.exists()
+
+
+def test_an_unknown_tracker_is_named(values):
+    with pytest.raises(UserError, match=r"trackers\.0: .*found 'mlflow'"):
+        make_recipe({**values, "trackers": ["mlflow"]})

@@ -1,0 +1,204 @@
+"""TensorBoard and Weights & Biases: the steps of log.jsonl, shown elsewhere.
+
+`log.jsonl` is the record; a tracker gets the same steps, each exactly once, whatever was killed and
+done again. The packages are optional, and nothing leaves the machine unless the user asks for it
+(WANDB_MODE=online).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .atomic import write_text
+from .errors import UserError
+
+Name = Literal["tensorboard", "wandb"]
+Metrics = Mapping[str, Any]
+Show = Callable[[Metrics], None]
+
+_PACKAGES: dict[str, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""Tracker -> the module that it needs; the extra of the same name installs it."""
+
+_FLUSH_SECONDS = 10
+"""So often steps reach an event file that somebody may be watching."""
+
+
+class Tracker(Protocol):
+    """Where the steps of stages are shown."""
+
+    def begin(self, stage: str, logged: Sequence[Metrics], first: int) -> None:
+        """A stage goes on with step `first`; `logged` are the steps that log.jsonl has of it."""
+
+    def step(self, stage: str, metrics: Metrics) -> None:
+        """Show one step."""
+
+    def end(self, stage: str) -> None:
+        """The stage ends or stops; its steps are safe when this returns."""
+
+    def close(self) -> None:
+        """The process's work ends."""
+
+
+class Trackers:
+    """The trackers of a run directory, opened when there is a first step to show."""
+
+    def __init__(
+        self, names: Sequence[str], run: Path, title: str, recipe: Mapping[str, Any]
+    ) -> None:
+        makers: dict[str, Callable[[], Tracker]] = {
+            "tensorboard": lambda: TensorBoard(run),
+            "wandb": lambda: Wandb(run, title, recipe),
+        }
+        self._makers = [makers[name] for name in dict.fromkeys(names)]
+        self._open: list[Tracker] = []
+
+    @contextmanager
+    def stage(self, name: str, logged: Callable[[], Sequence[Metrics]]) -> Iterator[Show]:
+        """A function that shows the steps of a stage, each after it was logged.
+
+        logged: gives the steps of the stage that log.jsonl has; asked before the first one.
+        """
+        before = logged() if self._makers else []
+        begun: list[Tracker] = []
+
+        def show(metrics: Metrics) -> None:
+            if not self._open:
+                self._open = [make() for make in self._makers]
+            for tracker in self._open:
+                if tracker not in begun:
+                    tracker.begin(name, before, metrics["step"])
+                    begun.append(tracker)
+                tracker.step(name, metrics)
+
+        try:
+            yield show
+        finally:
+            for tracker in begun:
+                tracker.end(name)
+
+    def close(self) -> None:
+        """End this process's part."""
+        for tracker in self._open:
+            tracker.close()
+        self._open = []
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise UserError, naming the extra to install, if a tracker's package is missing."""
+    for name in names:
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise UserError(
+                f"trackers: {name} needs the package {_PACKAGES[name]}: "
+                f"pip install 'xlstm_distill[{name}]'",
+                usage=True,
+            )
+
+
+def scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
+    """The numbers among metrics; a list is `key/0`, `key/1` ..."""
+    for key, value in metrics.items():
+        if key in ("step", "steps", "time", "stage"):
+            continue
+        if isinstance(value, list):
+            yield from ((f"{key}/{i:02}", float(v)) for i, v in enumerate(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, float(value)
+
+
+class TensorBoard:
+    """Event files in `RUN/tensorboard/STAGE/`.
+
+    A stage that goes on gets new ones, with the steps before it from log.jsonl: a kill leaves
+    neither gaps nor steps that are there twice.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.place = run / "tensorboard"
+        self._writer: Any = None
+
+    def begin(self, stage: str, logged: Sequence[Metrics], first: int) -> None:
+        writer = _summary_writer()
+        folder = self.place.joinpath(*stage.split())
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = writer(str(folder), flush_secs=_FLUSH_SECONDS)
+        for metrics in logged:
+            if metrics["step"] < first:
+                self.step(stage, metrics)
+
+    def step(self, stage: str, metrics: Metrics) -> None:
+        for key, value in scalars(metrics):
+            self._writer.add_scalar(key, value, metrics["step"], walltime=metrics.get("time"))
+
+    def end(self, stage: str) -> None:
+        self._writer.close()
+
+    def close(self) -> None:
+        return
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's writer, without torch, which it imports where that is installed."""
+    if "torch" in sys.modules or "tensorboardX" in sys.modules:
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter
+    sys.modules["torch"] = None  # type: ignore[assignment]  # its import fails
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        del sys.modules["torch"]
+    return SummaryWriter
+
+
+class Wandb:
+    """A run of Weights & Biases in `RUN/wandb/`, offline unless WANDB_MODE says otherwise.
+
+    All parts of a run that was continued have one id. Steps that log.jsonl had already are not sent
+    again; the one after which a kill came may be missing.
+    """
+
+    def __init__(self, run: Path, title: str, recipe: Mapping[str, Any]) -> None:
+        import wandb
+
+        file = run / "wandb" / "run-id"
+        if not file.is_file():
+            write_text(file, secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "xlstm_distill"),
+                name=f"{title}: {run.resolve().name}",
+                id=file.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(run),
+                mode=os.environ.get("WANDB_MODE", "offline"),
+                config=dict(recipe),
+            )
+        except wandb.Error as error:
+            raise UserError(f"trackers: wandb: {error}; WANDB_MODE=offline needs no one") from None
+        self._sent = 0
+
+    def begin(self, stage: str, logged: Sequence[Metrics], first: int) -> None:
+        group = "/".join(stage.split())
+        self._run.define_metric(f"{group}/step")
+        self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+        self._sent = max((m["step"] for m in logged), default=0)
+
+    def step(self, stage: str, metrics: Metrics) -> None:
+        if metrics["step"] > self._sent:
+            group = "/".join(stage.split())
+            values = {f"{group}/{key}": value for key, value in scalars(metrics)}
+            self._run.log({f"{group}/step": metrics["step"], **values})
+
+    def end(self, stage: str) -> None:
+        return
+
+    def close(self) -> None:
+        self._run.finish()
