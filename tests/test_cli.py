@@ -51,8 +51,8 @@ def fails(capsys, status, message, *arguments):
 def test_every_command_has_help(capsys):
     names = parser()._subparsers._group_actions[0].choices
     wanted = (
-        "quickstart fetch run sweep linearize data align targets distill merge evaluate compare "
-        "report validate estimate inspect doctor generate perplexity export bench"
+        "quickstart fetch run sweep recipes linearize data align targets distill merge evaluate "
+        "compare report validate estimate inspect doctor generate perplexity export bench"
     )
     assert sorted(names) == sorted(wanted.split())
     for name in names:

@@ -16,8 +16,9 @@ from xlstm_distill.budget import (
     evaluation_seconds,
     fidelity_seconds,
 )
+from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate.tasks import ReadTokens
+from xlstm_distill.evaluate.tasks import DEFAULT_TASKS, ReadTokens
 from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan, replan
 from xlstm_distill.recipe import (
     first_difference,
@@ -26,6 +27,7 @@ from xlstm_distill.recipe import (
     parse_recipe,
     recipe_text,
     save_recipe,
+    shipped_recipes,
 )
 
 
@@ -64,6 +66,7 @@ def changed(path: str, value) -> dict:
         ("data.domains.notes.held_out", 3, "did you mean held_out_tokens?"),
         ("data.domains.notes.sources.0.path", "a", "did you mean paths?"),
         ("evaluate.fidelity.0.window", 3, "did you mean windows?"),
+        ("data.contamination", {"tasks": ["squad"], "wrds": 3}, "wrds: unknown key; did you mean"),
         (
             "student.window",
             0,
@@ -320,3 +323,59 @@ def test_the_shipped_recipe_is_valid():
     recipe = make_recipe(base_recipe())
     assert recipe.distill.ce_weight == 0.1 and recipe.distill.kl_weight == 0.9
     assert recipe.student.window == 64 and recipe.student.sinks == 4
+
+
+# ---- shipped recipes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid(name, tmp_path, monkeypatch):
+    recipe = load_recipe(name, ["seed=4"])
+    assert recipe.seed == 4 and "hybrid xLSTM" in recipe.title
+    longest = max(section.context * section.windows for section in recipe.evaluate.fidelity)
+    for domain in recipe.data.domains.values():
+        # The last windows must not be short of text.
+        assert domain.held_out_tokens >= longest
+    assert set(recipe.evaluate.tasks) <= set(DEFAULT_TASKS)
+    # A file of that name comes first.
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text_of(values(title="mine")))
+    assert load_recipe(name).title == "mine"
+
+
+PAPER = {
+    "llama-3.1-8b": (1e-5, 5e9, {"math": 0.35, "code": 0.35, "stem": 0.2, "chat": 0.1}),
+    "qwen2.5-7b": (7e-7, 5e9, {"math": 0.2, "code": 0.4, "stem": 0.15, "chat": 0.25}),
+    "olmo-3-7b": (1e-5, 20e9, {}),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_of_large_models_have_the_settings_of_the_paper(name):
+    lr, tokens, weights = PAPER[name]
+    r = load_recipe(name)
+    assert (r.student.mixer, r.student.window, r.student.sinks) == ("hybrid", 512, 4)
+    a, d, length = r.align, r.distill, r.data.length
+    assert (length, a.rows, a.lr, a.schedule, a.floor, a.weight_decay) == (
+        *(4096, 64, 1e-2, "cosine", 1e-5, 0.1),
+    )
+    assert a.steps * a.rows * length == pytest.approx(655e6, rel=1e-3)
+    assert (d.ce_weight, d.kl_weight, r.targets.k, d.train) == (0.9, 0.1, 256, "all")
+    assert (d.lr, d.schedule, d.clip, d.weight_decay) == (lr, "constant", 1.0, 0.1)
+    assert d.steps * d.rows * length == pytest.approx(tokens, rel=1e-3)
+    assert r.merge.weights == weights and r.compute == "mixed"
+
+
+def test_a_name_that_is_no_recipe(capsys, tmp_path):
+    with pytest.raises(UserError, match=r"shipped recipes: llama-3\.1-8b, "):
+        load_recipe("lama")
+    assert main(["recipes", "lama"]) == 2
+    assert "lama: not one of llama-3.1-8b, " in capsys.readouterr().err
+    assert main(["recipes"]) == 0
+    assert "smollm2-135m-night  SmolLM2" in capsys.readouterr().out
+    for name in shipped_recipes():
+        assert main(["recipes", name]) == 0
+        text = capsys.readouterr().out
+        assert parse_recipe(text, "copy") == load_recipe(name) and text.startswith("#")
+    assert main(["validate", "qwen2.5-7b", "--set", "align.stepz=3"]) == 2
+    assert "qwen2.5-7b: align.stepz: unknown key" in capsys.readouterr().err

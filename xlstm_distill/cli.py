@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+_RECIPE = "recipe: a YAML file, or the name of a shipped one"
 _Add = Callable[[str, str, Callable[[Arguments], Any]], argparse.ArgumentParser]
 
 
@@ -60,7 +61,7 @@ def _add_runs(add: _Add) -> None:
 
     def stage(name: str, help_: str) -> None:
         p = add(name, help_, commands.run)
-        p.add_argument("recipe", help="recipe (YAML)")
+        p.add_argument("recipe", help=_RECIPE)
         p.add_argument("--out", required=True, help="run directory")
         p.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key"
@@ -73,7 +74,7 @@ def _add_runs(add: _Add) -> None:
     stage("targets", "a recipe up to the teacher's targets")
     stage("distill", "a recipe up to the experts")
     p = add("sweep", "a grid of recipes, tabled; again to continue", commands.sweep)
-    p.add_argument("recipe", help="recipe (YAML)")
+    p.add_argument("recipe", help=_RECIPE)
     p.add_argument("--out", required=True, help="directory of the runs and their table")
     p.add_argument(
         "--vary",
@@ -84,6 +85,8 @@ def _add_runs(add: _Add) -> None:
     )
     p.add_argument("--seeds", type=int, default=1, help="runs of each point (%(default)s)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
+    p = add("recipes", "the recipes that come with the package", commands.recipes)
+    p.add_argument("name", nargs="?", help="print this one")
     p = add("report", "write the report of a run again", commands.report)
     p.add_argument("run", help="run directory")
     for name, help_, work in (
@@ -91,7 +94,7 @@ def _add_runs(add: _Add) -> None:
         ("estimate", "time, memory and disk of a recipe on this machine", commands.estimate),
     ):
         p = add(name, help_, work)
-        p.add_argument("recipe", help="recipe (YAML)")
+        p.add_argument("recipe", help=_RECIPE)
         p.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key"
         )

@@ -32,7 +32,7 @@ from .merge import merge as merge_models
 from .model import Compute, Model, load
 from .progress import Reporter
 from .quickstart import quickstart as run_quickstart
-from .recipe import SampledSource, load_recipe
+from .recipe import SampledSource, load_recipe, parse_recipe, shipped_recipes
 from .report import terminal_table
 from .run import Run
 from .run import run as run_recipe
@@ -130,6 +130,19 @@ def fetch(arguments: Arguments) -> Result:
     place = packages.fetch(arguments.name, arguments.to)
     _say(arguments, str(place))
     return {"name": arguments.name, "path": place}
+
+
+def recipes(arguments: Arguments) -> Result:
+    """The shipped recipes, or the text of one, to begin an own one from."""
+    texts = shipped_recipes()
+    if arguments.name is None:
+        titles = {name: parse_recipe(text, name).title for name, text in texts.items()}
+        _facts(arguments, titles)
+        return {"recipes": titles}
+    if arguments.name not in texts:
+        raise UserError(f"{arguments.name}: not one of {', '.join(texts)}", usage=True)
+    _say(arguments, texts[arguments.name].rstrip())
+    return {"name": arguments.name, "text": texts[arguments.name]}
 
 
 def validate(arguments: Arguments) -> Result:

@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -316,8 +317,19 @@ def _check_shares(
 # ---- reading and writing ------------------------------------------------------------------------
 
 
+def shipped_recipes() -> dict[str, str]:
+    """Name -> YAML text of the recipes that come with the package.
+
+    The quickstart's is not among them: a budget has to fill it in first.
+    """
+    folder = files("xlstm_distill") / "recipes"
+    texts = {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in folder.iterdir()}
+    return {name: texts[name] for name in sorted(texts) if name != "quickstart"}
+
+
 def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """Read a YAML recipe; `settings` are changes such as "align.steps=200".
+    """Read a YAML recipe, a file or the name of a shipped one; `settings` are changes such as
+    "align.steps=200".
 
     Raises UserError, one line that names the file, the key and what is wrong.
     """
@@ -325,12 +337,16 @@ def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
 
 
 def read_values(path: str | Path, settings: Iterable[str] = ()) -> dict[str, Any]:
-    """The keys that a YAML recipe gives, with `settings` made; not checked."""
-    file = Path(path)
+    """The keys that a recipe (as for `load_recipe`) gives, with `settings` made; not checked."""
+    file, shipped = Path(path), shipped_recipes()
+    if str(path) in shipped and not file.is_file():
+        return _parsed(shipped[str(path)], str(path), settings)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if not file.suffix:
+            reason += f"; shipped recipes: {', '.join(shipped)}"
         raise UserError(f"{file}: cannot read: {reason}", usage=True) from None
     return _parsed(text, str(file), settings)
 
