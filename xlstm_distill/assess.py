@@ -21,7 +21,15 @@ from . import checkpoints, runtime
 from .atomic import write_text
 from .data import Rows
 from .errors import UserError
-from .evaluate import Comparison, Fidelity, compare, evaluate, fidelity, write_results
+from .evaluate import (
+    Comparison,
+    Fidelity,
+    branches,
+    compare,
+    evaluate,
+    fidelity,
+    write_results,
+)
 from .linearize import linearize
 from .model import Model, load
 from .recipe import GENERALIST, FidelitySection
@@ -109,6 +117,9 @@ class _Assessment:
         """KL, agreement and perplexity of all students on windows of one length."""
         experts = expert_names(self.run) if section.expert_windows else []
         control, *others = student_names(self.run)
+        students: dict[str, Any] = {n: self.models[n] for n in (control, *experts, *others)}
+        if self.section.branches:
+            students.update(branches(self.models[MERGED], MERGED))
         separator = next(iter(document_end(self.run.tokenizer)), None)
         with self.run.reporter.bar(f"fidelity at {section.context}") as update:
 
@@ -117,7 +128,7 @@ class _Assessment:
                 self.run.interrupt.check()
 
             found = fidelity(
-                {name: self.models[name] for name in (control, *experts, *others)},
+                students,
                 self.run.teacher,
                 self.documents,
                 context=section.context,

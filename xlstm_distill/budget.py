@@ -257,8 +257,11 @@ def evaluation_seconds(recipe: Recipe, rates: Rates, reading: Mapping[str, ReadT
     domains = sum(1 for d in recipe.data.domains.values() if d.held_out_tokens)
     experts = len(recipe.experts) if len(recipe.experts) > 1 else 0
     students = 3 if recipe.generalist else 2
-    sections = recipe.evaluate.fidelity
-    total = sum(fidelity_seconds(rates, domains, s, experts, students) for s in sections)
+    variants = 3 if recipe.evaluate.branches else 0
+    total = sum(
+        fidelity_seconds(rates, domains, s, experts, students + variants)
+        for s in recipe.evaluate.fidelity
+    )
     for task, limit in recipe.evaluate.tasks.items():
         total += task_seconds(rates, reading[task].of(limit), students)
     return total

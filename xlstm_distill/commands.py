@@ -24,9 +24,10 @@ from .assess import machine_facts, report_facts, write_report
 from .checkpoints import LazyTensors
 from .data import TokenData
 from .errors import UserError
+from .evaluate import branches as silenced
 from .evaluate import compare as compare_results
 from .evaluate import evaluate as evaluate_model
-from .evaluate import load_task, write_results
+from .evaluate import fidelity, load_task, write_results
 from .evaluate.tasks import read_tokens
 from .merge import merge as merge_models
 from .model import Compute, Model, load
@@ -376,6 +377,42 @@ def evaluate(arguments: Arguments) -> Result:
         )
         _say(arguments, f"{task}: {figures}")
     return {"out": arguments.out, "results": results["results"]}
+
+
+def branches(arguments: Arguments) -> Result:
+    """Fidelity of a hybrid student, and of the same with one branch silenced."""
+    if arguments.windows < 1:
+        raise UserError(f"--windows {arguments.windows}: expected at least 1", usage=True)
+    teacher, student = load(arguments.teacher), load(arguments.model)
+    if teacher.tokenizer is None:
+        raise UserError(f"{arguments.teacher}: holds no tokenizer")
+    if student.config.hidden_size != teacher.config.hidden_size:
+        raise UserError(
+            f"{arguments.model}: is not a student of {arguments.teacher}: widths differ"
+        )
+    models = {"student": student, **silenced(student, "student")}
+    data = TokenData.from_files(arguments.data, teacher.tokenizer)
+    documents = [data.document(i).tolist() for i in range(data.documents)]
+    with Reporter(quiet=arguments.json).bar("branches") as update:
+        found = fidelity(
+            models,
+            teacher,
+            {"text": documents},
+            context=arguments.context,
+            max_windows=arguments.windows,
+            progress=lambda done, total: update({"step": done, "steps": total}),
+        )
+    for name in ("teacher", *models):
+        m = found.mean(name)
+        _say(
+            arguments,
+            f"{name:<22}  KL {m.kl:.4f}  agreement {m.agree:.4f}  perplexity {m.perplexity:.3f}",
+        )
+    return {
+        "context": found.context,
+        "tokens": found.tokens["text"],
+        "models": {name: found.mean(name).model_dump() for name in found.models},
+    }
 
 
 def _progress(update: Callable[[Mapping[str, Any]], None]) -> Callable[[str, int, int], None]:

@@ -383,6 +383,11 @@ class Model:
             parts.append(self._forward(piece, lengths=n, state=state))
         return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)), state
 
+    def hidden_after(self, ids: ArrayLike, state: DecodeState) -> tuple[NDArray[Any], DecodeState]:
+        """Hidden states after the last norm, [B, T, d], of a segment behind `state`, and the state
+        behind it (`state` advanced in place, or a larger one)."""
+        return self._extend(self._ids(ids), state, None)
+
     def prefill(
         self, ids: ArrayLike, state: DecodeState | None = None, lengths: ArrayLike | None = None
     ) -> tuple[NDArray[Any], DecodeState]:

@@ -222,12 +222,14 @@ class FidelitySection(_Section):
 class EvaluateSection(_Section):
     """What is measured at the end.
 
+    `branches`: fidelity also of the merged model with a branch silenced (evaluate/branches.py).
     `tasks`: request set -> largest number of documents. `prompts` are continued as they are,
     `chats` are answered. `wanted_ratio`: the merged model's KL over the control's that the run must
     reach, at the upper end of its interval; the report says whether it does.
     """
 
     fidelity: list[FidelitySection] = Field(default_factory=list)
+    branches: bool = False
     tasks: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     gate_tokens: int = Field(default=4096, ge=0)
     prompts: list[str] = Field(default_factory=list)
@@ -278,6 +280,9 @@ class Recipe(_Section):
             raise ValueError(
                 "distill.window_dropout needs student.mixer hybrid: the others have no output gate"
             )
+        hybrid = self.student.mixer == "hybrid" and self.student.window is not None
+        if self.evaluate.branches and not hybrid:
+            raise ValueError("evaluate.branches needs student.mixer hybrid with a window")
         if self.evaluate.fidelity and not any(d.held_out_tokens for d in domains.values()):
             raise ValueError("evaluate.fidelity needs held_out_tokens in a domain")
         return self

@@ -45,9 +45,13 @@ class DecodeState:
         plan, size = model.core.plan_list(model.capsule, rows, capacity)
         self.tensors = Parameters(plan, size, model.dtype)
         self.lengths: NDArray[np.int32] = np.zeros(rows, dtype=np.int32)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the recurrent part, exactly as at a document's start; the window's keys stay."""
         for e in self.tensors.entries:
-            if e.name.endswith(".m"):
-                self.tensors.view(e)[...] = -np.inf  # no state: exactly like a document's start
+            if e.name.endswith((".c", ".n", ".m")):
+                self.tensors.view(e)[...] = -np.inf if e.name.endswith(".m") else 0
 
     @property
     def rows(self) -> int:

@@ -3,9 +3,11 @@
 wintie    alpha*, coverage, recovery, exact
 tasks     request sets: multiple choice, bits per byte
 fidelity  KL, agreement and perplexity by position, with paired intervals
+branches  students of which a part is silenced, for fidelity
 compare   result files of teacher, students and control, side by side
 """
 
+from .branches import branches
 from .compare import Comparison, compare
 from .fidelity import Fidelity, Interval, fidelity, paired_bootstrap
 from .tasks import (
@@ -25,6 +27,7 @@ __all__ = [
     "Fidelity",
     "Interval",
     "WinTie",
+    "branches",
     "compare",
     "evaluate",
     "fidelity",
