@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from xlstm_distill.config import MixerConfig, ModelConfig
+from xlstm_distill.families import FAMILIES
 from xlstm_distill.model import Model
 
 TINY = {
@@ -36,6 +37,11 @@ MIXERS = {
     "hybrid fixed gate": MixerConfig(mixer="hybrid", window=7, sinks=2, gate="fixed"),
     "hybrid max": MixerConfig(mixer="hybrid", window=7, sinks=2, normalizer="max"),
 }
+
+
+def of_family(name: str) -> dict:
+    """The keys of a configuration that the family decides."""
+    return {"family": name, "attention_bias": FAMILIES[name].attention_bias}
 
 
 def random_model(mixer: str = "attention", seed: int = 0, dtype=np.float32, **changes) -> Model:

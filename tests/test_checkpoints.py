@@ -16,13 +16,14 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+from models import of_family
 from numpy.typing import NDArray
 
 from xlstm_distill import checkpoints, packages
 from xlstm_distill.checkpoints.gguf import rotate_half_rows
 from xlstm_distill.config import MixerConfig, ModelConfig
 from xlstm_distill.errors import UserError
-from xlstm_distill.families import gguf_name, tensor_shapes
+from xlstm_distill.families import FAMILIES, gguf_name, tensor_shapes
 from xlstm_distill.tokenizer import Tokenizer
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -68,9 +69,9 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     fields: dict[str, Any] | None = None,
     extra: Tensors | None = None,
-    architecture: str = "llama",
+    architecture: str = "",
 ) -> Path:
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture or config.family)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -92,9 +93,9 @@ def write_gguf(
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
     for name, tensor in tensors.items():
         stored = tensor
-        if ".q_proj." in name:
+        if config.family == "llama" and ".q_proj." in name:
             stored = adjacent_pairs(tensor, config.num_attention_heads)
-        elif ".k_proj." in name:
+        elif config.family == "llama" and ".k_proj." in name:
             stored = adjacent_pairs(tensor, config.num_key_value_heads)
         if tensor.ndim == 2 and kind != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(gguf_name(name), gguf.quantize(stored, kind), raw_dtype=kind)
@@ -121,9 +122,9 @@ def refused(path: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_gguf_gives_the_tensors_back(tmp_path: Path, tied: bool, bias: bool) -> None:
-    config = make_config(tie_word_embeddings=tied, attention_bias=bias)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_gives_the_tensors_back(tmp_path: Path, tied: bool, family: str) -> None:
+    config = make_config(tie_word_embeddings=tied, **of_family(family))
     tensors = make_tensors(config)
     loaded = checkpoints.load(write_gguf(tmp_path / "m.gguf", config, tensors))
     assert loaded.config == config
@@ -186,7 +187,9 @@ def test_gguf_refusals(tmp_path: Path) -> None:
         values = options.pop("tensors", tensors)
         refused(write_gguf(tmp_path / "m.gguf", config, values, **options), message)
 
-    case("architecture 'qwen2' is not supported; supported: llama", architecture="qwen2")
+    case("architecture 'phi3' is not supported; supported: llama, qwen2", architecture="phi3")
+    bias = {"blk.0.attn_q.bias": np.ones(64, "f4")}
+    case("tensor blk.0.attn_q.bias is not part of the model", extra=bias)
     missing = dict(tensors)
     del missing["model.layers.1.mlp.up_proj.weight"]
     case("tensor model.layers.1.mlp.up_proj.weight is missing", tensors=missing)
@@ -316,13 +319,14 @@ def test_saving_over_its_own_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_directories(tmp_path: Path, dtype: str, tied: bool) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_directories(tmp_path: Path, family: str, dtype: str, tied: bool) -> None:
     """What transformers writes, single or in shards, and what it reads of ours."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = make_config(tie_word_embeddings=tied, attention_bias=tied)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf()))
-    theirs = theirs.to(getattr(torch, dtype))
+    config = make_config(tie_word_embeddings=tied, **of_family(family))
+    values = transformers.AutoConfig.for_model(**config.to_hf())
+    theirs = transformers.AutoModelForCausalLM.from_config(values, dtype=getattr(torch, dtype))
     for shard_size, files in (("5GB", 1), ("100KB", 2)):
         folder = tmp_path / shard_size
         theirs.save_pretrained(folder, max_shard_size=shard_size)

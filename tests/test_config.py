@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import of_family
 from pydantic import ValidationError
 
 from xlstm_distill.config import MixerConfig, ModelConfig
 from xlstm_distill.errors import UserError, first_problem, validated
-from xlstm_distill.families import gguf_name, tensor_shapes
+from xlstm_distill.families import FAMILIES, gguf_name, tensor_shapes
 
 TINY: dict[str, Any] = {
     "vocab_size": 300,
@@ -50,7 +51,7 @@ mixers = st.builds(
 @given(
     st.lists(mixers, min_size=3, max_size=3) | st.just([]),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(sorted(FAMILIES)),
     st.lists(st.integers(0, 299), max_size=3, unique=True),
     st.none() | st.integers(0, 299),
     st.sampled_from([None, LLAMA3]),
@@ -59,7 +60,7 @@ mixers = st.builds(
 def test_config_json_round_trip(
     chosen: list[MixerConfig],
     tied: bool,
-    bias: bool,
+    family: str,
     eos: list[int],
     pad: int | None,
     scaling: dict[str, Any] | None,
@@ -68,7 +69,7 @@ def test_config_json_round_trip(
     config = tiny(
         mixers=chosen,
         tie_word_embeddings=tied,
-        attention_bias=bias,
+        **of_family(family),
         eos_token_ids=eos,
         pad_token_id=pad,
         rope_scaling=scaling,
@@ -91,15 +92,16 @@ def test_plain_model_keeps_its_architecture_and_a_student_does_not() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "'Qwen2ForCausalLM'"),
+        ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "'Phi3ForCausalLM'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
-        ({"model_type": None, "architectures": None}, "supported: LlamaForCausalLM"),
+        ({"model_type": None, "architectures": None}, "supported: LlamaForCausalLM, Qwen2"),
         ({"model_type": "xlstm_distill", "family": "mamba"}, "family 'mamba'"),
         ({"model_type": "xlstm_distill", "family": "llama"}, "mixers: a list"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported; expected False"),
         ({"mlp_bias": True}, "mlp_bias True is not supported"),
         ({"quantization_config": {}}, "quantization_config"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types 'sliding_attention'"),
+        ({"layer_types": ["sliding_attention"]}, "'sliding_attention' is not supported in a llama"),
         ({"vocab_size": None}, "vocab_size: missing"),
         ({"vocab_size": 0}, "vocab_size: .*found 0"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
@@ -123,6 +125,17 @@ def test_refused_in_one_line(change: dict[str, Any], message: str) -> None:
         ModelConfig.from_hf(values, "DIR/config.json")
     assert str(caught.value).startswith("DIR/config.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_family_decides_its_biases() -> None:
+    qwen2 = tiny(**of_family("qwen2")).to_hf()
+    assert qwen2["architectures"] == ["Qwen2ForCausalLM"] and "attention_bias" not in qwen2
+    with pytest.raises(UserError, match="use_sliding_window True is not supported"):
+        ModelConfig.from_hf(qwen2 | {"use_sliding_window": True})
+    del qwen2["rms_norm_eps"]
+    assert ModelConfig.from_hf(qwen2).rms_norm_eps == 1e-6
+    with pytest.raises(UserError, match="attention_bias True does not fit family 'llama'"):
+        validated(ModelConfig, {**TINY, "attention_bias": True}, "x")
 
 
 @pytest.mark.parametrize(
@@ -171,10 +184,11 @@ def test_tensor_table() -> None:
     hybrid = MixerConfig(mixer="hybrid", window=8)
     fixed = MixerConfig(mixer="hybrid", window=8, gate="fixed")
     linear = MixerConfig(mixer="linear")
-    shapes = tensor_shapes(tiny(mixers=[hybrid, fixed, linear], attention_bias=True))
+    shapes = tensor_shapes(tiny(mixers=[hybrid, fixed, linear], **of_family("qwen2")))
     assert shapes["lm_head.weight"] == (300, 24)
     assert shapes["model.layers.0.self_attn.o_proj.weight"] == (24, 24)
     assert shapes["model.layers.0.self_attn.k_proj.bias"] == (12,)
+    assert "model.layers.0.self_attn.o_proj.bias" not in shapes
     mixer = {
         n.removeprefix("model.layers.0.mixer."): s for n, s in shapes.items() if "s.0.mix" in n
     }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 import yaml
-from models import random_batch, random_model
+from models import of_family, random_batch, random_model
 from safetensors.numpy import load_file, save_file
 from test_model import directional_errors
 from test_resume import check_the_same, finish, prepare, stop
@@ -20,6 +20,7 @@ from xlstm_distill.cli import main
 from xlstm_distill.data import Batches, Rows, TokenData
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
+from xlstm_distill.families import FAMILIES
 from xlstm_distill.linearize import linearize
 from xlstm_distill.lora import TARGETS, Lora, merge_adapter
 from xlstm_distill.model import load
@@ -82,9 +83,9 @@ def stage(teacher, text, lora=None, mixer="hybrid", **changes):
 
 
 @pytest.mark.parametrize("mixer", ["hybrid", "window", "mlstm"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_gradient_of_every_factor(mixer, bias):
-    model = random_model(mixer, dtype=np.float64, attention_bias=bias)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_of_every_factor(mixer, family):
+    model = random_model(mixer, dtype=np.float64, **of_family(family))
     lora = with_random_factors(model, rank=3, alpha=5)
     ids, reset, labels = random_batch(model, 2, 21)
 

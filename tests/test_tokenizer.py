@@ -195,6 +195,24 @@ def test_transformers_differs_only_by_the_digit_split(
     print(f"{differing} of {len(texts)} differ")
 
 
+def test_qwen2_equals_transformers(
+    fields: dict[str, Any], tokenizer: Tokenizer, texts: list[str]
+) -> None:
+    """The same vocabulary under Qwen2's normaliser and pattern; the chat markers stay special."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Tokenizer(
+        vocab={piece: n for n, piece in enumerate(fields["tokenizer.ggml.tokens"])},
+        merges=[tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]],
+        additional_special_tokens=list(tokenizer.special),
+    )
+    ours = Tokenizer.from_gguf_fields({**fields, "tokenizer.ggml.pre": "qwen2"})
+    more = ["I'LL\r\n\r\n x=1234  \n\ty", "e\u0301", "\u212b"]  # NFC makes one letter of each
+    found = ours.encode_batch(texts + more)
+    assert found == theirs(texts + more, add_special_tokens=False)["input_ids"]
+    assert found != tokenizer.encode_batch(texts + more)
+    assert ours.fingerprint != tokenizer.fingerprint
+
+
 def test_missing_bytes_are_named(tokenizer: Tokenizer) -> None:
     for code in range(0x110000):
         if code in range(0xD800, 0xE000) or (code > 0x300 and code % 0x1000 > 1):
@@ -294,7 +312,7 @@ def test_transformers_reads_the_saved_directory(
     ("change", "message"),
     [
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
-        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre 'qwen2' is not supported"),
+        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type has 1 entries for 49152"),
         ({"tokenizer.ggml.merges": ["zzz qqq"]}, "tokenizer.ggml.merges"),

@@ -92,6 +92,7 @@ class ModelConfig(BaseModel):
     max_position_embeddings: int = Field(default=2048, ge=1)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    """Biases on q, k and v; what the family has."""
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(default_factory=list)
     pad_token_id: int | None = None
@@ -102,6 +103,10 @@ class ModelConfig(BaseModel):
         if self.family not in FAMILIES:
             raise ValueError(
                 f"family {self.family!r} is unknown; supported: {', '.join(sorted(FAMILIES))}"
+            )
+        if self.attention_bias != FAMILIES[self.family].attention_bias:
+            raise ValueError(
+                f"attention_bias {self.attention_bias} does not fit family {self.family!r}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -190,7 +195,11 @@ class ModelConfig(BaseModel):
                 )
         if values.get("quantization_config") is not None:
             raise UserError(f"{where}: quantization_config is not supported; use full weights")
-        found: dict[str, Any] = {"family": family.name}
+        found: dict[str, Any] = {
+            "family": family.name,
+            "attention_bias": family.attention_bias,
+            "rms_norm_eps": family.rms_norm_eps,
+        }
         found.update({key: values[key] for key in _SHARED_KEYS if values.get(key) is not None})
         if "head_dim" not in found:
             found["head_dim"] = _default_head_dim(found, where)
@@ -200,7 +209,7 @@ class ModelConfig(BaseModel):
         found["eos_token_ids"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
         found["bos_token_id"] = values.get("bos_token_id")
         found["pad_token_id"] = _pad_of(values)
-        found["mixers"] = _mixers_of(values, where)
+        found["mixers"] = _mixers_of(values, family, where)
         return validated(cls, found, where)
 
 
@@ -215,7 +224,6 @@ _SHARED_KEYS = (
     "rms_norm_eps",
     "max_position_embeddings",
     "tie_word_embeddings",
-    "attention_bias",
 )
 
 
@@ -295,7 +303,7 @@ def _pad_of(values: Mapping[str, Any]) -> int | None:
     return None if pad == -1 else pad
 
 
-def _mixers_of(values: Mapping[str, Any], where: str) -> list[Any]:
+def _mixers_of(values: Mapping[str, Any], family: Family, where: str) -> list[Any]:
     if values.get("model_type") == STUDENT_MODEL_TYPE:
         mixers = values.get("mixers")
         if not isinstance(mixers, list) or not mixers:
@@ -303,5 +311,7 @@ def _mixers_of(values: Mapping[str, Any], where: str) -> list[Any]:
         return mixers
     for kind in values.get("layer_types") or []:
         if kind != "full_attention":
-            raise UserError(f"{where}: layer_types {kind!r} is not supported in a Llama model")
+            raise UserError(
+                f"{where}: layer_types {kind!r} is not supported in a {family.name} model"
+            )
     return []

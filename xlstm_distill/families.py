@@ -25,12 +25,18 @@ class Family:
 
     `fixed` lists keys of `config.json` that change the mathematics and the one value that the
     model code implements: any other value is refused by name. A key that is absent has that value.
+    `attention_bias`: q, k and v have biases (o has none). `rms_norm_eps` is what a `config.json`
+    without that key means. `gguf_pairs_rows`: GGUF files store the rows of q and k in the order of
+    adjacent pairs.
     """
 
     name: str
     model_type: str
     architecture: str
     gguf_architecture: str
+    gguf_pairs_rows: bool = False
+    attention_bias: bool = False
+    rms_norm_eps: float = 1e-6
     fixed: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -39,10 +45,29 @@ LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     gguf_architecture="llama",
-    fixed=MappingProxyType({"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}),
+    gguf_pairs_rows=True,
+    # Hugging Face's attention_bias puts biases on all four projections; the core has none for o.
+    fixed=MappingProxyType(
+        {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "partial_rotary_factor": 1.0,
+        }
+    ),
+)
+QWEN2 = Family(  # Qwen2 and Qwen2.5
+    name="qwen2",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    gguf_architecture="qwen2",
+    attention_bias=True,
+    fixed=MappingProxyType(
+        {"hidden_act": "silu", "use_sliding_window": False, "partial_rotary_factor": 1.0}
+    ),
 )
 
-FAMILIES: dict[str, Family] = {LLAMA.name: LLAMA}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -68,7 +93,7 @@ def _layer_shapes(c: ModelConfig, prefix: str) -> dict[str, Shape]:
     for letter, size in rows.items():
         columns = heads if letter == "o" else c.hidden_size
         shapes[f"{prefix}self_attn.{letter}_proj.weight"] = (size, columns)
-        if c.attention_bias:
+        if c.attention_bias and letter != "o":
             shapes[f"{prefix}self_attn.{letter}_proj.bias"] = (size,)
     shapes[prefix + "post_attention_layernorm.weight"] = (c.hidden_size,)
     shapes[prefix + "mlp.gate_proj.weight"] = (c.intermediate_size, c.hidden_size)

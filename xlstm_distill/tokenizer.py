@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from .errors import UserError
 
@@ -45,9 +45,9 @@ _BYTE_OF = _byte_alphabet()
 _CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
 
 
-def _smollm() -> pre_tokenizers.PreTokenizer:
+def _smollm(core: tokenizers.Tokenizer) -> None:
     """Digits one by one, then GPT-2's byte-level pattern."""
-    return pre_tokenizers.Sequence(
+    core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
@@ -55,14 +55,30 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+def _gpt2(core: tokenizers.Tokenizer) -> None:
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-# The pre-tokenizers that GGUF files name (`tokenizer.ggml.pre`).
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+def _qwen2(core: tokenizers.Tokenizer) -> None:
+    """Text in NFC, split by Qwen2's pattern: digits one by one, line ends by themselves."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+# What the names of pre-tokenizers in GGUF files (`tokenizer.ggml.pre`) stand for.
+_PRE_TOKENIZERS: dict[str, Callable[[tokenizers.Tokenizer], None]] = {
     "smollm": _smollm,
     "gpt-2": _gpt2,
+    "qwen2": _qwen2,
 }
 
 
@@ -360,7 +376,7 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{where}: tokenizer.ggml.merges: {error}") from None
         core = tokenizers.Tokenizer(model)
-        core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+        _PRE_TOKENIZERS[pre](core)
         core.decoder = decoders.ByteLevel()
         for piece, sort in zip(pieces, types, strict=True):
             if sort == _CONTROL:

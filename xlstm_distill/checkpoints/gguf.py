@@ -1,8 +1,8 @@
-"""GGUF files of the Llama architecture: header to configuration, tensors dequantised on demand.
+"""GGUF files: header to configuration, tensors dequantised on demand.
 
 The `gguf` library reads the file and dequantises. What is done here: every tensor is accounted for,
-and the rows of q and k are put back from the adjacent-pair order in which these files store them
-to the rotate-half order of Hugging Face (and of this package).
+and rows of q and k that a family's files store in the adjacent-pair order are put back to the
+rotate-half order of Hugging Face (and of this package).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _config(
         "rope_theta": _decimal(number("rope.freq_base", 10000.0)),
         "max_position_embeddings": number("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": family.attention_bias,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_ids": gguf_eos_ids(fields, vocab_size, where),
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
@@ -208,6 +208,8 @@ def _shape(tensor: gguf.ReaderTensor) -> Shape:
 
 def _heads_to_restore(config: ModelConfig, name: str) -> int:
     """The number of heads whose rows are stored in the adjacent-pair order; 0 for other tensors."""
+    if not FAMILIES[config.family].gguf_pairs_rows:
+        return 0
     if ".self_attn.q_proj." in name:
         return config.num_attention_heads
     return config.num_key_value_heads if ".self_attn.k_proj." in name else 0
