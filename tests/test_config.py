@@ -94,7 +94,7 @@ def test_plain_model_keeps_its_architecture_and_a_student_does_not() -> None:
     [
         ({"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, "'Phi3ForCausalLM'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
-        ({"model_type": None, "architectures": None}, "supported: LlamaForCausalLM, Qwen2"),
+        ({"model_type": None, "architectures": None}, "supported: LlamaForCausalLM, Olmo2"),
         ({"model_type": "xlstm_distill", "family": "mamba"}, "family 'mamba'"),
         ({"model_type": "xlstm_distill", "family": "llama"}, "mixers: a list"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from models import of_family, random_batch, random_model
-from test_checkpoints import make_config, make_tensors, write_gguf
+from test_checkpoints import IN_GGUF, make_config, make_tensors, write_gguf
 from test_model import directional_errors, relative
 from tolerances import DIRECTIONAL_F64, GATE_ZERO_IS_TEACHER, PREFILL_STEP_F32, PUBLIC_F32
 
@@ -100,6 +100,53 @@ def test_gradients_of_a_student(family):
     assert errors[worst] <= DIRECTIONAL_F64, (worst, errors[worst])
 
 
+@pytest.mark.parametrize("mixer", ["linear", "hybrid"])
+def test_stage_one_gradients(family, mixer):
+    model = random_model(mixer, dtype=np.float64, **of_family(family))
+    ids, reset, _ = random_batch(model, 2, 21)
+
+    def loss(grads=None):
+        err, _, _ = model.align_and_grad(ids, reset, grads=grads, scale=0.01)
+        return 0.01 * float(err.sum())
+
+    grads = model.params.zeros_like()
+    loss(grads)
+    errors = {n: e for n, e in directional_errors(model, loss, grads).items() if ".mixer." in n}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= DIRECTIONAL_F64, (worst, errors[worst])
+
+
+def test_stage_one_measures_what_the_teacher_puts_out(family):
+    """With gates closed and a wide window nothing is left of the error."""
+    teacher = random_model("attention", **of_family(family))
+    student = linearize(teacher, window=T, sinks=0)
+    for name in student.params.names():
+        if name.endswith("o_gate.bias"):
+            student.params[name] = np.full(student.params[name].shape, -40.0)
+    ids, reset, _ = random_batch(teacher, 2, T)
+    error, reference, _ = student.align_and_grad(ids, reset)
+    assert np.all(np.sqrt(error / reference) <= GATE_ZERO_IS_TEACHER)
+
+
+def test_recomputed_activations_give_the_same_bits(family):
+    model = random_model("hybrid", **of_family(family))
+    ids, reset, labels = random_batch(model, 2, 24)
+    found = []
+    for recompute in (False, True):
+        grads = model.params.zeros_like()
+        model.loss_and_grad(
+            ids,
+            labels,
+            ce_weight=1.0,
+            kl_weight=0.0,
+            reset=reset,
+            grads=grads,
+            recompute=recompute,
+        )
+        found.append(grads.flat)
+    assert np.array_equal(*found)
+
+
 def test_closed_gates_and_a_wide_window_are_the_teacher(tmp_path, family):
     theirs = tiny_checkpoint(tmp_path, family)
     student = linearize(load(tmp_path), window=T, sinks=0)
@@ -142,6 +189,7 @@ def test_stages_and_files(tmp_path, family):
     assert relative(teacher.logits(ids), their_logits(theirs, ids)) <= PUBLIC_F32
 
 
+@pytest.mark.parametrize("family", IN_GGUF)
 def test_gguf_equals_transformers(tmp_path, family):
     """transformers' own reading of a GGUF file says which rows are stored permuted."""
     config = make_config(**of_family(family))

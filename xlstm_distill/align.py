@@ -1,7 +1,8 @@
 """Stage I: every layer's mixer learns to put out what the teacher's attention puts out.
 
 Only the new parameters train. In one pass of the teacher each layer's mixer gets the teacher's own
-layer input, so layers do not depend on each other (paper.md 2, equation 12).
+layer input, so layers do not depend on each other (paper.md 2, equation 12). What is compared are
+the outputs of the heads, before o_proj and before the norm that stands behind it in some families.
 """
 
 from __future__ import annotations

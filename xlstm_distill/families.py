@@ -26,16 +26,20 @@ class Family:
     `fixed` lists keys of `config.json` that change the mathematics and the one value that the
     model code implements: any other value is refused by name. A key that is absent has that value.
     `attention_bias`: q, k and v have biases (o has none). `rms_norm_eps` is what a `config.json`
-    without that key means. `gguf_pairs_rows`: GGUF files store the rows of q and k in the order of
-    adjacent pairs.
+    without that key means. `post_norm`: the norms stand behind attention and MLP, before the
+    addition to the stream, not before them. `qk_norm`: q and k are normalised over all their heads,
+    before RoPE. `gguf_architecture` None: GGUF files are not read. `gguf_pairs_rows`: they store
+    the rows of q and k in the order of adjacent pairs.
     """
 
     name: str
     model_type: str
     architecture: str
-    gguf_architecture: str
+    gguf_architecture: str | None = None
     gguf_pairs_rows: bool = False
     attention_bias: bool = False
+    post_norm: bool = False
+    qk_norm: bool = False
     rms_norm_eps: float = 1e-6
     fixed: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -66,8 +70,19 @@ QWEN2 = Family(  # Qwen2 and Qwen2.5
         {"hidden_act": "silu", "use_sliding_window": False, "partial_rotary_factor": 1.0}
     ),
 )
+OLMO2 = Family(
+    name="olmo2",
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    post_norm=True,
+    qk_norm=True,
+    rms_norm_eps=1e-5,
+    fixed=MappingProxyType(
+        {"hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0}
+    ),
+)
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, OLMO2)}
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -88,17 +103,25 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 def _layer_shapes(c: ModelConfig, prefix: str) -> dict[str, Shape]:
     heads, groups = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes: dict[str, Shape] = {prefix + "input_layernorm.weight": (c.hidden_size,)}
+    family = FAMILIES[c.family]
+    shapes: dict[str, Shape] = {}
+    if not family.post_norm:
+        shapes[prefix + "input_layernorm.weight"] = (c.hidden_size,)
     rows = {"q": heads, "k": groups, "v": groups, "o": c.hidden_size}
     for letter, size in rows.items():
         columns = heads if letter == "o" else c.hidden_size
         shapes[f"{prefix}self_attn.{letter}_proj.weight"] = (size, columns)
         if c.attention_bias and letter != "o":
             shapes[f"{prefix}self_attn.{letter}_proj.bias"] = (size,)
+    if family.qk_norm:
+        shapes[prefix + "self_attn.q_norm.weight"] = (heads,)
+        shapes[prefix + "self_attn.k_norm.weight"] = (groups,)
     shapes[prefix + "post_attention_layernorm.weight"] = (c.hidden_size,)
     shapes[prefix + "mlp.gate_proj.weight"] = (c.intermediate_size, c.hidden_size)
     shapes[prefix + "mlp.up_proj.weight"] = (c.intermediate_size, c.hidden_size)
     shapes[prefix + "mlp.down_proj.weight"] = (c.hidden_size, c.intermediate_size)
+    if family.post_norm:
+        shapes[prefix + "post_feedforward_layernorm.weight"] = (c.hidden_size,)
     return shapes
 
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import checkpoints
 from .config import MixerConfig, ModelConfig
 from .errors import UserError
+from .families import FAMILIES
 from .parameters import Parameters, aligned_bytes
 from .runtime import core
 from .state import DecodeState, state_capacity
@@ -89,7 +90,7 @@ class Model:
     def _configure(self, compute: Compute) -> None:
         if compute not in _COMPUTE:
             raise UserError(f"compute {compute!r} is not known: {', '.join(_COMPUTE)}")
-        c = self.config
+        c, family = self.config, FAMILIES[self.config.family]
         sizes = [
             c.hidden_size,
             c.num_attention_heads,
@@ -100,6 +101,8 @@ class Model:
             c.tie_word_embeddings,
             c.attention_bias,
             _COMPUTE.index(compute),
+            family.post_norm,
+            family.qk_norm,
         ]
         self.capsule = self.core.config_new(
             np.array(sizes, dtype=np.int32),

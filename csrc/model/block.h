@@ -1,4 +1,5 @@
-/* One transformer block: x + mixer(norm(x)), then + MLP(norm). */
+/* One transformer block: x + mixer(norm(x)), then + MLP(norm); or, with norms behind,
+ * x + norm(mixer(x)), then + norm(MLP). */
 #ifndef XL_BLOCK_H
 #define XL_BLOCK_H
 
@@ -6,9 +7,14 @@
 
 typedef struct {
     xl_mixer_tape mixer;
-    real *xn_attn, *rstd_attn; /* [N, d] [N] */
-    real *mid;                 /* [N, d] residual stream after the mixer */
-    real *xn_mlp, *rstd_mlp;
+    const real *xn_attn;   /* [N, d] what q, k, v and gates are made of: norm(x), or x itself */
+    real *side_attn;       /* [N, d] what a norm before attention gives, one behind it gets */
+    real *rstd_attn;       /* [N] */
+    real *q_raw, *k_raw;   /* [N, H*D] [N, G*D] before qk_norm */
+    real *rstd_q, *rstd_k; /* [N] */
+    real *mid;             /* [N, d] residual stream after the mixer */
+    const real *xn_mlp;    /* [N, d] what the MLP reads: norm(mid), or mid itself */
+    real *side_mlp, *rstd_mlp;
     real *gate, *up, *act; /* [N, F] */
 } xl_block_tape;
 

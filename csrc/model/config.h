@@ -28,6 +28,8 @@ typedef struct {
     ptrdiff_t layers, d, H, G, D, F, V;
     double eps;
     int tied, attention_bias;
+    int post_norm; /* norms stand behind attention and MLP, before the addition; else before them */
+    int qk_norm;   /* q and k are normalised over all their heads, before RoPE */
     xl_dtype weights; /* of matrices: XL_DT_REAL, or for inference XL_DT_PANELS or XL_DT_I8 */
     int mixed;        /* products of matrices: see xl_mat */
     double inv_freq[XL_MAX_HEAD_WIDTH / 2];

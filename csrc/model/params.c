@@ -57,7 +57,8 @@ static xl_mat matrix(taker *t, const char *name, xl_role role, ptrdiff_t rows, p
 static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer *l) {
     ptrdiff_t d = c->d, q = c->H * c->D, kv = c->G * c->D;
     memset(l, 0, sizeof *l);
-    l->norm_attn = vector(t, "input_layernorm.weight", XL_ROLE_NORM, d);
+    const char *post_attention = "post_attention_layernorm.weight";
+    if (!c->post_norm) l->norm_attn = vector(t, "input_layernorm.weight", XL_ROLE_NORM, d);
     l->wq = matrix(t, "self_attn.q_proj.weight", XL_ROLE_PROJECTION, q, d);
     l->wk = matrix(t, "self_attn.k_proj.weight", XL_ROLE_PROJECTION, kv, d);
     l->wv = matrix(t, "self_attn.v_proj.weight", XL_ROLE_PROJECTION, kv, d);
@@ -66,6 +67,10 @@ static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer
         l->bq = vector(t, "self_attn.q_proj.bias", XL_ROLE_BIAS, q);
         l->bk = vector(t, "self_attn.k_proj.bias", XL_ROLE_BIAS, kv);
         l->bv = vector(t, "self_attn.v_proj.bias", XL_ROLE_BIAS, kv);
+    }
+    if (c->qk_norm) {
+        l->norm_q = vector(t, "self_attn.q_norm.weight", XL_ROLE_NORM, q);
+        l->norm_k = vector(t, "self_attn.k_norm.weight", XL_ROLE_NORM, kv);
     }
     if (xl_has_mlstm(m)) {
         const ptrdiff_t *shape = XL_SHAPE(c->H, c->D, c->D);
@@ -85,7 +90,9 @@ static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer
                            XL_SHAPE(c->H, 3 * c->D));
         l->b_og = vector(t, "mixer.o_gate.bias", XL_ROLE_BIAS, c->H);
     }
-    l->norm_mlp = vector(t, "post_attention_layernorm.weight", XL_ROLE_NORM, d);
+    if (c->post_norm) l->norm_attn = vector(t, post_attention, XL_ROLE_NORM, d);
+    l->norm_mlp = vector(t, c->post_norm ? "post_feedforward_layernorm.weight" : post_attention,
+                         XL_ROLE_NORM, d);
     l->w_gate = matrix(t, "mlp.gate_proj.weight", XL_ROLE_MLP, c->F, d);
     l->w_up = matrix(t, "mlp.up_proj.weight", XL_ROLE_MLP, c->F, d);
     l->w_down = matrix(t, "mlp.down_proj.weight", XL_ROLE_MLP, d, c->F);

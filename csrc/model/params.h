@@ -6,13 +6,14 @@
 #include "ops/basic.h"
 
 typedef struct {
-    real *norm_attn;             /* [d] */
+    real *norm_attn;             /* [d] before attention, or behind it */
     xl_mat wq, wk, wv, wo;       /* [H*D, d] [G*D, d] [G*D, d] [d, H*D] */
     real *bq, *bk, *bv;          /* or NULL */
+    real *norm_q, *norm_k;       /* [H*D] [G*D], or NULL */
     real *map_q, *map_k;         /* [H, D, D] */
     real *wi, *bi, *wf, *bf;     /* [H, d] [H] */
     real *w_og, *b_og;           /* [H, 3D] [H]; w_og NULL for a fixed gate */
-    real *norm_mlp;              /* [d] */
+    real *norm_mlp;              /* [d] before the MLP, or behind it */
     xl_mat w_gate, w_up, w_down; /* [F, d] [F, d] [d, F] */
 } xl_layer;
 

@@ -9,13 +9,14 @@
 
 static void free_config(PyObject *capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
-/* config_new(sizes i32 [9], eps, inv_freq f64 [D/2], mixers i32 [L, 5]) -> capsule
- * sizes: d, H, G, D, F, V, tied, attention_bias, compute (0 f32, 1 mixed, 2 bf16, 3 int8); mixers: kind, window, sinks, gate_fixed,
- * normalizer */
+/* config_new(sizes i32 [11], eps, inv_freq f64 [D/2], mixers i32 [L, 5]) -> capsule
+ * sizes: d, H, G, D, F, V, tied, attention_bias, compute (0 f32, 1 mixed, 2 bf16, 3 int8), post_norm,
+ * qk_norm; mixers: kind, window, sinks, gate_fixed, normalizer */
 static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 4)) return NULL;
-    const int32_t *s = xl_in_i32(&c, args[0], "sizes", "9");
+    xl_set_dim(&c, 'S', 11);
+    const int32_t *s = xl_in_i32(&c, args[0], "sizes", "S");
     double eps = xl_double(&c, args[1], "rms_norm_eps");
     const double *freq = xl_in_f64(&c, args[2], "inv_freq", "F");
     const int32_t *m = xl_in_i32(&c, args[3], "mixers", "L5");
@@ -33,6 +34,8 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
                           .V = s[5],
                           .tied = s[6],
                           .attention_bias = s[7],
+                          .post_norm = s[9],
+                          .qk_norm = s[10],
                           .weights = weights[s[8] & 3],
                           .mixed = s[8] != 0,
                           .eps = eps};

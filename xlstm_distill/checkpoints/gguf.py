@@ -111,12 +111,12 @@ def _fields(reader: gguf.GGUFReader, where: str) -> dict[str, Any]:
 
 def _family(fields: Mapping[str, Any], where: str) -> Family:
     name = fields.get("general.architecture")
-    for family in FAMILIES.values():
-        if name == family.gguf_architecture:
-            if fields.get("split.count", 1) > 1:
-                raise UserError(f"{where}: is one part of a split model; merge the parts first")
-            return family
-    supported = ", ".join(sorted(family.gguf_architecture for family in FAMILIES.values()))
+    known = {f.gguf_architecture: f for f in FAMILIES.values() if f.gguf_architecture}
+    if name in known:
+        if fields.get("split.count", 1) > 1:
+            raise UserError(f"{where}: is one part of a split model; merge the parts first")
+        return known[name]
+    supported = ", ".join(sorted(known))
     raise UserError(f"{where}: architecture {name!r} is not supported; supported: {supported}")
 
 
@@ -126,7 +126,7 @@ def _config(
     family: Family,
     where: str,
 ) -> ModelConfig:
-    prefix = family.gguf_architecture
+    prefix = str(family.gguf_architecture)
 
     def number(key: str, default: Any = None) -> Any:
         value = fields.get(f"{prefix}.{key}", default)
