@@ -61,6 +61,7 @@ LEVELS = [
     ["run", "quickstart", "budget", "assess", "sweep"],
     ["recipe", "rundir", "progress", "trackers"],
     [
+        "accumulation",
         "align",
         "bench",
         "bench_cases",
@@ -88,7 +89,17 @@ LEVELS = [
     ["_core_f32", "_core_f64"],
 ]
 # Leaves: below the model, no arrays of the core; each may import those after it.
-LEAVES = ["texts", "checkpoints", "tokenizer", "packages", "config", "families", "atomic", "errors"]
+LEAVES = [
+    "texts",
+    "checkpoints",
+    "tokenizer",
+    "packages",
+    "config",
+    "families",
+    "atomic",
+    "communicator",
+    "errors",
+]
 # They check everything else and depend on nothing.
 ALONE = ["reference", "testing"]
 

@@ -82,3 +82,13 @@ MIXED_GRADIENT = 0.05
 # 2^-9 with random signs, and a softmax turns a score's absolute error into a relative one.
 # Measured: up to 0.0213 (dq behind a feature map), 0.01 elsewhere.
 MIXED_OP = 0.03
+
+# ---- sums of gradients in another order ---------------------------------------------------------
+
+# Norm of a gradient: terms of float32 sums in another order, off by up to 6e-8 each.
+# Measured: 6e-10, their signs are random.
+ORDER_NORM = 1e-7
+# What some steps of AdamW move, between sums in sequence and over the tree, norm over norm: where
+# parts nearly cancel few digits are right, and the ratio m / sqrt(v) makes full steps of them.
+# Measured: 5e-6.
+ORDER_STEPS = 5e-5

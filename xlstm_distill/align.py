@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .accumulation import Accumulation, Order, Sums
+from .communicator import ALONE, Communicator
 from .data import Batch, Batches, Data, as_batches
 from .errors import UserError
 from .model import Model
@@ -37,17 +39,20 @@ def align(
     floor: float = 1e-5,
     beta2: float = 0.99,
     weight_decay: float = 0.1,
+    accumulation: Order = "sequence",
     seed: int = 0,
     state: str | Path | None = None,
     save_seconds: float = 60.0,
+    comm: Communicator = ALONE,
 ) -> Iterator[Metrics]:
     """Train the student's mixers in place; yields metrics a step.
 
     data: token data (packed into rows of `length` tokens, `rows` a step, `micro_rows` of them at
-    once, None: all) or batches. The learning rate rises over the share `warmup` of the steps to
-    `lr` and goes on as `schedule` says (`optim.learning_rate`), a cosine to `floor`; `rates`
-    multiplies it for groups of tensors (`optim.Group`).
-    With `state`, the run can be killed and continued from that file.
+    once, None: all that a rank has) or batches. The learning rate rises over the share `warmup` of
+    the steps to `lr` and goes on as `schedule` says (`optim.learning_rate`), a cosine to `floor`;
+    `rates` multiplies it for groups of tensors (`optim.Group`).
+    accumulation: how the gradients of the parts of a step are added (`accumulation.py`); the ranks
+    of `comm` share them. With `state`, the run can be killed and continued from that file.
 
     Metrics: loss (sum over layers of the squared error of a token, mean over tokens), layers
     (relative error of each layer, sum ||h - h^||^2 / sum ||h||^2), relative_error (their mean),
@@ -67,17 +72,19 @@ def align(
         "beta2": beta2,
         "weight_decay": weight_decay,
         "micro_rows": micro_rows,
+        "accumulation": accumulation,
     }
+    accumulate = Accumulation(student.params, names, comm, accumulation)
 
     def gradient(batch: Batch, grads: Parameters) -> Metrics:
-        count = student.config.num_hidden_layers
-        error, reference = np.zeros(count), np.zeros(count)
-        for part in batch.parts(micro_rows or len(batch.ids)):
-            e, r, _ = student.align_and_grad(
-                part.ids, part.reset, grads, names, scale=1.0 / batch.ids.size
+        def one(part: Batch, into: Parameters) -> Sums:
+            scale = 1.0 / batch.ids.size
+            return np.stack(
+                student.align_and_grad(part.ids, part.reset, into, names, scale=scale)[:2]
             )
-            error += e
-            reference += r
+
+        at_once = micro_rows or max(1, len(batch.ids) // comm.size)
+        error, reference = accumulate(list(batch.parts(at_once)), one, grads)
         layers = error / reference
         return {
             "loss": float(error.sum() / batch.ids.size),
@@ -95,7 +102,7 @@ def align(
         gradient,
         rate,
         steps=steps,
-        saver=saver_of("align", state, save_seconds, student, batches, settings),
+        saver=saver_of("align", state, save_seconds, student, batches, settings, comm),
     )
 
 
@@ -106,6 +113,7 @@ def saver_of(
     student: Model,
     batches: Batches,
     settings: dict[str, Any],
+    comm: Communicator,
 ) -> Saver | None:
     """The saver of a stage; its identity holds all that decides the result."""
     if state is None:
@@ -117,7 +125,7 @@ def saver_of(
         **settings,
         "batches": batches.identity,
     }
-    return Saver(Path(state), identity, seconds)
+    return Saver(Path(state), identity, seconds, comm)
 
 
 def check_shared_weights(student: Model, teacher: Model) -> None:
@@ -132,12 +140,13 @@ def check_shared_weights(student: Model, teacher: Model) -> None:
             )
 
 
-def relative_errors(student: Model, batches: Sequence[Batch]) -> list[float]:
+def relative_errors(
+    student: Model, batches: Sequence[Batch], comm: Communicator = ALONE
+) -> list[float]:
     """Stage I's relative error of every layer on given batches, without training."""
     layers = student.config.num_hidden_layers
     error, reference = np.zeros(layers), np.zeros(layers)
-    for batch in batches:
-        e, r, _ = student.align_and_grad(batch.ids, batch.reset)
+    for e, r, _ in comm.map(lambda b: student.align_and_grad(b.ids, b.reset), batches):
         error += e
         reference += r
     return [float(x) for x in error / reference]

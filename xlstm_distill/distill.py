@@ -6,14 +6,16 @@ loss_t = ce_weight * CE + kl_weight * KL(teacher's k targets || student's) (pape
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from .accumulation import Accumulation, Order, Sums
 from .align import saver_of
+from .communicator import ALONE, Communicator
 from .data import Batch, Data, as_batches
 from .errors import UserError
 from .lora import Lora
@@ -54,9 +56,11 @@ def distill(
     held_out_targets: Targets | None = None,
     validate_every: int = 0,
     keep: Literal["last", "best"] = "last",
+    accumulation: Order = "sequence",
     seed: int = 0,
     state: str | Path | None = None,
     save_seconds: float = 120.0,
+    comm: Communicator = ALONE,
 ) -> Iterator[Metrics]:
     """Train the student in place; yields metrics a step.
 
@@ -73,8 +77,9 @@ def distill(
     keep="best" the student ends as it was at the lowest.
     train_what: "all", "mixer" (everything copied from the teacher stays frozen), or an adapter of
     the student, whose factors then train beside the mixers; a running mean is one of the factors.
-    recompute: less memory for about a quarter more time, the same bits (Model.loss_and_grad). With
-    `state`, the run can be killed and continued from that file.
+    recompute: less memory for about a quarter more time, the same bits (Model.loss_and_grad).
+    accumulation: how the gradients of the parts of a step are added (`accumulation.py`); the ranks
+    of `comm` share them. With `state`, the run can be killed and continued from that file.
 
     Metrics: loss, ce, kl (nats, mean over counted tokens), lr, gradient_norm, tokens, seconds, and
     validation (a loss) where it was measured.
@@ -129,47 +134,57 @@ def distill(
         "window_dropout": window_dropout,
         "validate_every": validate_every,
         "keep": keep,
+        "accumulation": accumulation,
     }
 
-    def losses(
-        batch: Batch,
-        wanted: Iterable[Targets | None],
-        grads: Parameters | None = None,
+    accumulate = Accumulation(student.params, names, comm, accumulation)
+
+    def sums_of(
+        part: Batch,
+        wanted: Targets | None,
+        into: Parameters | None,
+        scale: float = 1.0,
         gate: float | None = None,
-    ) -> Metrics:
-        """Mean losses of a batch with the targets of its parts; adds the gradient into `grads`."""
-        count = max(1, batch.counted)
-        sums = np.zeros(2)
-        for part, own in zip(batch.parts(micro_rows), wanted, strict=True):
-            found = student.loss_and_grad(
-                part.ids,
-                part.labels,
-                own,
-                ce_weight=ce_weight,
-                kl_weight=kl_weight,
-                kl_form=kl_form,
-                reset=part.reset,
-                grads=grads,
-                trainable=names,
-                scale=1.0 / count,
-                recompute=recompute,
-                gate=gate,
-            )
-            sums += found["ce"], found["kl"]
-        ce, kl = sums / count
+    ) -> Sums:
+        """Sums of a part's losses; adds `scale` times their gradient into `into`."""
+        found = student.loss_and_grad(
+            part.ids,
+            part.labels,
+            wanted,
+            ce_weight=ce_weight,
+            kl_weight=kl_weight,
+            kl_form=kl_form,
+            reset=part.reset,
+            grads=into,
+            trainable=names,
+            scale=scale,
+            recompute=recompute,
+            gate=gate,
+        )
+        return np.array([found["ce"], found["kl"]])
+
+    def means(sums: Sums, batch: Batch) -> Metrics:
+        ce, kl = sums / max(1, batch.counted)
         return {"loss": float(ce_weight * ce + kl_weight * kl), "ce": float(ce), "kl": float(kl)}
 
     def gradient(batch: Batch, grads: Parameters) -> Metrics:
-        hidden = _falls_on(optimiser.steps + 1, window_dropout)
-        wanted = (_targets_of(part, targets, k) for part in batch.parts(micro_rows))
+        scale = 1.0 / max(1, batch.counted)
+        gate = 1.0 if _falls_on(optimiser.steps + 1, window_dropout) else None
+
+        def one(part: Batch, into: Parameters) -> Sums:
+            return sums_of(part, _targets_of(part, targets, k), into, scale, gate)
+
         into = grads if of_student is None else of_student
-        found = losses(batch, wanted, into, gate=1.0 if hidden else None)
+        sums = accumulate(list(batch.parts(micro_rows)), one, into)
         if lora is not None:
             lora.gradient(into, grads)
-        return found
+        return means(sums, batch)
 
     def validation_loss(batch: Batch) -> float:
-        return float(losses(batch, _parts_of(held_out_targets, batch, micro_rows))["loss"])
+        wanted = _parts_of(held_out_targets, batch, micro_rows)
+        parts = list(zip(batch.parts(micro_rows), wanted, strict=True))
+        sums = accumulate.sums(parts, lambda part: sums_of(*part, None))
+        return float(means(sums, batch)["loss"])
 
     validation = None
     if held_out is not None and validate_every:
@@ -187,7 +202,7 @@ def distill(
         rate,
         steps=steps,
         clip=clip,
-        saver=saver_of("distill", state, save_seconds, student, batches, settings),
+        saver=saver_of("distill", state, save_seconds, student, batches, settings, comm),
         validation=validation,
     )
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .atomic import atomic_file
+from .communicator import ALONE, Communicator
 from .errors import UserError
 from .model import Model
 from .prompts import INSTRUCTIONS, OPENINGS, TOPICS
@@ -107,11 +108,13 @@ def sample_documents(
     prompts_file: str | Path | None = None,
     seed: int = 0,
     check: Callable[[], None] | None = None,
+    comm: Communicator = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Write `documents` sampled documents as files in `directory`; yields metrics a batch.
 
     Finished files of an earlier run are kept. `check` is called after every token and may raise to
-    stop: what is finished stays. Read the result with `read_documents`.
+    stop: what is finished stays. The ranks of `comm` take batches in turns; the first one writes
+    them, the same for any number of ranks. Read the result with `read_documents`.
     """
     folder = Path(directory)
     stops = {*teacher.config.eos_token_ids}
@@ -120,9 +123,9 @@ def sample_documents(
     asked = prompts(teacher, style, documents, seed, prompts_file)
     writer = sampler(teacher)
     steps = -(-documents // batch)
-    for step in range(steps):
-        if _part(folder, step).is_file():
-            continue
+    missing = comm.broadcast([n for n in range(steps) if not _part(folder, n).is_file()])
+
+    def write(step: int) -> tuple[bytes, dict[str, Any]]:
         started = time.perf_counter()
         own = asked[step * batch : (step + 1) * batch]
         new = writer.generate_batch(
@@ -139,11 +142,9 @@ def sample_documents(
         ids = np.array([token for p, n in pairs for token in (*p, *n)], dtype=np.int32)
         buffer = io.BytesIO()
         np.savez(buffer, lengths=lengths, ids=ids)
-        with atomic_file(_part(folder, step)) as handle:
-            handle.write(buffer.getbuffer())
-        seconds = time.perf_counter() - started
+        seconds = (time.perf_counter() - started) / comm.size
         tokens = int(lengths[:, 1].sum())
-        yield {
+        return buffer.getvalue(), {
             "step": step + 1,
             "steps": steps,
             "documents": len(own),
@@ -151,6 +152,12 @@ def sample_documents(
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
         }
+
+    for step, (content, metrics) in zip(missing, comm.map(write, missing), strict=True):
+        if comm.first:
+            with atomic_file(_part(folder, step)) as handle:
+                handle.write(content)
+        yield metrics
 
 
 def read_documents(

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import atomic_file, write_text
+from .communicator import ALONE, Communicator
 from .data import MANIFEST, Rows
 from .errors import UserError
 from .model import Model
@@ -41,12 +42,20 @@ def identity_of(teacher: Model, rows: Rows, k: int) -> dict[str, Any]:
 
 
 def write_targets(
-    teacher: Model, rows: Rows, directory: str | Path, *, count: int | None = None, k: int = 256
+    teacher: Model,
+    rows: Rows,
+    directory: str | Path,
+    *,
+    count: int | None = None,
+    k: int = 256,
+    comm: Communicator = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Compute targets of the first `count` rows (None: all); yields metrics a shard.
 
-    Finished shards of an earlier run are kept. A directory made for another teacher, tokenizer,
-    text, length, seed or k is refused with a UserError that names the field and both values.
+    Finished shards of an earlier run are kept. The ranks of `comm` take shards in turns; the first
+    one writes them, the same bytes for any number of ranks. A directory made for another teacher,
+    tokenizer, text, length, seed or k is refused with a UserError that names the field and both
+    values.
     """
     vocab = teacher.config.vocab_size
     if not 1 <= k <= vocab:
@@ -56,25 +65,28 @@ def write_targets(
     if not 0 < total <= len(rows):
         raise UserError(f"targets of {total} rows were asked for, the text has {len(rows)}")
     wanted = identity_of(teacher, rows, k)
-    manifest = _read_manifest(folder) if (folder / MANIFEST).exists() else {**wanted, "shards": []}
-    _check_identity(folder, manifest, wanted)
-    done: list[dict[str, Any]] = [s for s in manifest["shards"] if (folder / s["file"]).is_file()]
+    done = comm.broadcast(_finished(folder, wanted) if comm.first else [])
     steps = -(-total // ROWS_PER_SHARD)
-    for step in range(steps):
-        first = step * ROWS_PER_SHARD
-        indices = range(first, min(first + ROWS_PER_SHARD, total))
-        name = f"shard-{step:05d}.npz"
-        if any(s["file"] == name and s["rows"] >= len(indices) for s in done):
-            continue
+
+    def indices_of(step: int) -> range:
+        return range(step * ROWS_PER_SHARD, min((step + 1) * ROWS_PER_SHARD, total))
+
+    def make(step: int) -> tuple[bytes, float, float]:
         started = time.perf_counter()
-        shard, mass = _shard(teacher, rows, indices, k)
-        with atomic_file(folder / name) as handle:
-            handle.write(shard)
+        shard, mass = _shard(teacher, rows, indices_of(step), k)
+        return shard, mass, (time.perf_counter() - started) / comm.size
+
+    enough = {s["file"]: s["rows"] for s in done}
+    missing = [n for n in range(steps) if enough.get(_name(n), 0) < len(indices_of(n))]
+    for step, (shard, mass, seconds) in zip(missing, comm.map(make, missing), strict=True):
+        name, indices = _name(step), indices_of(step)
         entry = {"file": name, "rows": len(indices), "sha256": hashlib.sha256(shard).hexdigest()}
         done = sorted([*(s for s in done if s["file"] != name), entry], key=lambda s: s["file"])
-        manifest = {**wanted, "shards": done}
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        seconds = time.perf_counter() - started
+        if comm.first:
+            with atomic_file(folder / name) as handle:
+                handle.write(shard)
+            manifest = {**wanted, "shards": done}
+            write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         yield {
             "step": step + 1,
             "steps": steps,
@@ -83,6 +95,19 @@ def write_targets(
             "seconds": seconds,
             "tokens_per_second": len(indices) * rows.length / seconds,
         }
+
+
+def _name(shard: int) -> str:
+    return f"shard-{shard:05d}.npz"
+
+
+def _finished(folder: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The shards that an earlier run finished."""
+    if not (folder / MANIFEST).exists():
+        return []
+    manifest = _read_manifest(folder)
+    _check_identity(folder, manifest, wanted)
+    return [s for s in manifest["shards"] if (folder / s["file"]).is_file()]
 
 
 def _shard(teacher: Model, rows: Rows, indices: range, k: int) -> tuple[bytes, float]:

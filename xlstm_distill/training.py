@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from . import runtime
 from .atomic import atomic_file
+from .communicator import ALONE, Communicator
 from .data import Batch, Batches
 from .errors import UserError
 from .optim import AdamW
@@ -40,11 +41,13 @@ class Saver:
     `seconds` 0 saves after every step, whatever it costs.
     `identity` must be the same when the state is read again; a difference is an error that names
     the field. The instruction set is only warned of: results then differ in their last digits.
+    Of several ranks the first writes and all read.
     """
 
     path: Path
     identity: Mapping[str, Any]
     seconds: float = 60.0
+    comm: Communicator = ALONE
     _last: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
 
@@ -56,6 +59,8 @@ class Saver:
 
     def save(self, optimiser: AdamW, cursor: Mapping[str, int], best: Best | None = None) -> None:
         """Write the state (atomic)."""
+        if not self.comm.first:
+            return
         started = time.monotonic()
         header = {
             "identity": dict(self.identity),
@@ -74,6 +79,11 @@ class Saver:
 
     def load(self, optimiser: AdamW, batches: Batches, best: Best | None = None) -> bool:
         """Take up a saved state if there is one; says whether there was."""
+        found = self._load(optimiser, batches, best)
+        self.comm.agree(f"{self.path}: the step that the state holds", optimiser.steps)
+        return found
+
+    def _load(self, optimiser: AdamW, batches: Batches, best: Best | None) -> bool:
         if not self.path.exists():
             return False
         try:
@@ -92,7 +102,7 @@ class Saver:
                     f"{self.path}: saved with {key} {found}, here it is {value}; "
                     "delete the file to begin the stage again"
                 )
-        if header["isa"] != runtime.isa():
+        if header["isa"] != runtime.isa() and self.comm.first:
             warnings.warn(
                 f"the run began with instruction set {header['isa']} and goes on with "
                 f"{runtime.isa()}: results will differ in their last digits",

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from ..communicator import ALONE, Communicator
 from ..errors import UserError
 
 BUCKETS = ((0, 32), (32, 64), (64, 128), (128, 256), (256, 512), (512, 1024))
@@ -178,13 +179,15 @@ def fidelity(
     fewer: Mapping[str, int] | None = None,
     separator: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    comm: Communicator = ALONE,
 ) -> Fidelity:
     """Compare `models` with `teacher` on documents (token ids) per domain.
 
     The teacher runs once per batch of windows for all models. `max_windows` bounds the windows of
     a domain (the first ones), `fewer` those of single models: {name: windows, at least 1}.
-    `progress(done, total)` counts windows. Buckets that begin beyond `context` are dropped. Raises
-    UserError where a domain is shorter than one window.
+    `progress(done, total)` counts windows. The ranks of `comm` take batches in turns, with the same
+    result. Buckets that begin beyond `context` are dropped. Raises UserError where a domain is
+    shorter than one window.
     """
     if "teacher" in models:
         raise UserError("fidelity: the name 'teacher' is the teacher's own", usage=True)
@@ -212,10 +215,12 @@ def fidelity(
     found: dict[str, dict[str, DomainFidelity]] = {name: {} for name in ("teacher", *models)}
     for domain, windows in packed.items():
         values: dict[str, list[dict[str, FloatArray]]] = {name: [] for name in found}
-        for start, stop in _batches(len(windows), context, set(fewer.values())):
-            batch = windows[start:stop]
-            names = [name for name in models if start < fewer.get(name, stop)]
-            out = teacher.divergence([models[name] for name in names], batch)
+        batches = [
+            (windows[start:stop], [name for name in models if start < fewer.get(name, stop)])
+            for start, stop in _batches(len(windows), context, set(fewer.values()))
+        ]
+        outs = comm.map(lambda b: teacher.divergence([models[n] for n in b[1]], b[0]), batches)
+        for (batch, names), out in zip(batches, outs, strict=True):
             for i, name in enumerate(names):
                 values[name].append({m: np.asarray(out[m][i], np.float64) for m in _METRICS})
             values["teacher"].append(
@@ -228,8 +233,8 @@ def fidelity(
             done += len(batch)
             if progress is not None:
                 progress(done, total)
-        for name, batches in values.items():
-            joined = {m: np.concatenate([b[m] for b in batches]) for m in _METRICS}
+        for name, parts in values.items():
+            joined = {m: np.concatenate([p[m] for p in parts]) for m in _METRICS}
             found[name][domain] = _summarise(joined, inside, f"{name} on {domain}")
     return Fidelity(
         context=context,

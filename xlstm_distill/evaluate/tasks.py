@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import itertools
 import json
 import math
 import re
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import packages
+from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from .wintie import read_json
 
@@ -280,13 +282,15 @@ def evaluate(
     max_length: int | None = None,
     requests: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    comm: Communicator = ALONE,
 ) -> dict[str, Any]:
     """Score `model` on `tasks`; results in the form of lm-evaluation-harness.
 
     limit: at most so many documents a task, a subset fixed by `seed` and the task's name (a
     smaller limit takes a subset of a larger one's). max_length: longest context and continuation in
     tokens (default: the model's `max_position_embeddings`); longer contexts lose their beginning.
-    progress(task, documents done, total).
+    progress(task, documents done, total). The ranks of `comm` take batches of documents in turns,
+    with the same results.
 
     Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none` and
     `..._stderr,none`), `higher_is_better`, `n-samples`, `n-shot`, `configs`, `config` and
@@ -312,7 +316,7 @@ def evaluate(
         documents = _subset(task, limit, seed)
         sample = _gold_sample if task.kind == "bpb" else _choice_sample
         samples = []
-        scores = _log_likelihoods(model, documents, max_length)
+        scores = _log_likelihoods(model, documents, max_length, comm)
         for done, (document, found) in enumerate(zip(documents, scores, strict=True), 1):
             samples.append(sample(task, document, found))
             if progress is not None:
@@ -354,36 +358,54 @@ class _Row:
     rest: tuple[int, ...]
 
 
+_Call = tuple[tuple[int, ...], list[_Row], list[Document]]
+"""A shared prefix, the rows that are scored together after it, their documents"""
+
+
 def _log_likelihoods(
-    model: ScoringModel, documents: Sequence[Document], max_length: int | None
+    model: ScoringModel,
+    documents: Sequence[Document],
+    max_length: int | None,
+    comm: Communicator,
 ) -> Iterator[list[tuple[float, int]]]:
-    """For every document, in order, (sum of log p, tokens) of each of its pairs.
+    """For every document, in order, (sum of log p, tokens) of each of its pairs."""
+
+    def scored(call: _Call) -> list[list[tuple[float, int]]]:
+        return list(_scored(model, *call))
+
+    calls = (call for call in _calls(model.tokenizer, documents, max_length) if call[2])
+    return itertools.chain.from_iterable(comm.map(scored, calls))
+
+
+def _calls(
+    tokenizer: ScoringTokenizer, documents: Sequence[Document], max_length: int | None
+) -> Iterator[_Call]:
+    """What is scored together: all documents, in order.
 
     What all contexts begin with (the few-shot examples: up to nine tenths of the tokens) is read
     once for a batch of documents; the rest of a context is then read as part of its continuation.
     """
-    prefix = _shared_tokens(model.tokenizer, documents)
+    prefix = _shared_tokens(tokenizer, documents)
     batch: list[_Row] = []
     waiting: list[Document] = []
     for document in documents:
-        rows = _rows(model.tokenizer, len(waiting), document, max_length)
+        rows = _rows(tokenizer, len(waiting), document, max_length)
         own = max(len(r.context) for r in rows) - len(prefix)
         together = all(r.context[: len(prefix)] == prefix for r in rows) and own > 0
         # Several choices after a long context of their own: the context is better read once.
         if not prefix or not together or (len(rows) > 1 and own > _LONG_CONTEXT):
-            yield from _scored(model, prefix, batch, waiting)
+            yield prefix, batch, waiting
             batch, waiting = [], []
-            alone = [replace(r, document=0) for r in rows]
-            yield from _scored(model, (), alone, [document])
+            yield (), [replace(r, document=0) for r in rows], [document]
             continue
         longest = max(len(r.context) + len(r.rest) for r in [*batch, *rows])
         if batch and longest * (len(batch) + len(rows)) > _TOKENS_AT_ONCE:
-            yield from _scored(model, prefix, batch, waiting)
+            yield prefix, batch, waiting
             batch, waiting = [], []
             rows = [replace(r, document=0) for r in rows]
         batch += rows
         waiting.append(document)
-    yield from _scored(model, prefix, batch, waiting)
+    yield prefix, batch, waiting
 
 
 def _rows(

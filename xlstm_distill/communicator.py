@@ -1,0 +1,149 @@
+"""The processes of a job that work together through MPI, or one process alone.
+
+Every process, called a rank, runs the same program: all of them make the calls of a communicator in
+the same order, and what they decide by must be the same on all. `world()` is the communicator of
+the job that mpirun started; mpi4py is imported for that alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+from .errors import UserError
+
+_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
+
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""What mpirun of Open MPI and of MPICH (and of its kin) tells each process."""
+_POLL = 0.005
+"""Seconds between two looks at a barrier. A blocking one would take a whole core for waiting."""
+
+
+class Communicator:
+    """One process alone: the only rank of its job. `Mpi` has several."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that writes files, logs and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """This rank in words."""
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here, without work for the processor."""
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """The values of all ranks in their order, on every rank. Values are pickled."""
+        return [value]
+
+    def broadcast(self, value: _Value) -> _Value:
+        """The first rank's value, on every rank. Values are pickled."""
+        return value
+
+    def send(self, array: NDArray[Any], to: int) -> None:
+        """Send a contiguous array to another rank."""
+        raise ValueError(f"there is no rank {to}")
+
+    def receive(self, array: NDArray[Any], source: int) -> None:
+        """Receive what another rank sends, into a contiguous array."""
+        raise ValueError(f"there is no rank {source}")
+
+    def spread(self, array: NDArray[Any]) -> None:
+        """Give a contiguous array the first rank's contents, on every rank."""
+
+    def abort(self, status: int) -> None:
+        """End the processes of all other ranks and this one, if there are others."""
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if one has the flag."""
+        return any(self.gather(flag))
+
+    def agree(self, what: str, value: Any) -> None:
+        """UserError on every rank if the value differs between ranks."""
+        first, *others = self.gather((value, self.name))
+        for other, name in others:
+            if other != first[0]:
+                raise UserError(f"{what} is {first[0]} on {first[1]} and {other} on {name}")
+
+    def map(self, function: Callable[[_Item], _Value], items: Iterable[_Item]) -> Iterator[_Value]:
+        """The function of each item in order, on every rank; the ranks take items in turns. Results
+        are pickled."""
+        waiting = iter(items)
+        while turn := list(itertools.islice(waiting, self.size)):
+            own = [function(item) for item in turn[self.rank : self.rank + 1]]
+            yield from itertools.chain.from_iterable(self.gather(own))
+
+
+class Mpi(Communicator):
+    """The ranks of a communicator of mpi4py."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self.rank, self.size = int(comm.rank), int(comm.size)
+
+    def barrier(self) -> None:
+        request = self._comm.Ibarrier()
+        while not request.Test():
+            time.sleep(_POLL)
+
+    def gather(self, value: _Value) -> list[_Value]:
+        found: list[_Value] = self._comm.allgather(value)
+        return found
+
+    def broadcast(self, value: _Value) -> _Value:
+        found: _Value = self._comm.bcast(value)
+        return found
+
+    def send(self, array: NDArray[Any], to: int) -> None:
+        self._comm.Send(array, dest=to)
+
+    def receive(self, array: NDArray[Any], source: int) -> None:
+        self._comm.Recv(array, source=source)
+
+    def spread(self, array: NDArray[Any]) -> None:
+        self._comm.Bcast(array)
+
+    def abort(self, status: int) -> None:
+        self._comm.Abort(status)
+
+
+ALONE = Communicator()
+
+
+@functools.cache
+def world() -> Communicator:
+    """All processes that mpirun started together; ALONE where there is but one.
+
+    UserError if there are several and mpi4py is absent or knows nothing of them.
+    """
+    size = max(int(os.environ.get(name, 1)) for name in _SIZES)
+    if size == 1:
+        return ALONE
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # the latter: there is no MPI library
+        raise UserError(
+            f"{size} processes were started together, which needs mpi4py ({error}): "
+            "pip install 'xlstm_distill[mpi]'"
+        ) from None
+    if MPI.COMM_WORLD.size != size:
+        raise UserError(
+            f"{size} processes were started together, but mpi4py uses another MPI than they "
+            f"({MPI.Get_library_version().splitlines()[0]}): start them with its own mpirun"
+        )
+    return Mpi(MPI.COMM_WORLD)
