@@ -20,8 +20,10 @@ C_SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h)
 # Formatting and type checks change between versions: these are the ones the code passes.
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-FAST := not slow and not real and not deep and not data
-TEST := not deep and not data
+# Tests of several processes run where Open MPI's mpirun and mpi4py are.
+MPI = $(shell mpirun --version 2>/dev/null | grep -q 'Open MPI' && $(PY) -c 'from mpi4py import MPI' 2>/dev/null || echo " and not mpi")
+FAST = not slow and not real and not deep and not data$(MPI)
+TEST = not deep and not data$(MPI)
 
 .PHONY: help venv setup setup-test demo test fast deep asan isas lint bench bench-rivals clean
 
@@ -53,6 +55,7 @@ $(VENV)/.built: $(VENV)/.made pyproject.toml setup.py $(C_SOURCES)
 $(VENV)/.tested: $(VENV)/.made pyproject.toml Makefile
 	$(PY) -m pip install --quiet torch==2.13.0
 	$(PY) -m pip install --quiet --no-build-isolation -e '.[test,lint]' $(LINTERS)
+	$(PY) -m pip install --quiet "mpi4py>=4" || echo "mpi4py is left out, and the tests that need it" >&2
 	@touch $@ $(VENV)/.built
 
 venv: $(VENV)/.made ## an empty virtual environment

@@ -92,14 +92,18 @@ class _Assessment:
         self.place = run.path / "evaluation"
         self.models = _Models(run)
 
-    def piece(self, name: str, make: Callable[[], Any]) -> Any:
-        """The contents of a piece, made if its file is not there."""
+    def piece(self, name: str, make: Callable[[], Any], shared: bool = False) -> Any:
+        """The contents of a piece, made if its file is not there: by the first rank, or by all
+        together (`shared`)."""
         file = self.place / "parts" / f"{name}.json"
-        if not file.is_file():
-            value = make()
-            write_text(file, json.dumps(value, indent=1, allow_nan=False) + "\n")
-            self.run.interrupt.check()
-        return read_piece(file)
+        comm = self.run.comm
+        if not self.run.stands(file):
+            value = make() if shared or comm.first else None
+            if comm.first:
+                write_text(file, json.dumps(value, indent=1, allow_nan=False) + "\n")
+            comm.barrier()
+            self.run.check()
+        return comm.broadcast(read_piece(file) if comm.first else None)
 
     @cached_property
     def documents(self) -> dict[str, list[list[int]]]:
@@ -136,6 +140,7 @@ class _Assessment:
                 fewer=dict.fromkeys(experts, section.expert_windows),
                 separator=separator,
                 progress=progress,
+                comm=self.run.comm,
             )
         return found.model_dump()
 
@@ -183,7 +188,12 @@ class _Assessment:
                 self.run.interrupt.check()
 
             return evaluate(
-                self.models[name], [task], limit=limit, seed=self.run.recipe.seed, progress=progress
+                self.models[name],
+                [task],
+                limit=limit,
+                seed=self.run.recipe.seed,
+                progress=progress,
+                comm=self.run.comm,
             )
 
 
@@ -191,13 +201,14 @@ def assess(run: Run) -> None:
     """Make every piece that is missing; results of request sets also as `results_NAME.json`."""
     work = _Assessment(run)
     place = work.place
-    if run.directory.done("evaluate") and (place / "parts").is_dir():
+    finished = run.directory.done("evaluate") and (place / "parts").is_dir()
+    if run.comm.broadcast(finished):
         return
     section = run.recipe.evaluate
     run.teacher.compute = "f32"  # everything is measured in float32, whatever it was trained in
     with run.timed("evaluate"):
         for one in section.fidelity:
-            work.piece(f"fidelity-{one.context}", partial(work.fidelity, one))
+            work.piece(f"fidelity-{one.context}", partial(work.fidelity, one), shared=True)
         work.piece("memory", work.memory)
         if section.gate_tokens and run.recipe.student.mixer == "hybrid":
             work.piece("gates", work.gates)
@@ -207,13 +218,15 @@ def assess(run: Run) -> None:
         for name in ("teacher", *student_names(run)):
             parts = [
                 work.piece(
-                    f"{task.replace(':', '-')}-{name}", partial(work.task, task, limit, name)
+                    f"{task.replace(':', '-')}-{name}",
+                    partial(work.task, task, limit, name),
+                    shared=True,
                 )
                 for task, limit in section.tasks.items()
             ]
-            if parts:
+            if parts and run.comm.first:
                 write_results(_joined(parts), place / f"results_{name}.json")
-        if section.tasks:
+        if section.tasks and run.comm.first:
             compare_results(run)
 
 

@@ -196,14 +196,18 @@ def estimate(
 
 def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:
     """Numbers held while stage II runs, but for activations and mixers: teacher and student; of
-    what trains gradients, two moments, the running mean, the best values."""
+    what trains gradients, two moments, the running mean, the best values; a buffer of gradients for
+    every level of a tree."""
     section, size = recipe.distill, config_size(config)
+    levels = 0
+    if recipe.accumulation == "tree":
+        levels = (-(-section.rows // section.micro_rows) - 1).bit_length()
     of_trained = 3 + (section.average is not None) + (section.keep == "best")
     if section.train == "lora":
         matrices, factors = sizes(config, section.lora.rank, section.lora.targets)
         # the matrices as they were, and their gradients; the factors themselves
-        return 2 * size + 2 * matrices + (1 + of_trained) * factors
-    return 2 * size + (of_trained * size if section.train == "all" else 0)
+        return 2 * size + (2 + levels) * matrices + (1 + of_trained) * factors
+    return 2 * size + ((of_trained + levels) * size if section.train == "all" else 0)
 
 
 def _target_rows(recipe: Recipe) -> float:

@@ -2,6 +2,7 @@
 
 Results go to stdout, progress and errors to stderr. An error is one line; the exit status is 2 for
 wrong use, 1 for failure, 130 after Ctrl-C. `--json` prints one JSON object on stdout and no more.
+Of the ranks of a job (communicator.py) the first prints; one that fails ends the job.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,9 +20,14 @@ from typing import Any, NoReturn
 
 from . import commands
 from .bench import SUITES
+from .communicator import ALONE, Communicator, world
 from .errors import UserError
 
 Arguments = argparse.Namespace
+
+_GRACE = 10.0
+"""Seconds that a failing rank leaves to the first one: where all fail alike, the first saves what
+there is to save, and its message is the only one."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,28 +186,42 @@ def _plain(value: Any) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = parser().parse_args(argv)
+    comm = ALONE
     try:
+        comm = world()
+        if comm.size > 1 and arguments.work is not commands.run:
+            message = f"{arguments.command} runs in one process, here are {comm.size}"
+            raise UserError(f"{message}; start it without mpirun", usage=True)
         result = arguments.work(arguments)
-        if arguments.json:
+        if arguments.json and comm.first:
             print(json.dumps(result, default=_plain))
         sys.stdout.flush()
         return 0
     except UserError as error:
-        return _fail(str(error), 2 if error.usage else 1)
+        return _fail(comm, str(error), 2 if error.usage else 1)
     except KeyboardInterrupt:
-        return _fail("stopped; the same command continues what can be continued", 130)
+        return _fail(comm, "stopped; the same command continues what can be continued", 130)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+        return _fail(comm, f"{error.filename or 'system'}: {error.strerror or error}", 1)
     except MemoryError as error:
-        return _fail(f"out of memory: {error}" if str(error) else "out of memory", 1)
+        return _fail(comm, f"out of memory: {error}" if str(error) else "out of memory", 1)
     except FloatingPointError as error:
-        return _fail(str(error), 1)
+        return _fail(comm, str(error), 1)
+    except Exception as error:
+        if comm.size == 1:
+            raise
+        return _fail(comm, repr(error), 1, traceback.format_exc())
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(comm: Communicator, message: str, status: int, trace: str = "") -> int:
+    if not comm.first:
+        time.sleep(_GRACE)
+        message = f"{comm.name}: {message}"
     line = " ".join(message.split())
-    print(f"xlstm-distill: error: {line}", file=sys.stderr)
+    print(trace, end="", file=sys.stderr)
+    print(f"xlstm-distill: error: {line}", file=sys.stderr, flush=True)
+    comm.abort(status)
     return status

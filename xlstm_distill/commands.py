@@ -22,6 +22,7 @@ from . import budget, checkpoints, packages, plots, runtime
 from . import sweep as sweeps
 from .assess import machine_facts, report_facts, write_report
 from .checkpoints import LazyTensors
+from .communicator import world
 from .data import TokenData
 from .errors import UserError
 from .evaluate import branches as silenced
@@ -81,6 +82,8 @@ def run(arguments: Arguments) -> Result:
     until = "report" if arguments.command == "run" else arguments.command
     started = time.perf_counter()
     out = run_recipe(recipe, arguments.out, Reporter(), until)
+    if not world().first:
+        return {}  # the first rank speaks
     if until == "report":
         return _finished(arguments, out, time.perf_counter() - started)
     _say(arguments, f"{arguments.command}: done in {out}")

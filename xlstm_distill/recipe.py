@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .accumulation import Order
 from .atomic import write_text
 from .errors import UserError, first_problem
 from .lora import TARGETS, Target
@@ -247,6 +248,7 @@ class Recipe(_Section):
     minutes: float | None = Field(default=None, gt=0)
     save_seconds: float = Field(default=60.0, ge=0)
     compute: Literal["f32", "mixed"] = "f32"
+    accumulation: Order = "sequence"
     trackers: list[TrackerName] = Field(default_factory=list)
     student: StudentSection = Field(default_factory=StudentSection)
     data: DataSection
@@ -276,6 +278,10 @@ class Recipe(_Section):
         if self.merge.weights and set(self.merge.weights) != set(self.experts):
             missing = sorted(set(self.experts) - set(self.merge.weights))[0]
             raise ValueError(f"merge.weights: the expert {missing!r} is missing")
+        if self.accumulation == "tree" and self.align.micro_rows is None:
+            raise ValueError(
+                "accumulation: tree needs align.micro_rows: the tree is one of parts of a step"
+            )
         if self.distill.window_dropout and self.student.mixer != "hybrid":
             raise ValueError(
                 "distill.window_dropout needs student.mixer hybrid: the others have no output gate"

@@ -8,7 +8,9 @@ killed and started again ends with the same bits.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import platform
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -20,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from . import sources
+from . import runtime, sources
 from .align import align, relative_errors
 from .cleaning import Collection, Contamination, read_hashes
+from .communicator import Communicator, world
 from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joined
 from .distill import distill
 from .errors import UserError
@@ -42,6 +45,8 @@ from .tokenizer import Tokenizer
 from .trackers import Trackers, check_installed
 
 STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
+_SHARED = ("data", "align", "targets", "distill", "evaluate")
+"""Stages of which every rank does a part."""
 _PROBE_ROWS = 2
 """Rows a domain on which stage I's error is measured before and after."""
 _STATE = "state.npz"
@@ -55,7 +60,12 @@ def derived_seed(seed: int, *names: object) -> int:
 
 
 class Run:
-    """Stages of a run. Open the directory first; `execute` does what is not done yet."""
+    """Stages of a run. Open the directory first; `execute` does what is not done yet.
+
+    All ranks of a job (`world`) go through the stages together: they share the work of text that is
+    sampled, of training, targets and measurements, and the first does all the rest. It alone writes
+    and looks what is there, so that all decide alike.
+    """
 
     def __init__(
         self,
@@ -68,8 +78,12 @@ class Run:
         self.path = directory.path
         self.reporter = reporter or Reporter(quiet=True)
         self.interrupt = interrupt or Interrupt()
+        self.comm: Communicator = world()
         self.trackers = Trackers(
-            recipe.trackers, self.path, recipe.title, recipe.model_dump(mode="json")
+            recipe.trackers if self.comm.first else [],
+            self.path,
+            recipe.title,
+            recipe.model_dump(mode="json"),
         )
 
     def execute(self, until: str = "report") -> None:
@@ -77,10 +91,39 @@ class Run:
         if until not in STAGES:
             raise UserError(f"stage {until!r} is not known: {', '.join(STAGES)}", usage=True)
         check_installed(self.recipe.trackers)
+        self._check_ranks()
         with closing(self.trackers):
             for stage in STAGES[: STAGES.index(until) + 1]:
-                getattr(self, f"run_{stage}")()
-                self.interrupt.check()
+                if self.comm.first or stage in _SHARED:
+                    getattr(self, f"run_{stage}")()
+                self.comm.barrier()
+                self.check()
+
+    def _check_ranks(self) -> None:
+        """Refuse ranks that would not compute alike, or have nothing to do; say what they are."""
+        size = self.comm.size
+        if size == 1:
+            return
+        self.comm.agree("the instruction set (XLSTM_DISTILL_ISA sets it)", runtime.isa())
+        for stage, section in (("align", self.recipe.align), ("distill", self.recipe.distill)):
+            parts = -(-section.rows // (section.micro_rows or 1))
+            if parts < size:
+                raise UserError(
+                    f"{stage}: a step has {parts} parts (rows {section.rows}, micro_rows "
+                    f"{section.micro_rows}) for {size} ranks; start at most {parts} ranks"
+                )
+        machines = len(set(self.comm.gather(platform.node())))
+        threads = sum(self.comm.gather(runtime.threads()))
+        self.reporter.note(f"ranks: {size}, machines: {machines}, threads in all: {threads}")
+
+    def check(self) -> None:
+        """Stop here, all ranks alike, if one was asked to."""
+        if self.comm.any(self.interrupt.asked):
+            raise KeyboardInterrupt
+
+    def stands(self, file: Path) -> bool:
+        """True if a result is there."""
+        return self.comm.broadcast(self.comm.first and file.is_file())
 
     @cached_property
     def teacher(self) -> Model:
@@ -114,16 +157,22 @@ class Run:
     def follow(self, metrics: Iterable[dict[str, Any]], stage: str, title: str) -> None:
         """Exhaust the generator of a stage: show, log, and stop between steps if asked to."""
         generator = iter(metrics)
+        stop = False
         try:
             with self.trackers.stage(stage, partial(self.directory.steps, stage)) as show:
                 for m in self.reporter.follow(generator, title):
                     self.directory.log(stage, **m)
                     show(m)
-                    self.interrupt.check()
+                    stop = self.comm.any(self.interrupt.asked)
+                    if stop:
+                        break
         finally:
             close = getattr(generator, "close", None)
             if close is not None:
                 close()  # saves the state of a stage that is not finished
+        if stop:
+            self.comm.barrier()  # the first rank has saved
+            raise KeyboardInterrupt
 
     def rows(self, domain: str) -> Rows:
         """The packed training text of a domain."""
@@ -149,7 +198,13 @@ class Run:
         """Sample, read and encode the text of every domain; set evaluation text aside."""
         for name, domain in self.recipe.data.domains.items():
             place = self.path / "data" / name
-            if (place / "train" / MANIFEST).is_file():
+            if self.stands(place / "train" / MANIFEST):
+                continue
+            if not self.comm.first:
+                for number, source in enumerate(domain.sources):
+                    if isinstance(source, SampledSource):
+                        self._sample(name, number, source)
+                self.comm.barrier()
                 continue
             with self.timed(f"data {name}") as facts:
                 found = self._collect(name, domain)
@@ -165,6 +220,7 @@ class Run:
                 self._packed(name, data)  # refuses too little text now, not later
                 data.save(place / "train")
                 facts.update(documents=data.documents, tokens=data.tokens, **found.facts)
+            self.comm.barrier()
 
     def _collect(self, name: str, domain: DomainSection) -> Collection:
         """The documents of a domain, cleaned and divided."""
@@ -174,7 +230,8 @@ class Run:
         answers = domain.loss == "answers"
         for number, source in enumerate(domain.sources):
             if isinstance(source, SampledSource):
-                sampled += self._sampled(name, number, source, answers=answers)
+                place = self._sample(name, number, source)
+                sampled += read_documents(self.teacher, place, source.style, answers=answers)
             elif source.kind == "stdlib":
                 found = sources.read_stdlib(self.tokenizer)
                 read += sources.up_to(found, source.max_tokens)
@@ -218,9 +275,8 @@ class Run:
         asked = (q for task in section.tasks for q in questions(task))
         return Contamination(asked, section.words)
 
-    def _sampled(
-        self, name: str, number: int, source: SampledSource, *, answers: bool
-    ) -> list[Document]:
+    def _sample(self, name: str, number: int, source: SampledSource) -> Path:
+        """Let the teacher write the text of a source; where its files are."""
         place = self.path / "data" / name / f"sampled-{number}"
         stage = f"sample {name} {number}"
         metrics = sample_documents(
@@ -235,9 +291,10 @@ class Run:
             prompts_file=source.prompts,
             seed=derived_seed(self.recipe.seed, "sample", name, number),
             check=self.interrupt.check,
+            comm=self.comm,
         )
         self.follow(metrics, stage, f"sampling {name} ({source.style})")
-        return read_documents(self.teacher, place, source.style, answers=answers)
+        return place
 
     def _passages(self, domain: DomainSection) -> list[Document]:
         """Human passages of request sets, taken in turns, as many as are wanted."""
@@ -273,8 +330,8 @@ class Run:
         """Stage I: student0 becomes aligned."""
         place, state = self.path / "aligned", self.path / "aligned.state" / _STATE
         section = self.recipe.align
-        if (place / "config.json").is_file():
-            _remove(state)
+        if self.stands(place / "config.json"):
+            self._remove(state)
             return
         student = load(self.path / "student0", self.recipe.compute)
         weights = section.weights or dict.fromkeys(self.recipe.data.domains, 1.0)
@@ -283,19 +340,21 @@ class Run:
         batches = Batches(packed, section.rows, weights, seed)
         probe = self._probe(packed)
         with self.timed("align") as facts:
-            before = relative_errors(student, probe)
+            before = relative_errors(student, probe, self.comm)
             settings = section.model_dump(exclude={"steps", "rows", "weights"})
             metrics = align(
                 student,
                 self.teacher,
                 batches,
                 steps=section.steps,
+                accumulation=self.recipe.accumulation,
                 state=state,
                 save_seconds=self.recipe.save_seconds,
+                comm=self.comm,
                 **settings,
             )
             self.follow(metrics, "align", "stage I: align")
-            after = relative_errors(student, probe)
+            after = relative_errors(student, probe, self.comm)
             tokens = section.steps * section.rows * self.recipe.data.length
             facts.update(before=before, after=after, steps=section.steps, tokens=tokens)
             provenance = {
@@ -303,8 +362,8 @@ class Run:
                 "data": batches.identity,
                 "relative_error": {"before": before, "after": after},
             }
-            student.save(place, provenance)
-        _remove(state)
+            self._save(student, place, provenance)
+        self._remove(state)
 
     def _probe(self, packed: dict[str, Rows]) -> list[Any]:
         """A few rows a domain, of evaluation text where it is long enough."""
@@ -332,7 +391,7 @@ class Run:
 
     def run_targets(self) -> None:
         """The teacher's targets of every row that stage II will see."""
-        if self.recipe.distill.kl_weight == 0 or self._all_trained():
+        if self.recipe.distill.kl_weight == 0 or self.comm.broadcast(self._all_trained()):
             return
         wanted: dict[str, int] = {}
         for student in self.recipe.trained:
@@ -343,12 +402,14 @@ class Run:
             if count == 0:
                 continue
             stage = f"targets {name}"
-            if self.directory.done(stage):
+            if self.comm.broadcast(self.directory.done(stage)):
                 continue
             with self.timed(stage, tokens=count * self.recipe.data.length):
                 place = self.path / "targets" / name
                 packed = self.rows(name)
-                metrics = write_targets(self.teacher, packed, place, count=count, k=self._k)
+                metrics = write_targets(
+                    self.teacher, packed, place, count=count, k=self._k, comm=self.comm
+                )
                 self.follow(metrics, stage, f"targets: {name}")
 
     def trained_place(self, name: str) -> Path:
@@ -368,8 +429,8 @@ class Run:
         place = self.trained_place(name)
         state = place.with_name(f"{name}.state") / _STATE
         section, steps = self.recipe.distill, self.recipe.steps_of(name)
-        if (place / "config.json").is_file():
-            _remove(state)
+        if self.stands(place / "config.json"):
+            self._remove(state)
             return
         student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
@@ -388,19 +449,22 @@ class Run:
                 train_what=train,
                 held_out=held_out,
                 held_out_targets=held_out_targets,
+                accumulation=self.recipe.accumulation,
                 state=state,
                 save_seconds=self.recipe.save_seconds,
+                comm=self.comm,
                 **settings,
             )
             title = name if name == GENERALIST else f"expert {name}"
             self.follow(metrics, stage, f"stage II: {title}")
             provenance = {"distill": section.model_dump(), "data": batches.identity}
-            if isinstance(train, Lora):  # before the expert, with which the stage is done
+            if isinstance(train, Lora) and self.comm.first:
+                # before the expert, with which the stage is done
                 adapter = place.with_name(f"{name}.adapter")
                 base = os.path.relpath(self.path / "aligned", adapter)
                 train.save(adapter, base, provenance)
-            student.save(place, provenance)
-        _remove(state)
+            self._save(student, place, provenance)
+        self._remove(state)
 
     def _adapter(self, student: Model) -> Lora:
         """New factors of the student, which begin alike for every expert."""
@@ -416,7 +480,9 @@ class Run:
         batch = joined(parts)
         if section.kl_weight == 0:
             return batch, None
-        found = [self.teacher.topk(p.ids, self._k, reset=p.reset)[:2] for p in batch.parts(1)]
+        found = self.comm.map(
+            lambda p: self.teacher.topk(p.ids, self._k, reset=p.reset)[:2], batch.parts(1)
+        )
         ids, logp = (np.concatenate(x) for x in zip(*found, strict=True))
         return batch, (ids, logp)
 
@@ -451,12 +517,20 @@ class Run:
 
         write_report(self)
 
+    # ---- files of the first rank --------------------------------------------------------------
 
-def _remove(state: Path) -> None:
-    """Delete the state of a stage whose result stands."""
-    state.unlink(missing_ok=True)
-    if state.parent.is_dir() and not any(state.parent.iterdir()):
-        state.parent.rmdir()
+    def _save(self, student: Model, place: Path, provenance: dict[str, Any]) -> None:
+        if self.comm.first:
+            student.save(place, provenance)
+        self.comm.barrier()
+
+    def _remove(self, state: Path) -> None:
+        """Delete the state of a stage whose result stands."""
+        if not self.comm.first:
+            return
+        state.unlink(missing_ok=True)
+        if state.parent.is_dir() and not any(state.parent.iterdir()):
+            state.parent.rmdir()
 
 
 def _reset_peak_memory() -> None:
@@ -485,10 +559,15 @@ def run(
 ) -> Path:
     """Run a recipe in the directory `out` up to the stage `until`; again to continue.
 
-    A first Ctrl-C stops at the next safe place and saves; KeyboardInterrupt is raised then.
+    A first Ctrl-C stops at the next safe place and saves; KeyboardInterrupt is raised then. All
+    processes that mpirun started together do the run together.
     """
     check_installed(recipe.trackers)
-    interrupt = Interrupt()
-    with interrupt.listening(), RunDirectory(out) as directory:
-        Run(directory, directory.begin(recipe), reporter, interrupt).execute(until)
+    interrupt, comm = Interrupt(), world()
+    with interrupt.listening(), RunDirectory(out, writes=comm.first) as directory:
+        if comm.first:
+            recipe = directory.begin(recipe)
+        else:
+            reporter = Reporter(quiet=True, stream=io.StringIO())
+        Run(directory, comm.broadcast(recipe), reporter, interrupt).execute(until)
     return Path(out)

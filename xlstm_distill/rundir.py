@@ -57,13 +57,18 @@ class Interrupt:
 
 
 class RunDirectory:
-    """An open run directory; one process at a time holds it. Use as a context manager."""
+    """An open run directory; one process at a time holds it. Use as a context manager.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    `writes` False: of a job's processes this is not the one that holds it; nothing is logged.
+    """
+
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self._lock = -1
 
     def __enter__(self) -> RunDirectory:
+        if not self.writes:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -80,7 +85,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)  # the kernel frees the lock, after a kill as well
+        if self.writes:
+            os.close(self._lock)  # the kernel frees the lock, after a kill as well
 
     # ---- the recipe ---------------------------------------------------------------------------
 
@@ -124,6 +130,8 @@ class RunDirectory:
 
     def log(self, stage: str, **values: Any) -> None:
         """Append one line to log.jsonl."""
+        if not self.writes:
+            return
         line = json.dumps({"stage": stage, **values, "time": round(time.time(), 3)})
         try:
             with (self.path / LOG).open("ab+") as handle:
