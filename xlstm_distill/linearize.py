@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .checkpoints import Checkpoint, TensorSource
 from .config import MixerConfig, ModelConfig
 from .errors import UserError, validated
-from .model import Model
-from .parameters import Entry
+from .families import Shape, tensor_shapes
+from .model import Model, fingerprint_of
 
 FORGET_BIAS = 6.0
 """b_f: sigmoid(6) = 0.9975, a memory of some 400 tokens; 5 to 8 trained equally well, 1 worse."""
@@ -19,15 +22,18 @@ GATE_BIAS = -3.0
 """b_og: the student begins near window + sinks (o = 0.05); 0 was much worse, -5 slightly."""
 
 
+Source = TypeVar("Source", Model, Checkpoint)
+
+
 def linearize(
-    model: Model,
+    model: Source,
     window: int | None = 64,
     sinks: int = 4,
     mixer: Literal["hybrid", "mlstm", "linear", "window"] = "hybrid",
     gate: Literal["data", "fixed"] = "data",
     normalizer: Literal["ratio", "max"] = "ratio",
     keep_attention: Collection[int] = (),
-) -> Model:
+) -> Source:
     """A student with `model`'s weights in which `mixer` takes the place of softmax attention.
 
     window counts the current token (None: full), sinks are the first tokens of a document that stay
@@ -36,18 +42,11 @@ def linearize(
     (paper.md 1.2): feature maps are the identity, gate weights 0, b_f = 6, b_og = -3, b_i = 0
     (log D^1.5 under `max`, below which that normaliser's floor silences the branch).
 
+    A checkpoint gives a checkpoint, whose tensors are read or made when they are asked for: memory
+    for one tensor, where a model is held whole.
+
     Raises UserError for a wrong value or for a model whose weights are stored as bf16 or int8.
     """
-    config = model.config
-    layers = config.num_hidden_layers
-    if outside := [i for i in keep_attention if not 0 <= i < layers]:
-        raise UserError(f"keep_attention: layer {outside[0]} is outside 0..{layers - 1}")
-    if model.params.packed:
-        raise UserError(
-            f'linearize: the weights are {model.compute}; load the teacher with compute="f32"'
-        )
-    if config.is_student:
-        raise UserError(f"linearize: {model.source or 'the model'} is a student already")
     choice: dict[str, Any] = {
         "mixer": mixer,
         "window": window,
@@ -55,27 +54,56 @@ def linearize(
         "gate": gate,
         "normalizer": normalizer,
     }
-    wanted = validated(MixerConfig, choice, "student", usage=True)
-    mixers = [
-        old if i in keep_attention else _narrowed(wanted, old.window)
-        for i, old in enumerate(config.mixers)
-    ]
+    if isinstance(model, Model) and model.params.packed:
+        raise UserError(
+            f'linearize: the weights are {model.compute}; load the teacher with compute="f32"'
+        )
+    config = _student_config(model.config, model.source, choice, keep_attention)
+    fingerprint = model.fingerprint() if isinstance(model, Model) else fingerprint_of(model)
+    provenance = {
+        "teacher": {"source": model.source, "fingerprint": fingerprint},
+        "linearize": {**choice, "keep_attention": sorted(keep_attention)},
+    }
+    source = f"student of {model.source}" if model.source else ""
+    start = partial(_start, head_dim=config.head_dim, normalizer=normalizer)
+    if isinstance(model, Checkpoint):
+        made = {
+            name: TensorSource(shape, partial(start, name, shape), source)
+            for name, shape in tensor_shapes(config).items()
+            if name not in model.tensors
+        }
+        return Checkpoint(
+            config,
+            model.tensors.exchanged(made),
+            tokenizer=lambda: model.tokenizer,
+            provenance=provenance,
+            source=source,
+        )
     student = Model(
-        ModelConfig(**{**config.model_dump(), "mixers": mixers}),
-        model.tokenizer,
-        dtype=model.dtype,
-        provenance={
-            "teacher": {"source": model.source, "fingerprint": model.fingerprint()},
-            "linearize": {**choice, "keep_attention": sorted(keep_attention)},
-        },
-        source=f"student of {model.source}" if model.source else "",
+        config, model.tokenizer, dtype=model.dtype, provenance=provenance, source=source
     )
     for entry in student.params.entries:
         if entry.name in model.params:
             student.params[entry.name] = model.params[entry.name]
         else:
-            student.params.view(entry)[...] = _start(entry, config.head_dim, normalizer)
+            student.params[entry.name] = start(entry.name, entry.shape)
     return student
+
+
+def _student_config(
+    config: ModelConfig, source: str, choice: dict[str, Any], keep_attention: Collection[int]
+) -> ModelConfig:
+    layers = config.num_hidden_layers
+    if outside := [i for i in keep_attention if not 0 <= i < layers]:
+        raise UserError(f"keep_attention: layer {outside[0]} is outside 0..{layers - 1}")
+    if config.is_student:
+        raise UserError(f"linearize: {source or 'the model'} is a student already")
+    wanted = validated(MixerConfig, choice, "student", usage=True)
+    mixers = [
+        old if i in keep_attention else _narrowed(wanted, old.window)
+        for i, old in enumerate(config.mixers)
+    ]
+    return ModelConfig(**{**config.model_dump(), "mixers": mixers})
 
 
 def _narrowed(wanted: MixerConfig, own: int | None) -> MixerConfig:
@@ -84,17 +112,18 @@ def _narrowed(wanted: MixerConfig, own: int | None) -> MixerConfig:
     return wanted.model_copy(update={"window": own})
 
 
-def _start(entry: Entry, head_dim: int, normalizer: str) -> Any:
-    """The start value of a new parameter."""
-    if entry.role == "map":
-        return np.eye(entry.shape[-1])
-    if entry.name.endswith(".f_proj.bias"):
-        return FORGET_BIAS
-    if entry.name.endswith(".o_gate.bias"):
-        return GATE_BIAS
-    if entry.name.endswith(".i_proj.bias") and normalizer == "max":
-        return input_bias_for_max(head_dim)
-    return 0.0
+def _start(name: str, shape: Shape, head_dim: int, normalizer: str) -> NDArray[Any]:
+    """The start value of a new parameter; feature maps are [heads, head_dim, head_dim]."""
+    value: Any = 0.0
+    if name.endswith((".map_q", ".map_k")):
+        value = np.eye(shape[-1])
+    elif name.endswith(".f_proj.bias"):
+        value = FORGET_BIAS
+    elif name.endswith(".o_gate.bias"):
+        value = GATE_BIAS
+    elif name.endswith(".i_proj.bias") and normalizer == "max":
+        value = input_bias_for_max(head_dim)
+    return np.full(shape, value)
 
 
 def input_bias_for_max(head_dim: int) -> float:

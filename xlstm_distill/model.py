@@ -6,8 +6,9 @@ alone. Arrays of token ids are int32 [B, T]; rows may have their own `lengths` (
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from . import checkpoints
 from .config import MixerConfig, ModelConfig
 from .errors import UserError
 from .families import FAMILIES
-from .parameters import Parameters, aligned_bytes
+from .parameters import Parameters, aligned_bytes, digest_of
 from .runtime import core
 from .state import DecodeState, state_capacity
 from .tokenizer import Tokenizer
@@ -43,6 +44,30 @@ _OWN_GATE = -1.0
 def _mixer_row(m: MixerConfig) -> list[int]:
     window = 0 if m.window is None else m.window
     return [_KINDS[m.mixer], window, m.sinks, m.gate == "fixed", m.normalizer == "max"]
+
+
+def _capsule(core: Any, c: ModelConfig, compute: Compute) -> Any:
+    """The core's form of a configuration."""
+    family = FAMILIES[c.family]
+    sizes = [
+        c.hidden_size,
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        c.head_dim,
+        c.intermediate_size,
+        c.vocab_size,
+        c.tie_word_embeddings,
+        c.attention_bias,
+        _COMPUTE.index(compute),
+        family.post_norm,
+        family.qk_norm,
+    ]
+    return core.config_new(
+        np.array(sizes, dtype=np.int32),
+        c.rms_norm_eps,
+        np.ascontiguousarray(c.inv_freq(), dtype=np.float64),
+        np.array([_mixer_row(m) for m in c.mixers], dtype=np.int32).reshape(-1, 5),
+    )
 
 
 class Model:
@@ -90,26 +115,7 @@ class Model:
     def _configure(self, compute: Compute) -> None:
         if compute not in _COMPUTE:
             raise UserError(f"compute {compute!r} is not known: {', '.join(_COMPUTE)}")
-        c, family = self.config, FAMILIES[self.config.family]
-        sizes = [
-            c.hidden_size,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-            c.intermediate_size,
-            c.vocab_size,
-            c.tie_word_embeddings,
-            c.attention_bias,
-            _COMPUTE.index(compute),
-            family.post_norm,
-            family.qk_norm,
-        ]
-        self.capsule = self.core.config_new(
-            np.array(sizes, dtype=np.int32),
-            c.rms_norm_eps,
-            np.ascontiguousarray(c.inv_freq(), dtype=np.float64),
-            np.array([_mixer_row(m) for m in c.mixers], dtype=np.int32).reshape(-1, 5),
-        )
+        self.capsule = _capsule(self.core, self.config, compute)
         self._compute = compute
 
     @property
@@ -167,10 +173,7 @@ class Model:
 
     def fingerprint(self) -> str:
         """sha256 over configuration and parameters."""
-        import hashlib
-
-        text = self.config.model_dump_json() + self.params.digest()
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _fingerprint(self.config, self.params.digest())
 
     def save(self, directory: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Write a Hugging Face layout directory (atomic: a reader sees the old or the new one)."""
@@ -600,15 +603,48 @@ class Model:
         grads: Parameters | None = None,
         trainable: set[str] | None = None,
         scale: float = 1.0,
+        layers: Collection[int] | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
         """Stage I of a batch (paper.md (12)): per layer, sum ||h - h_T||^2 and sum ||h_T||^2, [L]
         each, and the number of tokens. Each layer's mixer gets the teacher's own layer input; the
         gradient of scale * (sum of the first) is added into the mixers' parameters in `grads`.
+        Other layers than `layers` (None: all) are not compared and have sums of 0; what lies behind
+        the last compared layer is not computed.
 
         The weights that the student shares with its teacher must still be the teacher's."""
-        tokens = self._ids(ids)
+        return self._align(self._ids(ids), reset, grads, trainable, scale, layers)
+
+    def align_hidden(
+        self,
+        hidden: NDArray[Any],
+        reset: ArrayLike | None = None,
+        grads: Parameters | None = None,
+        trainable: set[str] | None = None,
+        scale: float = 1.0,
+        layers: Collection[int] | None = None,
+        out: NDArray[Any] | None = None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+        """`align_and_grad` for what enters the first layer, `hidden` [B, T, d] of the model's
+        dtype, in place of token ids. `out` [B, T, d] is set to what the teacher's last layer puts
+        out: with models of one layer each, a teacher can be gone through without holding it."""
+        tokens = np.zeros(hidden.shape[:2], dtype=np.int32)  # never looked at
+        return self._align(tokens, reset, grads, trainable, scale, layers, hidden, out)
+
+    def _align(
+        self,
+        tokens: IntArray,
+        reset: ArrayLike | None,
+        grads: Parameters | None,
+        trainable: set[str] | None,
+        scale: float,
+        layers: Collection[int] | None,
+        hidden: NDArray[Any] | None = None,
+        out: NDArray[Any] | None = None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
         r = self._reset(reset, tokens)
-        sums = np.zeros((self.config.num_hidden_layers, 2))
+        count = self.config.num_hidden_layers
+        sums = np.zeros((count, 2))
+        flags = None if layers is None else np.isin(np.arange(count), list(layers)).view(np.uint8)
         with self._lock:
             work = self._workspace(self._need(_ALIGN, *tokens.shape))
             self.core.model_align(
@@ -620,11 +656,25 @@ class Model:
                 None,
                 None if grads is None else grads.raw,
                 self.params.flags(trainable),
+                hidden,
+                out,
+                flags,
                 scale,
                 sums,
                 work,
             )
         return sums[:, 0], sums[:, 1], tokens.size
+
+
+def _fingerprint(config: ModelConfig, digest: str) -> str:
+    return hashlib.sha256((config.model_dump_json() + digest).encode()).hexdigest()
+
+
+def fingerprint_of(checkpoint: checkpoints.Checkpoint) -> str:
+    """`Model.fingerprint` of a model that is read tensor by tensor, not held (float32)."""
+    real = core(np.dtype(np.float32))
+    plan, _ = real.plan_list(_capsule(real, checkpoint.config, "f32"), 0, 0)
+    return _fingerprint(checkpoint.config, digest_of(checkpoint.tensors, [e[0] for e in plan]))
 
 
 def from_checkpoint(checkpoint: checkpoints.Checkpoint, compute: Compute = "f32") -> Model:

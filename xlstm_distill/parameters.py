@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -154,3 +154,12 @@ class Parameters:
             h.update(e.name.encode())
             h.update(self.stored(e))
         return h.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, NDArray[Any]], names: Iterable[str]) -> str:
+    """`Parameters.digest` of tensors that are read one at a time, `names` in the buffer's order."""
+    h = hashlib.sha256()
+    for name in names:
+        h.update(name.encode())
+        h.update(np.ascontiguousarray(tensors[name]))
+    return h.hexdigest()

@@ -16,10 +16,12 @@ static void one_branch(const xl_mixer *m, xl_mixer_tape *t, real *hm, real *hs) 
     t->hs = m->kind == XL_MIX_HYBRID ? hs : t->h;
 }
 
+/* x: `hidden`, or where that is NULL the embeddings of the batch. */
 static xl_status start(xl_ctx *ctx, const xl_config *c, const xl_params *p, xl_batch *b, real *rope,
-                       real *x) {
+                       real *x, const real *hidden) {
     b->rope = rope;
     XL_TRY(xl_rope_table(ctx, rows(b), c->D, rope, b->pos, c->inv_freq));
+    if (hidden) return xl_copy(ctx, rows(b) * c->d, x, hidden);
     return xl_embedding_forward(ctx, rows(b), c->V, c->d, x, b->ids, p->embed);
 }
 
@@ -54,7 +56,7 @@ xl_status xl_model_forward(xl_ctx *ctx, const xl_config *c, const xl_params *p, 
     forward_plan(ctx, c, b, scratch, &w);
     ptrdiff_t gates = rows(b) * c->H;
     real *hm = w.tape.mixer.hm, *hs = w.tape.mixer.hs;
-    XL_TRY(start(ctx, c, p, b, w.rope, w.x));
+    XL_TRY(start(ctx, c, p, b, w.rope, w.x, NULL));
     for (ptrdiff_t l = 0; l < c->layers; l++) {
         one_branch(&c->mixer[l], &w.tape.mixer, hm, hs);
         XL_TRY(xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape, w.x, w.x,
@@ -114,7 +116,7 @@ xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
     train_work w;
     train_plan(ctx, c, b, head, scratch, &w);
     ptrdiff_t N = rows(b), row = N * c->d, L = c->layers;
-    XL_TRY(start(ctx, c, p, b, w.rope, w.stream));
+    XL_TRY(start(ctx, c, p, b, w.rope, w.stream, NULL));
     for (ptrdiff_t l = 0; l < L; l++)
         XL_TRY(xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape[l], w.stream + (l + 1) * row,
                                 w.stream + l * row, NULL, w.block));
@@ -168,18 +170,28 @@ ptrdiff_t xl_model_align_scratch(const xl_ctx *ctx, const xl_config *c, const xl
     return align_plan(ctx, c, b, NULL, &w);
 }
 
+/* One behind the last layer that has to be gone through. */
+static ptrdiff_t layers_needed(const xl_config *c, const xl_stream *s) {
+    ptrdiff_t l = c->layers;
+    while (!s->out && s->compared && l > 0 && !s->compared[l - 1]) l--;
+    return l;
+}
+
 xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, const xl_params *g,
-                         xl_batch *b, double scale, double *sums, void *scratch) {
+                         xl_batch *b, const xl_stream *stream, double scale, double *sums,
+                         void *scratch) {
     align_work w;
     align_plan(ctx, c, b, scratch, &w);
     ptrdiff_t N = rows(b), q = N * c->H * c->D, kv = N * c->G * c->D;
     const xl_mixer attention = {.kind = XL_MIX_ATTENTION};
     xl_mixer_tape *t = &w.tape.mixer;
     real *hm = t->hm, *hs = t->hs;
-    XL_TRY(start(ctx, c, p, b, w.rope, w.x));
-    for (ptrdiff_t l = 0; l < c->layers; l++) {
+    ptrdiff_t layers = layers_needed(c, stream);
+    XL_TRY(start(ctx, c, p, b, w.rope, w.x, stream->in));
+    for (ptrdiff_t l = 0; l < layers; l++) {
         const xl_mixer *m = &c->mixer[l];
         const xl_layer *layer = &p->layer[l];
+        int compared = !stream->compared || stream->compared[l];
         one_branch(m, t, hm, hs);
         XL_TRY(xl_block_project(ctx, c, layer, b, &w.tape, w.x, w.block));
         XL_TRY(xl_copy(ctx, q, w.teacher.q, t->q));
@@ -187,15 +199,18 @@ xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
         XL_TRY(xl_copy(ctx, kv, w.teacher.v, t->v));
         XL_TRY(xl_mixer_forward(ctx, c, &attention, layer, b, &w.teacher, w.tape.xn_attn, NULL,
                                 w.block));
-        XL_TRY(xl_mixer_forward(ctx, c, m, layer, b, t, w.tape.xn_attn, NULL, w.block));
-        XL_TRY(xl_mse_forward(ctx, q, sums + 2 * l, t->h, w.teacher.h, w.sums));
-        if (g && xl_has_mlstm(m)) {
+        if (compared) {
+            XL_TRY(xl_mixer_forward(ctx, c, m, layer, b, t, w.tape.xn_attn, NULL, w.block));
+            XL_TRY(xl_mse_forward(ctx, q, sums + 2 * l, t->h, w.teacher.h, w.sums));
+        }
+        if (g && compared && xl_has_mlstm(m)) {
             XL_TRY(xl_zero(ctx, q, w.dh));
             XL_TRY(xl_mse_backward(ctx, q, w.dh, t->h, w.teacher.h, (real)scale));
             XL_TRY(xl_mixer_backward(ctx, c, m, layer, &g->layer[l], b, t, NULL, NULL, NULL, NULL,
                                      w.dh, w.tape.xn_attn, w.block));
         }
-        XL_TRY(xl_block_finish(ctx, c, layer, b, &w.tape, w.x, w.x, w.teacher.h, w.block));
+        if (l + 1 < layers || stream->out)
+            XL_TRY(xl_block_finish(ctx, c, layer, b, &w.tape, w.x, w.x, w.teacher.h, w.block));
     }
-    return XL_OK;
+    return stream->out ? xl_copy(ctx, N * c->d, stream->out, w.x) : XL_OK;
 }

@@ -21,12 +21,21 @@ xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
 ptrdiff_t xl_model_train_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b,
                                  const xl_head *head);
 
+/* Where the teacher's stream of stage I begins and ends, and in which layers it is looked at. */
+typedef struct {
+    const real *in;          /* [B, T, d] into the first layer; NULL: the embeddings of the batch */
+    real *out;               /* [B, T, d] out of the last layer, or NULL */
+    const uint8_t *compared; /* [layers] flags; NULL: all */
+} xl_stream;
+
 /* Stage I (paper.md (12)). The stream is the teacher's: full attention in every layer, whose input
- * each layer's mixer also gets. sums [layers, 2]: sum (h - h_teacher)^2 and sum h_teacher^2; adds
- * the gradient of scale * sum of the first into the mixers' own parameters in g (NULL: loss only).
- * One layer's activations are held at a time. */
+ * each compared layer's mixer also gets. sums [layers, 2]: sum (h - h_teacher)^2 and sum h_teacher^2
+ * of the compared layers are added; adds the gradient of scale * sum of the first into the mixers'
+ * own parameters in g (NULL: loss only). Without stream->out nothing behind the last compared layer
+ * is computed. One layer's activations are held at a time. */
 xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, const xl_params *g,
-                         xl_batch *b, double scale, double *sums, void *scratch);
+                         xl_batch *b, const xl_stream *stream, double scale, double *sums,
+                         void *scratch);
 ptrdiff_t xl_model_align_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b);
 
 #endif

@@ -293,11 +293,11 @@ static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t
     return xl_end(&c, c.status);
 }
 
-/* model_align(config, params, ids, pos, reset, lengths, grads, wanted, scale, sums f64 [L, 2],
- *             work) */
+/* model_align(config, params, ids, pos, reset, lengths, grads, wanted, hidden_in, hidden_out, compared,
+ *             scale, sums f64 [L, 2], work): xl_stream says what hidden_in, hidden_out and compared are */
 static PyObject *model_align(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 11)) return NULL;
+    if (!xl_begin(&c, module, nargs, 14)) return NULL;
     const xl_config *config = take_config(&c, args[0]);
     if (c.failed) return xl_end(&c, XL_OK);
     xl_params params, grads;
@@ -306,14 +306,17 @@ static PyObject *model_align(PyObject *module, PyObject *const *args, Py_ssize_t
     const uint8_t *wanted = take_wanted(&c, config, args[7]);
     int training = args[6] != Py_None;
     if (training) place_params(&c, config, args[6], "grads", 1, wanted, &grads);
-    double scale = xl_double(&c, args[8], "scale");
-    xl_set_dim(&c, 'L', config->layers);
-    double *sums = xl_inout_f64(&c, args[9], "sums", "L2");
+    xl_set_dim(&c, 'L', config->layers), xl_set_dim(&c, 'D', config->d);
+    xl_stream stream = {.in = xl_in(&c, args[8], "hidden_in?", "BTD"),
+                        .out = xl_inout(&c, args[9], "hidden_out?", "BTD"),
+                        .compared = xl_in_u8(&c, args[10], "compared?", "L")};
+    double scale = xl_double(&c, args[11], "scale");
+    double *sums = xl_inout_f64(&c, args[12], "sums", "L2");
     if (c.failed) return xl_end(&c, XL_OK);
-    void *work = take_work(&c, args[10], xl_model_align_scratch(&c.ctx, config, &b));
+    void *work = take_work(&c, args[13], xl_model_align_scratch(&c.ctx, config, &b));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_model_align(&c.ctx, config, &params, training ? &grads : NULL, &b, scale, sums,
-                              work));
+    XL_RUN(&c, xl_model_align(&c.ctx, config, &params, training ? &grads : NULL, &b, &stream, scale,
+                              sums, work));
     return xl_end(&c, c.status);
 }
 

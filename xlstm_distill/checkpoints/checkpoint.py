@@ -22,18 +22,21 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a tensor comes from: `read` gives it as float32 of `shape`, `where` names the file."""
+    """Where a tensor comes from: `read` gives it as float32 of `shape`, `where` names the file.
+
+    `rows` gives some rows (numbers along the first axis) without reading the rest, where it can.
+    """
 
     shape: Shape
     read: Callable[[], Array]
     where: str
+    rows: Callable[[NDArray[np.int64]], Array] | None = None
 
 
 class LazyTensors(Mapping[str, Array]):
     """Tensors by name, each read (and checked for NaN and infinity) when it is asked for.
 
-    Nothing is kept: a second look reads again. Arrays are float32, row-major and may be read-only
-    views of the file.
+    Nothing is kept: a second look reads again. Arrays are float32, row-major and may be read-only.
     """
 
     def __init__(self, sources: Mapping[str, TensorSource]) -> None:
@@ -41,14 +44,17 @@ class LazyTensors(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         source = self._sources[name]
-        array = np.require(source.read(), dtype=np.float32, requirements=["C", "A"])
-        finite = np.isfinite(array)
-        if not finite.all():
-            place = np.unravel_index(int(np.argmin(finite)), array.shape)
-            value = array[place]
-            index = ", ".join(str(int(i)) for i in place)
-            raise UserError(f"{source.where}: tensor {name} holds {value} at [{index}]")
-        return array
+        return _finite(source.read(), name, source.where)
+
+    def rows(self, name: str, rows: NDArray[np.int64]) -> Array:
+        """Some rows of a tensor; the rest is not read where the file allows it."""
+        source = self._sources[name]
+        found = source.read()[rows] if source.rows is None else source.rows(rows)
+        return _finite(found, name, source.where)
+
+    def exchanged(self, sources: Mapping[str, TensorSource]) -> LazyTensors:
+        """These tensors, with `sources` in their places or added."""
+        return LazyTensors({**self._sources, **sources})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -61,6 +67,17 @@ class LazyTensors(Mapping[str, Array]):
         return self._sources[name].shape
 
 
+def _finite(values: Array, name: str, where: str) -> Array:
+    array = np.require(values, dtype=np.float32, requirements=["C", "A"])
+    finite = np.isfinite(array)
+    if not finite.all():
+        place = np.unravel_index(int(np.argmin(finite)), array.shape)
+        value = array[place]
+        index = ", ".join(str(int(i)) for i in place)
+        raise UserError(f"{where}: tensor {name} holds {value} at [{index}]")
+    return array
+
+
 class Checkpoint:
     """A model as it lies in files.
 
@@ -71,7 +88,7 @@ class Checkpoint:
     def __init__(
         self,
         config: ModelConfig,
-        tensors: Mapping[str, Array],
+        tensors: LazyTensors,
         *,
         tokenizer: Callable[[], Tokenizer | None],
         provenance: Mapping[str, Any],

@@ -8,6 +8,7 @@ rotate-half order of Hugging Face (and of this package).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,21 +220,24 @@ def _source(tensor: gguf.ReaderTensor, heads: int, where: str) -> TensorSource:
     read = _dequantised(tensor, where)
     if heads:
         return TensorSource(_shape(tensor), lambda: rotate_half_rows(read(), heads), where)
-    return TensorSource(_shape(tensor), read, where)
+    some = partial(_values, tensor, where)
+    return TensorSource(_shape(tensor), read, where, lambda rows: some(tensor.data[rows]))
 
 
 def _dequantised(tensor: gguf.ReaderTensor, where: str) -> Callable[[], Array]:
-    def read() -> Array:
-        try:
-            values: NDArray[Any] = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, KeyError):
-            raise UserError(
-                f"{where}: tensor {tensor.name} has type {tensor.tensor_type.name}, "
-                "which cannot be dequantised"
-            ) from None
-        return np.asarray(values, dtype=np.float32).reshape(_shape(tensor))
+    return lambda: _values(tensor, where, tensor.data).reshape(_shape(tensor))
 
-    return read
+
+def _values(tensor: gguf.ReaderTensor, where: str, data: NDArray[Any]) -> Array:
+    """What stored rows of a tensor stand for."""
+    try:
+        values: NDArray[Any] = gguf.dequantize(data, tensor.tensor_type)
+    except (NotImplementedError, KeyError):
+        raise UserError(
+            f"{where}: tensor {tensor.name} has type {tensor.tensor_type.name}, "
+            "which cannot be dequantised"
+        ) from None
+    return np.asarray(values, dtype=np.float32)
 
 
 def rotate_half_rows(weight: Array, heads: int) -> Array:

@@ -1,12 +1,14 @@
 """safetensors files: validated by the library, read through a memory map, written as a stream.
 
 The library's NumPy front end cannot give bfloat16, and it copies; so it checks the header, and the
-bytes are then taken from a memory map.
+bytes are then taken from a memory map, a piece at a time: what has been read of a file larger than
+the memory does not stay mapped.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,16 +25,23 @@ from .checkpoint import Array, TensorSource
 _Bytes = NDArray[np.uint8]
 
 
+_PIECE = 1 << 24
+"""Numbers that are converted at a time."""
+
+
 def _from_bf16(raw: _Bytes) -> Array:
     """bfloat16 is the upper half of a float32."""
-    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    wide = raw.view("<u2").astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
-_READERS: dict[str, Callable[[_Bytes], Array]] = {
-    "F32": lambda raw: raw.view("<f4"),
-    "F16": lambda raw: raw.view("<f2").astype(np.float32),
-    "BF16": _from_bf16,
+_READERS: dict[str, tuple[int, Callable[[_Bytes], Array]]] = {
+    "F32": (4, lambda raw: raw.view("<f4")),
+    "F16": (2, lambda raw: raw.view("<f2").astype(np.float32)),
+    "BF16": (2, _from_bf16),
 }
+"""Bytes of a number, and what they stand for."""
 
 
 def open_file(path: Path) -> dict[str, TensorSource]:
@@ -48,25 +57,48 @@ def open_file(path: Path) -> dict[str, TensorSource]:
         cut = _cut_tensor(path)
         reason = f"cut off in tensor {cut}" if cut else str(error)
         raise UserError(f"{path}: not a valid safetensors file ({reason})") from None
-    data: _Bytes = np.memmap(path, dtype=np.uint8, mode="r")
+    with path.open("rb") as handle:
+        mapping = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     header, start = _header(path)
     return {
-        name: _source(path, name, entry, data[start:])
+        name: _source(path, name, entry, mapping, start)
         for name, entry in header.items()
         if name != "__metadata__"
     }
 
 
-def _source(path: Path, name: str, entry: Mapping[str, Any], body: _Bytes) -> TensorSource:
-    reader = _READERS.get(entry["dtype"])
-    if reader is None:
+def _source(
+    path: Path, name: str, entry: Mapping[str, Any], mapping: mmap.mmap, start: int
+) -> TensorSource:
+    if entry["dtype"] not in _READERS:
         raise UserError(
             f"{path}: tensor {name} has type {entry['dtype']}, supported: {', '.join(_READERS)}"
         )
+    size, convert = _READERS[entry["dtype"]]
     shape: Shape = tuple(entry["shape"])
-    first, last = entry["data_offsets"]
-    raw = body[first:last]
-    return TensorSource(shape, lambda: reader(raw).reshape(shape), str(path))
+    first, last = (start + offset for offset in entry["data_offsets"])
+    raw = np.frombuffer(mapping, np.uint8)[first:last]
+
+    def read() -> Array:
+        values = np.empty((last - first) // size, dtype=np.float32)
+        for at in range(0, len(values), _PIECE):
+            piece = values[at : at + _PIECE]
+            piece[:] = convert(raw[size * at : size * (at + len(piece))])
+            _release(mapping, first + size * at, size * len(piece))
+        return values.reshape(shape)
+
+    def rows(wanted: NDArray[np.int64]) -> Array:
+        found = raw.reshape(shape[0], -1)[wanted]
+        _release(mapping, first, last - first)
+        return convert(found.reshape(-1)).reshape(len(wanted), *shape[1:])
+
+    return TensorSource(shape, read, str(path), rows if len(raw) else None)
+
+
+def _release(mapping: mmap.mmap, first: int, size: int) -> None:
+    """Let the kernel have back the pages that hold these bytes; a later look reads them again."""
+    start = first // mmap.PAGESIZE * mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, start, first + size - start)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
