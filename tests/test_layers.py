@@ -69,6 +69,7 @@ LEVELS = [
         "data",
         "distill",
         "evaluate",
+        "layerwise",
         "linearize",
         "lora",
         "merge",

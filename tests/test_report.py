@@ -126,7 +126,11 @@ def data() -> dict[str, Any]:
             {"stage": "Stage II", "label": "code", "steps": [1, 2], "values": [1.0, 0.9]},
             {"stage": "Stage II", "label": "prose", "steps": [1, 2], "values": [1.1, 0.8]},
         ],
-        "layer_errors": {"before": [0.2] * LAYERS, "after": [0.05] * LAYERS},
+        "layer_errors": {
+            "layers": list(range(LAYERS)),
+            "before": [0.2] * LAYERS,
+            "after": [0.05] * LAYERS,
+        },
         "fidelity": fidelity_part(),
         "gates": {"values": gates, "text": "Median over 2,560 tokens."},
         "benchmarks": comparison.model_dump(),
@@ -262,8 +266,8 @@ def test_terminal(data):
             r"report: losses\.0: 1 steps, but 0 values",
         ),
         (
-            {"layer_errors": {"before": [1.0], "after": []}},
-            "report: layer_errors: 1 layers before, 0 after",
+            {"layer_errors": {"layers": [3], "before": [1.0], "after": []}},
+            "report: layer_errors: 1 layers, 1 numbers before, 0 after",
         ),
     ],
 )

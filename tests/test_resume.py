@@ -279,8 +279,8 @@ def prepare(root: Path, teacher, save_seconds: float) -> Path:
     return root / "recipe.yaml"
 
 
-def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "xlstm_distill", "run", str(recipe), "--out", str(out)]
+def start(recipe: Path, out: Path, until: str = "run") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "xlstm_distill", until, str(recipe), "--out", str(out)]
     package = Path(xlstm_distill.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(package), "XLSTM_DISTILL_THREADS": "1"}
     return subprocess.Popen(
@@ -288,8 +288,8 @@ def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(recipe: Path, out: Path) -> None:
-    process = start(recipe, out)
+def finish(recipe: Path, out: Path, until: str = "run") -> None:
+    process = start(recipe, out, until)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
 
@@ -311,12 +311,19 @@ def log_of(out: Path, behind: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith(b"}")]
 
 
-def stop(recipe: Path, out: Path, keys: set[Key], delay: float, how: signal.Signals) -> bool:
+def stop(
+    recipe: Path,
+    out: Path,
+    keys: set[Key],
+    delay: float,
+    how: signal.Signals,
+    until: str = "run",
+) -> bool:
     """Start a run, wait until it logs one of the lines and then so many seconds, and stop it. False
     if it ended first."""
     log = out / "log.jsonl"
     behind = log.stat().st_size if log.exists() else 0
-    process = start(recipe, out)
+    process = start(recipe, out, until)
     end = time.monotonic() + 60
     while not keys.intersection(key_of(line) for line in log_of(out, behind)):
         if time.monotonic() > end or process.poll() is not None:
@@ -376,6 +383,28 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, teacher):
     assert results(stopped) == expected
     report = json.loads((stopped / "report" / "report.json").read_text())
     assert report["layer_errors"]["before"] != report["layer_errors"]["after"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_seconds", [0.0, 0.02])
+def test_stage_one_by_layer_killed_ends_with_the_bits_of_stage_one_by_step(
+    tmp_path, teacher, save_seconds
+):
+    """In the middle of a layer, after its last step, while batches move to the next layer."""
+    recipe = prepare(tmp_path, teacher, save_seconds)
+    finish(recipe, tmp_path / "step", "align")
+    values = load_recipe(recipe, ["align.order=layer"])
+    save_recipe(values, recipe)
+    killed = tmp_path / "layer"
+    for step, delay in ((3, 0.0), (20, 0.0), (40, 0.0), (40, 0.01), (41, 0.0), (63, 0.0)):
+        keys = {("align", n) for n in range(step, 81)}
+        assert stop(recipe, killed, keys, delay, signal.SIGKILL, "align")
+    finish(recipe, killed, "align")
+    weights = [p / "aligned" / "model.safetensors" for p in (tmp_path / "step", killed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not (killed / "aligned.state").exists()
+    with RunDirectory(killed) as directory:
+        assert [m["step"] for m in directory.steps("align")] == [*range(1, 81)]
 
 
 def moments(log: list[dict[str, Any]], count: int) -> list[tuple[set[Key], float]]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_run
 import yaml
 from test_tasks import request, write_task
 
-from xlstm_distill import packages
+from xlstm_distill import checkpoints, packages
+from xlstm_distill.assess import stage_one_errors
 from xlstm_distill.cli import main
 from xlstm_distill.data import Rows, TokenData
-from xlstm_distill.model import load
+from xlstm_distill.model import Model, load
 from xlstm_distill.optim import learning_rate
-from xlstm_distill.run import derived_seed
+from xlstm_distill.run import Run, derived_seed
 from xlstm_distill.rundir import RunDirectory
 
 QUESTION = "Which of the four gases in the flask would turn limewater cloudy after a minute or two?"
@@ -181,6 +184,61 @@ def test_schedules_and_parts_of_stage_one(root, tmp_path, plain):
     assert rates == [learning_rate(n, 10, **expected) for n in range(1, 11)]
 
 
+ORDERS = ("step", "layer")
+
+
+def test_stage_one_by_layer_is_stage_one_by_step(root, tmp_path):
+    align = {"steps": 9, "rows": 3, "micro_rows": 2, "clip": 0.1, "patience": 2, "lr": 0.1}
+    for order in ORDERS:
+        assert run(root, tmp_path / order, "align", {"align": {**align, "order": order}}) == 0
+    weights = [(tmp_path / o / "aligned" / "model.safetensors").read_bytes() for o in ORDERS]
+    assert weights[0] == weights[1]
+    logs = [steps(tmp_path / order, "align") for order in ORDERS]
+    curves = [stage_one_errors(log) for log in logs]
+    assert curves[0] == curves[1] and len(curves[0]) > 3
+    assert {m["layer"] for m in logs[1]} == {0, 1}
+    errors = [
+        checkpoints.load(tmp_path / order / "aligned").provenance["relative_error"]
+        for order in ORDERS
+    ]
+    assert errors[0]["layers"] == errors[1]["layers"] == [0, 1]
+    for when in ("before", "after"):  # the probe in one call or in two: rounding
+        assert np.allclose(errors[0][when], errors[1][when], rtol=1e-6)
+    assert not (tmp_path / "layer" / "aligned.state").exists()
+
+
+def test_stage_one_by_layer_does_not_hold_the_teacher(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "teacher", property(lambda self: pytest.fail("the teacher is loaded")))
+    monkeypatch.setattr(Model, "fill", lambda *_: pytest.fail("a model is loaded"))
+    data = {"domains": tiny_run.recipe(root / "teacher", root / "text")["data"]["domains"]}
+    del data["domains"]["general"]  # which the teacher writes
+    changes = {
+        "data": data,
+        "align": {"order": "layer", "stream": "bfloat16", "layers": [1]},
+        "experts": {"general": {"notes": 1}, "notes": {"notes": 1}},
+    }
+    assert run(root, tmp_path / "out", "align", changes) == 0
+    monkeypatch.undo()
+    before, after = load(tmp_path / "out" / "student0"), load(tmp_path / "out" / "aligned")
+    for e in before.params.entries:
+        same = np.array_equal(before.params[e.name], after.params[e.name])
+        assert same or (e.group == 1 and ".mixer." in e.name), e.name
+    assert not np.array_equal(before.params.flat, after.params.flat)
+    assert after.provenance["relative_error"]["layers"] == [1]
+
+
+def test_a_disk_that_is_too_small_for_stage_one_ends_a_run_before_it_begins(
+    root, tmp_path, monkeypatch, capsys
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    align = {"align": {"order": "layer"}}
+    assert run(root, tmp_path / "out", "align", align) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "hidden states need" in message and "align.stream: bfloat16" in message
+    assert not (tmp_path / "out" / "data").exists()
+
+
 def validation_loss(out: Path, expert: str) -> float:
     """The loss of an expert on the rows that are set aside, computed anew."""
     teacher, student = load(out.parent / "teacher"), load(out / "experts" / expert)
@@ -242,6 +300,12 @@ def test_each_key_changes_the_experts(root, tmp_path, plain, changes):
         ("distill", {"average": 1}, "distill.average"),
         ("distill", {"validate_every": 2, "validate_rows": 999}, "999 reserved for validation"),
         ("align", {"micro_rows": 0}, "align.micro_rows"),
+        ("align", {"clip": 0}, "align.clip"),
+        ("align", {"patience": 0}, "align.patience"),
+        ("align", {"layers": []}, "align.layers"),
+        ("align", {"layers": [2]}, "align.layers: layer 2 is outside 0..1"),
+        ("align", {"order": "layers"}, "align.order"),
+        ("align", {"stream": "bfloat16"}, "align: stream and stream_place need order: layer"),
         ("student", {"mixer": "mlstm"}, "window_dropout needs student.mixer hybrid"),
     ],
 )
@@ -249,5 +313,6 @@ def test_bad_keys_are_named(root, tmp_path, capsys, section, keys, message):
     changes = {section: keys}
     if section == "student":
         changes["distill"] = {"window_dropout": 0.1}
-    assert run(root, tmp_path / "out", "data", changes) in (1, 2)
+    until = "align" if section == "align" else "data"
+    assert run(root, tmp_path / "out", until, changes) in (1, 2)
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -244,3 +244,8 @@ def test_a_missing_package_is_named_before_work_starts(
 def test_an_unknown_tracker_is_named(values):
     with pytest.raises(UserError, match=r"trackers\.0: .*found 'mlflow'"):
         make_recipe({**values, "trackers": ["mlflow"]})
+
+
+def test_layers_that_do_not_train_have_no_curve():
+    metrics = {"step": 3, "loss": 2, "layers": [None, 0.5, None, 0.25]}
+    assert [*scalars(metrics)] == [("loss", 2.0), ("layers/01", 0.5), ("layers/03", 0.25)]

@@ -92,3 +92,10 @@ ORDER_NORM = 1e-7
 # parts nearly cancel few digits are right, and the ratio m / sqrt(v) makes full steps of them.
 # Measured: 5e-6.
 ORDER_STEPS = 5e-5
+
+# ---- stage I by layer ---------------------------------------------------------------------------
+
+# A layer's relative error after training on hidden states that were rounded to bf16 before every
+# layer, over the error after training on float32: inputs are off by up to 2^-9 of themselves, with
+# random signs. Measured: 9.1e-4.
+STREAM_BF16 = 3e-3

@@ -11,12 +11,13 @@ README.md has the way through the stages, docs/architecture.md the map of the mo
 """
 
 from . import ops, reference
-from .align import align
+from .align import MixerTraining, align
 from .config import MixerConfig, ModelConfig
 from .data import Batches, Rows, TokenData
 from .distill import distill
 from .errors import UserError
 from .evaluate import compare, evaluate, fidelity, win_and_tie
+from .layerwise import align_layers, aligned_student
 from .linearize import linearize
 from .lora import Lora, merge_adapter
 from .merge import merge
@@ -36,6 +37,7 @@ __all__ = [
     "Batches",
     "Lora",
     "MixerConfig",
+    "MixerTraining",
     "Model",
     "ModelConfig",
     "Rows",
@@ -44,6 +46,8 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "align",
+    "align_layers",
+    "aligned_student",
     "compare",
     "distill",
     "evaluate",

@@ -1,26 +1,70 @@
 """Stage I: every layer's mixer learns to put out what the teacher's attention puts out.
 
 Only the new parameters train. In one pass of the teacher each layer's mixer gets the teacher's own
-layer input, so layers do not depend on each other (paper.md 2, equation 12). What is compared are
-the outputs of the heads, before o_proj and before the norm that stands behind it in some families.
+layer input, so layers do not depend on each other (paper.md 2, equation 12): each clips, is judged
+and may stop by itself. What is compared are the outputs of the heads, before o_proj and before the
+norm that stands behind it in some families. `align` takes all layers through a step after another;
+`align_layers` (layerwise.py) takes a layer after another through all steps and ends with the same
+bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .accumulation import Accumulation, Order, Sums
 from .communicator import ALONE, Communicator
+from .config import ModelConfig
 from .data import Batch, Batches, Data, as_batches
 from .errors import UserError
+from .families import STATEFUL_MIXERS
 from .model import Model
 from .optim import AdamW, Group, Schedule, learning_rate, trainable_names
 from .parameters import Parameters
 from .training import Metrics, Saver, train
+
+
+@dataclass(frozen=True)
+class MixerTraining:
+    """How the mixer of a layer trains, in either order.
+
+    The learning rate rises over the share `warmup` of the steps to `lr` and goes on as `schedule`
+    says (`optim.learning_rate`), a cosine to `floor`; `rates` multiplies it for groups of tensors
+    (`optim.Group`). `micro_rows` rows of a batch are taken at once (None: all). `clip`: the largest
+    norm of a layer's gradient (None: any). `patience`: after every so many steps a layer stops for
+    good unless the mean of its relative error over them is lower than over as many before.
+    `accumulation`: how the gradients of the parts of a step are added (`accumulation.py`).
+    """
+
+    steps: int
+    micro_rows: int | None = None
+    lr: float = 2e-2
+    warmup: float = 0.1
+    rates: Mapping[Group, float] = field(default_factory=dict)
+    schedule: Schedule = "cosine"
+    floor: float = 1e-5
+    beta2: float = 0.99
+    weight_decay: float = 0.1
+    clip: float | None = None
+    patience: int | None = None
+    accumulation: Order = "sequence"
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 1..steps."""
+        return learning_rate(
+            step,
+            self.steps,
+            peak=self.lr,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            floor=self.floor,
+        )
 
 
 def align(
@@ -32,14 +76,17 @@ def align(
     rows: int = 2,
     micro_rows: int | None = None,
     length: int = 1024,
-    lr: float = 2e-2,
-    warmup: float = 0.1,
+    lr: float = MixerTraining.lr,
+    warmup: float = MixerTraining.warmup,
     rates: Mapping[Group, float] | None = None,
-    schedule: Schedule = "cosine",
-    floor: float = 1e-5,
-    beta2: float = 0.99,
-    weight_decay: float = 0.1,
-    accumulation: Order = "sequence",
+    schedule: Schedule = MixerTraining.schedule,
+    floor: float = MixerTraining.floor,
+    beta2: float = MixerTraining.beta2,
+    weight_decay: float = MixerTraining.weight_decay,
+    clip: float | None = None,
+    patience: int | None = None,
+    layers: Collection[int] | None = None,
+    accumulation: Order = MixerTraining.accumulation,
     seed: int = 0,
     state: str | Path | None = None,
     save_seconds: float = 60.0,
@@ -48,62 +95,184 @@ def align(
     """Train the student's mixers in place; yields metrics a step.
 
     data: token data (packed into rows of `length` tokens, `rows` a step, `micro_rows` of them at
-    once, None: all that a rank has) or batches. The learning rate rises over the share `warmup` of
-    the steps to `lr` and goes on as `schedule` says (`optim.learning_rate`), a cosine to `floor`;
-    `rates` multiplies it for groups of tensors (`optim.Group`).
-    accumulation: how the gradients of the parts of a step are added (`accumulation.py`); the ranks
-    of `comm` share them. With `state`, the run can be killed and continued from that file.
+    once, None: all that a rank has) or batches. `MixerTraining` explains the numbers; the ranks of
+    `comm` share the parts of a step. `layers`: train these alone (None: all that have something to
+    train); the others cost nothing.
+    With `state`, the run can be killed and continued from that file.
 
     Metrics: loss (sum over layers of the squared error of a token, mean over tokens), layers
-    (relative error of each layer, sum ||h - h^||^2 / sum ||h||^2), relative_error (their mean),
-    lr, gradient_norm, tokens, seconds. The student's shared weights must be the teacher's.
+    (relative error of each layer, sum ||h - h^||^2 / sum ||h||^2; None: does not train),
+    relative_error (their mean), training (number of layers that have not stopped; those that have
+    count with their last errors), lr, gradient_norm, tokens, seconds. The student's shared weights
+    must be the teacher's.
     """
     check_shared_weights(student, teacher)
     batches = as_batches(data, rows, length, seed)
-    names = trainable_names(student, "mixer")
-    optimiser = AdamW(student.params, names, beta2=beta2, weight_decay=weight_decay, rates=rates)
-    settings = {
-        "steps": steps,
-        "lr": lr,
-        "rates": optimiser.rates,
-        "warmup": warmup,
-        "schedule": schedule,
-        "floor": floor,
-        "beta2": beta2,
-        "weight_decay": weight_decay,
-        "micro_rows": micro_rows,
-        "accumulation": accumulation,
-    }
-    accumulate = Accumulation(student.params, names, comm, accumulation)
+    training = MixerTraining(
+        steps=steps,
+        micro_rows=micro_rows,
+        lr=lr,
+        warmup=warmup,
+        rates=dict(rates or {}),
+        schedule=schedule,
+        floor=floor,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        clip=clip,
+        patience=patience,
+        accumulation=accumulation,
+    )
+    optimiser = MixerAdamW(student, trained_layers(student.config, layers), training)
+    settings = {**asdict(training), "layers": optimiser.layers}
+
+    accumulate = Accumulation(student.params, optimiser.names, comm, accumulation)
 
     def gradient(batch: Batch, grads: Parameters) -> Metrics:
+        active = optimiser.active
+
         def one(part: Batch, into: Parameters) -> Sums:
             scale = 1.0 / batch.ids.size
+            names = optimiser.names
             return np.stack(
-                student.align_and_grad(part.ids, part.reset, into, names, scale=scale)[:2]
+                student.align_and_grad(part.ids, part.reset, into, names, scale, active)[:2]
             )
 
         at_once = micro_rows or max(1, len(batch.ids) // comm.size)
-        error, reference = accumulate(list(batch.parts(at_once)), one, grads)
-        layers = error / reference
-        return {
-            "loss": float(error.sum() / batch.ids.size),
-            "relative_error": float(layers.mean()),
-            "layers": [float(x) for x in layers],
-        }
-
-    def rate(step: int) -> float:
-        return learning_rate(step, steps, peak=lr, schedule=schedule, warmup=warmup, floor=floor)
+        sums = accumulate(list(batch.parts(at_once)), one, grads)
+        return optimiser.record(sums, batch.ids.size)
 
     yield from train(
         optimiser,
         student.params.zeros_like(),
         batches,
         gradient,
-        rate,
+        training.rate,
         steps=steps,
         saver=saver_of("align", state, save_seconds, student, batches, settings, comm),
     )
+
+
+def trained_layers(config: ModelConfig, layers: Collection[int] | None = None) -> list[int]:
+    """The layers that stage I trains: all whose mixers have parameters, or some of them.
+
+    UserError for a layer that does not exist or has nothing to train.
+    """
+    able = [i for i, mixer in enumerate(config.mixers) if mixer.mixer in STATEFUL_MIXERS]
+    if not able:
+        raise UserError("nothing to train: the model has no mixer parameters; linearize it first")
+    if layers is None:
+        return able
+    if not layers:
+        raise UserError("align.layers: names no layer; null means all")
+    for layer in layers:
+        if not 0 <= layer < config.num_hidden_layers:
+            raise UserError(
+                f"align.layers: layer {layer} is outside 0..{config.num_hidden_layers - 1}"
+            )
+        if layer not in able:
+            mixer = config.mixers[layer].mixer
+            raise UserError(f"align.layers: layer {layer} has nothing to train: it is {mixer}")
+    return sorted(set(layers))
+
+
+class MixerAdamW(AdamW):
+    """AdamW over the mixers of some layers, each of which clips and stops by itself.
+
+    losses, errors: float64 [layers, steps]: a layer's squared error of a token and its relative
+    error in each step; NaN where it did not train. They decide when it stops, so that they are part
+    of the state.
+    """
+
+    def __init__(self, model: Model, layers: Sequence[int], training: MixerTraining) -> None:
+        all_names = trainable_names(model, "mixer")
+        entries = (e for e in model.params.entries if e.group in set(layers))
+        self.names = {e.name for e in entries if e.name in all_names}
+        super().__init__(
+            model.params,
+            self.names,
+            beta2=training.beta2,
+            weight_decay=training.weight_decay,
+            rates=training.rates,
+        )
+        for key, value in (("clip", training.clip), ("patience", training.patience)):
+            if value is not None and not value > 0:
+                raise UserError(f"{key} is {value}, expected more than 0")
+        self.layers, self.training = list(layers), training
+        self._model_layers = model.config.num_hidden_layers
+        self.losses = np.full((len(self.layers), max(0, training.steps)), np.nan)
+        self.errors = self.losses.copy()
+
+    @property
+    def active(self) -> list[int]:
+        """The layers that train in the next step."""
+        past = self.errors[:, : self.steps]
+        return [
+            layer
+            for layer, own in zip(self.layers, past, strict=True)
+            if not has_stopped(own, self.training.patience)
+        ]
+
+    @property
+    def finished(self) -> bool:
+        """True if all layers have stopped."""
+        return not self.active
+
+    def record(self, sums: Sums, tokens: int) -> Metrics:
+        """Keep the errors of the step that begins; its metrics. sums [2, layers of the model]:
+        squared errors, and squares of what they are relative to."""
+        active, (error, reference) = self.active, sums
+        for n, layer in enumerate(self.layers):
+            if layer in active:
+                self.losses[n, self.steps] = error[layer] / tokens
+                self.errors[n, self.steps] = error[layer] / reference[layer]
+        latest = [_latest(own) for own in self.errors]
+        by_layer = dict(zip(self.layers, latest, strict=True))
+        return {
+            "loss": sum(_latest(own) for own in self.losses),
+            "relative_error": float(np.mean(latest)),
+            "layers": [by_layer.get(layer) for layer in range(self._model_layers)],
+            "training": len(active),
+        }
+
+    def step(self, grads: Parameters, lr: float, scale: float = 1.0) -> None:
+        """One step of the layers that have not stopped, each clipped by its own norm."""
+        self.scales = {layer: self._clipping(grads, layer) for layer in self.active}
+        super().step(grads, lr, scale)
+
+    def _clipping(self, grads: Parameters, layer: int) -> float:
+        if self.training.clip is None:
+            return 1.0
+        norm = self.norm(grads, layer)
+        return min(1.0, self.training.clip / norm) if norm > 0 else 1.0
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """As AdamW, with the errors."""
+        return {**super().state(), "losses": self.losses, "errors": self.errors}
+
+    def load_state(self, state: dict[str, NDArray[Any]], steps: int) -> None:
+        """Set what `state` gave, after `steps` steps."""
+        for name, own in (("losses", self.losses), ("errors", self.errors)):
+            if name not in state or state[name].shape != own.shape:
+                raise UserError(f"saved state: {name} of {own.shape} are missing")
+            own[:] = state[name]
+        super().load_state(state, steps)
+
+
+def _latest(values: NDArray[np.float64]) -> float:
+    """The last number of a layer's history."""
+    return float(values[np.flatnonzero(~np.isnan(values))[-1]])
+
+
+def has_stopped(errors: NDArray[np.float64], patience: int | None) -> bool:
+    """True if a layer with these relative errors, NaN once it has stopped, trains no more."""
+    if patience is None:
+        return False
+    own = errors[~np.isnan(errors)]
+    blocks = len(own) // patience
+    if blocks < 2:
+        return False
+    means = own[: blocks * patience].reshape(blocks, patience).mean(axis=1)
+    return not means[-1] < means[-2]
 
 
 def saver_of(
@@ -141,12 +310,15 @@ def check_shared_weights(student: Model, teacher: Model) -> None:
 
 
 def relative_errors(
-    student: Model, batches: Sequence[Batch], comm: Communicator = ALONE
+    student: Model,
+    batches: Sequence[Batch],
+    layers: Collection[int] | None = None,
+    comm: Communicator = ALONE,
 ) -> list[float]:
-    """Stage I's relative error of every layer on given batches, without training."""
-    layers = student.config.num_hidden_layers
-    error, reference = np.zeros(layers), np.zeros(layers)
-    for e, r, _ in comm.map(lambda b: student.align_and_grad(b.ids, b.reset), batches):
-        error += e
-        reference += r
-    return [float(x) for x in error / reference]
+    """Stage I's relative error of every layer, or of `layers`, on batches, without training."""
+    wanted = range(student.config.num_hidden_layers) if layers is None else sorted(layers)
+    sums = np.zeros((2, student.config.num_hidden_layers))
+    found = comm.map(lambda b: student.align_and_grad(b.ids, b.reset, layers=wanted)[:2], batches)
+    for pair in found:
+        sums += pair
+    return [float(sums[0, layer] / sums[1, layer]) for layer in wanted]

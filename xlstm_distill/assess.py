@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -283,6 +283,8 @@ def report_facts(run: Run) -> ReportData:
     gates = parts / "gates.json"
     samples = [read_piece(file) for file in sorted(parts.glob("sample-*.json"))]
     errors = checkpoints.load(run.path / "aligned").provenance.get("relative_error")
+    if errors is not None:  # those of an earlier version are of all layers
+        errors = {"layers": list(range(len(errors["before"]))), **errors}
     facts: dict[str, Any] = {
         "title": run.recipe.title,
         "created": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -421,7 +423,9 @@ def _loss_curves(run: Run) -> list[dict[str, Any]]:
             )
 
     what, unit = "mean relative error of the layers", "relative squared error"
-    curve("stage I", what, run.directory.steps("align"), "relative_error", unit=unit)
+    errors = stage_one_errors(run.directory.steps("align"))
+    of_steps = [{"step": n, "relative_error": error} for n, error in enumerate(errors, start=1)]
+    curve("stage I", what, of_steps, "relative_error", unit=unit)
     for name in run.recipe.trained:
         steps, validations = run.directory.steps(f"distill {name}"), _validations(run, name)
         curve("stage II, KL to the targets", name, steps, "kl")
@@ -452,8 +456,20 @@ def _validation_notes(run: Run) -> list[str]:
     return notes
 
 
+def stage_one_errors(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Mean relative error of the trained layers after step 1, 2, ... from the log's lines of stage
+    I, in either order; a layer that stopped counts with its last one."""
+    layers: dict[int, list[float]] = {}
+    for line in lines:
+        layers.setdefault(line.get("layer", -1), []).append(float(line["relative_error"]))
+    steps = max(map(len, layers.values()), default=0)
+    return [
+        float(np.mean([own[min(n, len(own) - 1)] for own in layers.values()])) for n in range(steps)
+    ]
+
+
 def _claims(
-    run: Run, main: Fidelity | None, errors: Mapping[str, list[float]] | None
+    run: Run, main: Fidelity | None, errors: Mapping[str, list[Any]] | None
 ) -> list[dict[str, Any]]:
     claims: list[dict[str, Any]] = []
 
@@ -482,7 +498,7 @@ def _claims(
     if errors:
         pairs = list(zip(errors["before"], errors["after"], strict=True))
         fallen = sum(after < before for before, after in pairs)
-        text = "stage I's relative error falls in every layer"
+        text = "stage I's relative error falls in every layer that it trains"
         claim(text, f"in {fallen} of {len(pairs)} layers", fallen == len(pairs))
     return claims
 

@@ -14,6 +14,7 @@ import numpy as np
 from .config import ModelConfig
 from .errors import UserError
 from .evaluate.tasks import ReadTokens
+from .layerwise import stream_bytes
 from .linearize import linearize
 from .lora import Lora, sizes
 from .model import Model
@@ -185,12 +186,17 @@ def estimate(
     held = layers + 24 if recipe.distill.recompute else 24 * layers  # reals a token, times width
     activations = 4 * rows * length * held * config.hidden_size / 2**20
     k = min(recipe.targets.k, config.vocab_size)
+    if recipe.align.order == "layer":
+        stream = recipe.align.steps * recipe.align.rows * length
+        hidden = stream_bytes(config.hidden_size, stream, recipe.align.stream) / 2**20
+    else:
+        hidden = 0.0
     token = k * ((2 if config.vocab_size <= 1 << 16 else 4) + 2) + 4
     return {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
         "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations),
-        "disk_mib": round((3 + 2 * len(trained)) * weights + targets * token / 2**20),
+        "disk_mib": round((3 + 2 * len(trained)) * weights + max(hidden, targets * token / 2**20)),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -58,7 +58,7 @@ def linearize(
         raise UserError(
             f'linearize: the weights are {model.compute}; load the teacher with compute="f32"'
         )
-    config = _student_config(model.config, model.source, choice, keep_attention)
+    config = student_config(model.config, model.source, choice, keep_attention)
     fingerprint = model.fingerprint() if isinstance(model, Model) else fingerprint_of(model)
     provenance = {
         "teacher": {"source": model.source, "fingerprint": fingerprint},
@@ -90,9 +90,11 @@ def linearize(
     return student
 
 
-def _student_config(
-    config: ModelConfig, source: str, choice: dict[str, Any], keep_attention: Collection[int]
+def student_config(
+    config: ModelConfig, source: str, choice: Mapping[str, Any], keep_attention: Collection[int]
 ) -> ModelConfig:
+    """The configuration of a student: `choice` has the keys of `MixerConfig`, `source` names the
+    model in errors."""
     layers = config.num_hidden_layers
     if outside := [i for i in keep_attention if not 0 <= i < layers]:
         raise UserError(f"keep_attention: layer {outside[0]} is outside 0..{layers - 1}")

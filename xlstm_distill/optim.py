@@ -121,6 +121,14 @@ class AdamW:
         self.v: NDArray[Any] = np.zeros(size, dtype=params.dtype)
         self.average, self.mean = average, None if average is None else self.values()
         self.steps = 0
+        self.scales: Mapping[int, float] | None = None
+        """What a step multiplies the gradient of each layer with; a layer that is not there keeps
+        its values and moments. None: all of them with 1."""
+
+    @property
+    def finished(self) -> bool:
+        """True if no further step would change a thing."""
+        return False
 
     def _slices(self) -> Iterator[tuple[Entry, slice, slice]]:
         """(entry, its place among the parameters, its place among the moments)"""
@@ -135,16 +143,21 @@ class AdamW:
         for e in self.entries:
             grads.view(e).fill(0)
 
-    def norm(self, grads: Parameters) -> float:
-        """The norm of the gradient over all trained tensors, added in float64."""
+    def norm(self, grads: Parameters, layer: int | None = None) -> float:
+        """The norm of the gradient over the trained tensors, of all or of one layer; added in
+        float64."""
         flat = grads.flat
-        return math.sqrt(sum(ops.sumsq(flat[place]) for _, place, _ in self._slices()))
+        found = (place for e, place, _ in self._slices() if layer is None or e.group == layer)
+        return math.sqrt(sum(ops.sumsq(flat[place]) for place in found))
 
     def step(self, grads: Parameters, lr: float, scale: float = 1.0) -> None:
         """One step in place; `scale` multiplies the gradient (clipping)."""
         self.steps += 1
         flat, gradient = self.params.flat, grads.flat
         for e, place, own in self._slices():
+            of_layer = 1.0 if self.scales is None else self.scales.get(e.group)
+            if of_layer is None:
+                continue
             ops.adamw_step(
                 flat[place],
                 gradient[place],
@@ -156,7 +169,7 @@ class AdamW:
                 eps=EPSILON,
                 weight_decay=self.weight_decay if decays(e) else 0.0,
                 step=self.steps,
-                scale=scale,
+                scale=scale * of_layer,
             )
         self._follow()
         if self.changed is not None:

@@ -224,11 +224,11 @@ def context_costs(costs: Mapping[str, Mapping[str, Mapping[int, float]]], title:
     return figure
 
 
-def layer_errors(before: Sequence[float], after: Sequence[float]) -> Figure:
-    """Stage I: relative error of each layer before and after, logarithmic."""
+def layer_errors(layers: Sequence[int], before: Sequence[float], after: Sequence[float]) -> Figure:
+    """Stage I: relative error of each trained layer before and after, logarithmic."""
     figure, axes = _axes()
     for i, (name, values) in enumerate((("before", before), ("after", after))):
-        axes.plot(range(len(values)), values, label=name, markersize=4, **_style(i))
+        axes.plot(layers, values, label=name, markersize=4, **_style(i))
     if all(v > 0 for v in itertools.chain(before, after)):
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

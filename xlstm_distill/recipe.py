@@ -129,7 +129,9 @@ GroupRates = dict[Group, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
 
 class AlignSection(_Section):
-    """Stage I. `weights`: share of each domain (default: all alike)."""
+    """Stage I. `weights`: share of each domain (default: all alike). `order` step holds the whole
+    teacher, layer reads a layer at a time and keeps the hidden states of all rows in type `stream`
+    in `stream_place`."""
 
     steps: int = Field(ge=1)
     rows: int = Field(default=8, ge=1)
@@ -141,7 +143,19 @@ class AlignSection(_Section):
     floor: float = Field(default=1e-5, ge=0)
     beta2: float = Field(default=0.99, gt=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
+    clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    patience: int | None = Field(default=None, ge=1)
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     weights: dict[str, float] = Field(default_factory=dict)
+    order: Literal["step", "layer"] = "step"
+    stream: Literal["float32", "bfloat16"] = "float32"
+    stream_place: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AlignSection:
+        if self.order == "step" and (self.stream != "float32" or self.stream_place is not None):
+            raise ValueError("stream and stream_place need order: layer")
+        return self
 
 
 class TargetsSection(_Section):

@@ -95,15 +95,18 @@ class LossCurve(_Part):
 
 
 class LayerErrors(_Part):
-    """Stage I: relative error ||h - h^||^2 / ||h||^2 of every layer before and after."""
+    """Stage I: relative error ||h - h^||^2 / ||h||^2 before and after, of the `layers` that were
+    trained."""
 
+    layers: list[int]
     before: list[float]
     after: list[float]
 
     @model_validator(mode="after")
     def _lengths(self) -> LayerErrors:
-        if len(self.before) != len(self.after):
-            raise ValueError(f"{len(self.before)} layers before, {len(self.after)} after")
+        sizes = [len(self.layers), len(self.before), len(self.after)]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"{sizes[0]} layers, {sizes[1]} numbers before, {sizes[2]} after")
         return self
 
 
@@ -226,7 +229,11 @@ def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
         add("losses", f"Loss of {stage}", plots.loss_curves(lines, stage, curves[0].unit))
     if facts.layer_errors is not None:
         errors = facts.layer_errors
-        add("layers", "Stage I error by layer", plots.layer_errors(errors.before, errors.after))
+        add(
+            "layers",
+            "Stage I error by layer",
+            plots.layer_errors(errors.layers, errors.before, errors.after),
+        )
     if facts.fidelity is not None:
         names = facts.fidelity.complete
         for metric, text in (("kl", "KL"), ("agree", "Agreement"), ("perplexity", "Perplexity")):
@@ -386,7 +393,7 @@ def _stage_table(facts: ReportData) -> Table:
 
 def _layer_table(errors: LayerErrors) -> Table:
     table = _table("Stage I: relative error by layer", ("layer",), ("before", "after", "ratio"))
-    for layer, (before, after) in enumerate(zip(errors.before, errors.after, strict=True)):
+    for layer, before, after in zip(errors.layers, errors.before, errors.after, strict=True):
         ratio = f"{after / before:.3f}" if before > 0 else "n/a"
         _add(table, str(layer), _number(before), _number(after), ratio)
     return table

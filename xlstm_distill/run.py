@@ -12,6 +12,7 @@ import io
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -22,18 +23,20 @@ from typing import Any
 
 import numpy as np
 
-from . import runtime, sources
-from .align import align, relative_errors
+from . import checkpoints, runtime, sources
+from .align import MixerTraining, align, relative_errors, trained_layers
+from .checkpoints import Checkpoint
 from .cleaning import Collection, Contamination, read_hashes
 from .communicator import Communicator, world
 from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joined
 from .distill import distill
 from .errors import UserError
 from .evaluate import passages, questions
-from .linearize import linearize
+from .layerwise import align_layers, aligned_student, check_room, stream_bytes
+from .linearize import linearize, student_config
 from .lora import Lora
 from .merge import merge
-from .model import Model, load
+from .model import Model, from_checkpoint, load
 from .progress import Reporter
 from .recipe import GENERALIST, DomainSection, Recipe, SampledSource
 from .rundir import Interrupt, RunDirectory
@@ -92,6 +95,8 @@ class Run:
             raise UserError(f"stage {until!r} is not known: {', '.join(STAGES)}", usage=True)
         check_installed(self.recipe.trackers)
         self._check_ranks()
+        if self.comm.first and "align" in STAGES[: STAGES.index(until) + 1]:
+            self.check_align()
         with closing(self.trackers):
             for stage in STAGES[: STAGES.index(until) + 1]:
                 if self.comm.first or stage in _SHARED:
@@ -104,6 +109,8 @@ class Run:
         size = self.comm.size
         if size == 1:
             return
+        if self.recipe.align.order == "layer":
+            raise UserError("align.order: layer is for one rank; choose step, or start without MPI")
         self.comm.agree("the instruction set (XLSTM_DISTILL_ISA sets it)", runtime.isa())
         for stage, section in (("align", self.recipe.align), ("distill", self.recipe.distill)):
             parts = -(-section.rows // (section.micro_rows or 1))
@@ -126,18 +133,23 @@ class Run:
         return self.comm.broadcast(self.comm.first and file.is_file())
 
     @cached_property
-    def teacher(self) -> Model:
-        """The teacher, loaded when a stage needs it."""
-        teacher = load(self.recipe.teacher, self.recipe.compute)
-        if teacher.tokenizer is None:
+    def checkpoint(self) -> Checkpoint:
+        """The teacher's files: sizes and tokenizer, and tensors that are read when asked for."""
+        checkpoint = checkpoints.load(self.recipe.teacher)
+        if checkpoint.tokenizer is None:
             raise UserError(f"{self.recipe.teacher}: holds no tokenizer; a run needs one")
-        return teacher
+        return checkpoint
+
+    @cached_property
+    def teacher(self) -> Model:
+        """The teacher in memory, loaded when a stage needs it."""
+        return from_checkpoint(self.checkpoint, self.recipe.compute)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The teacher's tokenizer."""
-        assert self.teacher.tokenizer is not None
-        return self.teacher.tokenizer
+        assert self.checkpoint.tokenizer is not None
+        return self.checkpoint.tokenizer
 
     # ---- shared by stages ---------------------------------------------------------------------
 
@@ -213,7 +225,7 @@ class Run:
                     where = f"evaluation text of {name}"
                     text = from_sources(found.held_out, self.tokenizer, described, where)
                     text.save(place / "evaluation")
-                where, vocab = f"text of {name}", self.teacher.config.vocab_size
+                where, vocab = f"text of {name}", self.checkpoint.config.vocab_size
                 data = from_sources(
                     found.train, self.tokenizer, described, where, vocab, found.facts
                 )
@@ -323,47 +335,104 @@ class Run:
         if (place / "config.json").is_file():
             return
         with self.timed("linearize"):
-            student = linearize(self.teacher, **self.recipe.student.model_dump())
-            student.save(place)
+            student = linearize(self.checkpoint, **self.recipe.student.model_dump())
+            checkpoints.save(
+                place, student.config, student.tensors, student.tokenizer, student.provenance
+            )
 
     def run_align(self) -> None:
         """Stage I: student0 becomes aligned."""
-        place, state = self.path / "aligned", self.path / "aligned.state" / _STATE
+        place, state = self.path / "aligned", self.path / "aligned.state"
         section = self.recipe.align
         if self.stands(place / "config.json"):
             self._remove(state)
             return
-        student = load(self.path / "student0", self.recipe.compute)
         weights = section.weights or dict.fromkeys(self.recipe.data.domains, 1.0)
         packed = {name: self.rows(name) for name, share in weights.items() if share > 0}
         seed = derived_seed(self.recipe.seed, "align")
         batches = Batches(packed, section.rows, weights, seed)
-        probe = self._probe(packed)
+        provenance = {"align": section.model_dump(), "data": batches.identity}
         with self.timed("align") as facts:
-            before = relative_errors(student, probe, self.comm)
-            settings = section.model_dump(exclude={"steps", "rows", "weights"})
-            metrics = align(
-                student,
-                self.teacher,
-                batches,
-                steps=section.steps,
-                accumulation=self.recipe.accumulation,
-                state=state,
-                save_seconds=self.recipe.save_seconds,
-                comm=self.comm,
-                **settings,
-            )
-            self.follow(metrics, "align", "stage I: align")
-            after = relative_errors(student, probe, self.comm)
+            by_order = self._align_by_step if section.order == "step" else self._align_by_layer
+            errors = by_order(batches, self._probe(packed), state, provenance)
             tokens = section.steps * section.rows * self.recipe.data.length
-            facts.update(before=before, after=after, steps=section.steps, tokens=tokens)
-            provenance = {
-                "align": section.model_dump(),
-                "data": batches.identity,
-                "relative_error": {"before": before, "after": after},
-            }
-            self._save(student, place, provenance)
+            facts.update(errors, steps=section.steps, tokens=tokens)
         self._remove(state)
+
+    def _mixer_training(self) -> dict[str, Any]:
+        outside = {"rows", "weights", "layers", "order", "stream", "stream_place"}
+        settings = self.recipe.align.model_dump(exclude=outside)
+        return {**settings, "accumulation": self.recipe.accumulation}
+
+    def _align_by_step(
+        self, batches: Batches, probe: list[Batch], state: Path, provenance: dict[str, Any]
+    ) -> dict[str, Any]:
+        """All layers at once, teacher and student in memory; the errors of the probe."""
+        student = load(self.path / "student0", self.recipe.compute)
+        layers = trained_layers(student.config, self.recipe.align.layers)
+        before = relative_errors(student, probe, layers, self.comm)
+        metrics = align(
+            student,
+            self.teacher,
+            batches,
+            layers=layers,
+            state=state / _STATE,
+            save_seconds=self.recipe.save_seconds,
+            comm=self.comm,
+            **self._mixer_training(),
+        )
+        self.follow(metrics, "align", "stage I: align")
+        after = relative_errors(student, probe, layers, self.comm)
+        errors = {"layers": layers, "before": before, "after": after}
+        self._save(student, self.path / "aligned", {**provenance, "relative_error": errors})
+        return errors
+
+    def _align_by_layer(
+        self, batches: Batches, probe: list[Batch], state: Path, provenance: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One layer after another, one of them in memory; the errors of the probe."""
+        section = self.recipe.align
+        student = checkpoints.load(self.path / "student0")
+        metrics = align_layers(
+            student,
+            batches,
+            state,
+            MixerTraining(**self._mixer_training()),
+            layers=section.layers,
+            stream=section.stream,
+            stream_place=section.stream_place,
+            compute=self.recipe.compute,
+            probe=probe,
+            save_seconds=self.recipe.save_seconds,
+            check=self.interrupt.check,
+        )
+        self.follow(metrics, "align", "stage I: align by layer")
+        aligned = aligned_student(student, state)
+        checkpoints.save(
+            self.path / "aligned",
+            aligned.config,
+            aligned.tensors,
+            aligned.tokenizer,
+            {**aligned.provenance, **provenance},
+        )
+        errors: dict[str, Any] = aligned.provenance["relative_error"]
+        return errors
+
+    def check_align(self) -> None:
+        """Refuse layers that cannot train, and hidden states without room, before any work."""
+        section, state = self.recipe.align, self.path / "aligned.state"
+        if state.exists() or (self.path / "aligned").exists():
+            return
+        choice = self.recipe.student.model_dump()
+        kept, teacher = choice.pop("keep_attention"), self.checkpoint
+        config = student_config(teacher.config, teacher.source, choice, kept)
+        trained_layers(config, section.layers)
+        if section.order == "step":
+            return
+        rows = section.steps * section.rows + _PROBE_ROWS * len(self.recipe.data.domains)
+        place = state if section.stream_place is None else Path(section.stream_place)
+        tokens = rows * self.recipe.data.length
+        check_room(place, stream_bytes(config.hidden_size, tokens, section.stream))
 
     def _probe(self, packed: dict[str, Rows]) -> list[Any]:
         """A few rows a domain, of evaluation text where it is long enough."""
@@ -430,7 +499,7 @@ class Run:
         state = place.with_name(f"{name}.state") / _STATE
         section, steps = self.recipe.distill, self.recipe.steps_of(name)
         if self.stands(place / "config.json"):
-            self._remove(state)
+            self._remove(state.parent)
             return
         student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
@@ -464,7 +533,7 @@ class Run:
                 base = os.path.relpath(self.path / "aligned", adapter)
                 train.save(adapter, base, provenance)
             self._save(student, place, provenance)
-        self._remove(state)
+        self._remove(state.parent)
 
     def _adapter(self, student: Model) -> Lora:
         """New factors of the student, which begin alike for every expert."""
@@ -525,12 +594,9 @@ class Run:
         self.comm.barrier()
 
     def _remove(self, state: Path) -> None:
-        """Delete the state of a stage whose result stands."""
-        if not self.comm.first:
-            return
-        state.unlink(missing_ok=True)
-        if state.parent.is_dir() and not any(state.parent.iterdir()):
-            state.parent.rmdir()
+        """Delete the directory of the state of a stage whose result stands."""
+        if self.comm.first:
+            shutil.rmtree(state, ignore_errors=True)
 
 
 def _reset_peak_memory() -> None:

@@ -102,12 +102,13 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
-    """The numbers among metrics; a list is `key/0`, `key/1` ..."""
+    """The numbers among metrics; a list is `key/0`, `key/1` ..., without what is None."""
     for key, value in metrics.items():
         if key in ("step", "steps", "time", "stage"):
             continue
         if isinstance(value, list):
-            yield from ((f"{key}/{i:02}", float(v)) for i, v in enumerate(value))
+            numbers = ((i, v) for i, v in enumerate(value) if v is not None)
+            yield from ((f"{key}/{i:02}", float(v)) for i, v in numbers)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield key, float(value)
 

@@ -86,28 +86,7 @@ class Saver:
     def _load(self, optimiser: AdamW, batches: Batches, best: Best | None) -> bool:
         if not self.path.exists():
             return False
-        try:
-            with np.load(self.path, allow_pickle=False) as data:
-                header = json.loads(str(data["header"]))
-                arrays = {name: data[name] for name in data.files if name != "header"}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{self.path}: damaged ({error}); delete it to begin the stage again"
-            ) from None
-        wanted = json.loads(json.dumps(dict(self.identity)))
-        for key, value in wanted.items():
-            found = header["identity"].get(key)
-            if found != value:
-                raise UserError(
-                    f"{self.path}: saved with {key} {found}, here it is {value}; "
-                    "delete the file to begin the stage again"
-                )
-        if header["isa"] != runtime.isa() and self.comm.first:
-            warnings.warn(
-                f"the run began with instruction set {header['isa']} and goes on with "
-                f"{runtime.isa()}: results will differ in their last digits",
-                stacklevel=2,
-            )
+        header, arrays = read_state(self.path, self.identity, warn=self.comm.first)
         optimiser.load_state(arrays, int(header["step"]))
         batches.load_state_dict(header["cursor"])
         if best is not None and "best" in header:
@@ -118,6 +97,37 @@ class Saver:
     def remove(self) -> None:
         """Delete the state, once the result of the stage is safe."""
         self.path.unlink(missing_ok=True)
+
+
+def read_state(
+    path: Path, identity: Mapping[str, Any], *, warn: bool = True
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """(header, arrays) of an npz file whose header has an `identity`.
+
+    UserError if the file is damaged, or names the field of `identity` that is another one there;
+    another instruction set is only warned of (`warn`).
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            header = json.loads(str(data["header"]))
+            arrays = {name: data[name] for name in data.files if name != "header"}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it to begin the stage again") from None
+    wanted = json.loads(json.dumps(dict(identity)))
+    for key, value in wanted.items():
+        found = header["identity"].get(key)
+        if found != value:
+            raise UserError(
+                f"{path}: saved with {key} {found}, here it is {value}; "
+                "delete the file to begin the stage again"
+            )
+    if header["isa"] != runtime.isa() and warn:
+        warnings.warn(
+            f"the run began with instruction set {header['isa']} and goes on with "
+            f"{runtime.isa()}: results will differ in their last digits",
+            stacklevel=2,
+        )
+    return header, arrays
 
 
 @dataclass
@@ -172,8 +182,9 @@ def train(
         saver.load(optimiser, batches, best)
     cursor = batches.state_dict()
     whole = True  # False while a step changes the parameters and is judged
+    done = False
     try:
-        while optimiser.steps < steps:
+        while optimiser.steps < steps and not optimiser.finished:
             started = time.perf_counter()
             step = optimiser.steps + 1
             batch = next(batches)
@@ -206,10 +217,11 @@ def train(
             # Only now that the caller has logged the step: a kill in between would leave a gap.
             if saver is not None and step < steps and saver.due():
                 saver.save(optimiser, cursor, best)
+        done = True
         if best.values is not None:
             optimiser.put(best.values)
         elif optimiser.mean is not None:
             optimiser.put(optimiser.mean)
     finally:
-        if saver is not None and whole and 0 < optimiser.steps < steps:
+        if saver is not None and whole and optimiser.steps > 0 and not done:
             saver.save(optimiser, cursor, best)
