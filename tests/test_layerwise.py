@@ -16,7 +16,7 @@ from xlstm_distill import checkpoints
 from xlstm_distill.align import MixerTraining, align, has_stopped, relative_errors, trained_layers
 from xlstm_distill.checkpoints import LazyTensors
 from xlstm_distill.config import ModelConfig
-from xlstm_distill.data import Batches, Rows, TokenData
+from xlstm_distill.data import Batches, Rows
 from xlstm_distill.errors import UserError
 from xlstm_distill.layerwise import HiddenStream, align_layers, aligned_student
 from xlstm_distill.linearize import linearize
@@ -49,8 +49,7 @@ def directory(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(teacher):
-    texts = [f"{n}: " + tiny_run.TEXT[n % 4] * 2 for n in range(12)]
-    return TokenData.from_texts(texts, teacher.tokenizer)
+    return tiny_run.text(teacher)
 
 
 def batches(text, rows=3):

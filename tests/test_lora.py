@@ -17,7 +17,7 @@ from tolerances import DIRECTIONAL_F64, OP_F32, OP_F64
 
 from xlstm_distill import reference, runtime
 from xlstm_distill.cli import main
-from xlstm_distill.data import Batches, Rows, TokenData
+from xlstm_distill.data import Batches, Rows
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.families import FAMILIES
@@ -37,8 +37,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def text(teacher):
-    texts = [f"{n}: " + tiny_run.TEXT[n % 4] * 2 for n in range(12)]
-    return TokenData.from_texts(texts, teacher.tokenizer)
+    return tiny_run.text(teacher)
 
 
 def with_random_factors(model, **settings) -> Lora:

@@ -403,7 +403,7 @@ def test_rows_have_their_own_lengths(form):
             a[row, :, length:] = np.nan  # padding is never read
     h, last = np.full_like(x[2], np.nan), [np.full_like(a, np.nan) for a in state]
     options = (0, 0.4, form, 16, None, lengths, 0)
-    core(np.float64).mlstm_forward(h, *last, *x, *state, *options)
+    core(np.float64).mlstm_forward(h, *last, *x, *state, *options, None, None)
     grads, dfirst = [np.zeros_like(a) for a in x], [np.zeros_like(a) for a in state]
     core(np.float64).mlstm_backward(*grads, *dfirst, dh, *x, *state, *dstate, *options)
     for b, length in enumerate(lengths):
@@ -543,7 +543,7 @@ def test_wrong_arguments_are_named():
     h, none = np.empty_like(v), (None,) * 3
     with pytest.raises(ValueError, match=r"lengths\[1\] is 10, T is 9"):
         core(np.float64).mlstm_forward(
-            h, *none, *x, *none, 0, 1.0, 0, 64, None, np.array([9, 10], np.int32), 0
+            h, *none, *x, *none, 0, 1.0, 0, 64, None, np.array([9, 10], np.int32), 0, None, None
         )
 
 

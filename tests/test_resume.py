@@ -19,7 +19,6 @@ import tiny_run
 import xlstm_distill
 from xlstm_distill.align import align
 from xlstm_distill.atomic import atomic_file
-from xlstm_distill.data import TokenData
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
@@ -39,8 +38,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def data(teacher):
-    texts = [f"{n}: " + tiny_run.TEXT[n % 4] * 2 for n in range(12)]
-    return TokenData.from_texts(texts, teacher.tokenizer)
+    return tiny_run.text(teacher)
 
 
 def stage(name, teacher, data, **changes):

@@ -11,7 +11,7 @@ import tiny_run
 
 from xlstm_distill import checkpoints, reference
 from xlstm_distill.align import align, relative_errors
-from xlstm_distill.data import Batches, Rows, TokenData
+from xlstm_distill.data import Batches, Rows
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
@@ -28,8 +28,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def data(teacher):
-    texts = [f"{n}: " + tiny_run.TEXT[n % 4] * 2 for n in range(12)]
-    return TokenData.from_texts(texts, teacher.tokenizer)
+    return tiny_run.text(teacher)
 
 
 def student_of(teacher, **changes):

@@ -10,7 +10,7 @@ from test_model import directional_errors
 from tolerances import DIRECTIONAL_F64
 
 from xlstm_distill.align import align
-from xlstm_distill.data import Batches, Rows, TokenData, joined
+from xlstm_distill.data import Batches, Rows, joined
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
@@ -26,8 +26,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def text(teacher):
-    texts = [f"{n}: " + tiny_run.TEXT[n % 4] * 2 for n in range(12)]
-    return TokenData.from_texts(texts, teacher.tokenizer)
+    return tiny_run.text(teacher)
 
 
 def stage(teacher, text, **changes):

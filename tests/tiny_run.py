@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from xlstm_distill.config import ModelConfig
+from xlstm_distill.data import TokenData
 from xlstm_distill.model import Model
 from xlstm_distill.tokenizer import Tokenizer
 
@@ -37,6 +38,11 @@ def tokenizer() -> Tokenizer:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(s, special=True) for s in SPECIAL])
     return Tokenizer(core, bos_id=1, eos_ids=[2], chat_template=CHAT)
+
+
+def text(model: Model) -> TokenData:
+    """A dozen short documents."""
+    return TokenData.from_texts([f"{n}: " + TEXT[n % 4] * 2 for n in range(12)], model.tokenizer)
 
 
 def teacher(seed: int = 0) -> Model:

@@ -293,24 +293,7 @@ static double peak_int8(ptrdiff_t rounds, real *sink) {
     int8_t ones[16 * 64];
     int32_t s[16 * 16];
     for (int i = 0; i < 16 * 64; i++) ones[i] = 1;
-    _tile_loadconfig(&tiles);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_loadd(4, ones, 64);
-    _tile_loadd(5, ones, 64);
-    for (ptrdiff_t r = 0; r < rounds; r++) {
-        _tile_dpbssd(0, 4, 5);
-        _tile_dpbssd(1, 4, 5);
-        _tile_dpbssd(2, 4, 5);
-        _tile_dpbssd(3, 4, 5);
-    }
-    *sink = 0;
-#define SINK_SUMS(t)                                                                               \
-    _tile_stored(t, s, 64);                                                                        \
-    *sink += (real)s[0];
-    SINK_SUMS(0) SINK_SUMS(1) SINK_SUMS(2) SINK_SUMS(3) _tile_release();
+    PEAK_TILES(_tile_dpbssd, rounds, ones, s, sink)
     return 2.0 * 4 * 16 * 16 * 64 * (double)rounds;
 #else
     enum { CHAINS = 12 };

@@ -340,6 +340,34 @@ static void dots_panel_mixed(ptrdiff_t n, ptrdiff_t rows, const xl_bf16 *x, ptrd
 
 /* ---- the peak ----------------------------------------------------------------------------- */
 
+#ifdef XL_AMX
+/* Products of a tile of ones with itself, into four tiles of sums: four independent chains. */
+#define PEAK_TILES(multiply, rounds, ones, sums, sink)                                             \
+    _tile_loadconfig(&tiles);                                                                      \
+    _tile_zero(0);                                                                                 \
+    _tile_zero(1);                                                                                 \
+    _tile_zero(2);                                                                                 \
+    _tile_zero(3);                                                                                 \
+    _tile_loadd(4, ones, 64);                                                                      \
+    _tile_loadd(5, ones, 64);                                                                      \
+    for (ptrdiff_t r = 0; r < rounds; r++) {                                                       \
+        multiply(0, 4, 5);                                                                         \
+        multiply(1, 4, 5);                                                                         \
+        multiply(2, 4, 5);                                                                         \
+        multiply(3, 4, 5);                                                                         \
+    }                                                                                              \
+    *sink = 0;                                                                                     \
+    _tile_stored(0, sums, 64);                                                                     \
+    *sink += (real)sums[0];                                                                        \
+    _tile_stored(1, sums, 64);                                                                     \
+    *sink += (real)sums[0];                                                                        \
+    _tile_stored(2, sums, 64);                                                                     \
+    *sink += (real)sums[0];                                                                        \
+    _tile_stored(3, sums, 64);                                                                     \
+    *sink += (real)sums[0];                                                                        \
+    _tile_release();
+#endif
+
 /* As xl_peak_rounds, of operands that are ones: 12 independent chains hide the latency of vdpbf16ps,
  * 4 that of a product of tiles. */
 static double peak_mixed(ptrdiff_t rounds, real *sink) {
@@ -348,24 +376,7 @@ static double peak_mixed(ptrdiff_t rounds, real *sink) {
     xl_bf16 ones[16 * XL_PAIR_K];
     real sums[16 * 16];
     for (int i = 0; i < 16 * XL_PAIR_K; i++) ones[i] = one;
-    _tile_loadconfig(&tiles);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_loadd(4, ones, 64);
-    _tile_loadd(5, ones, 64);
-    for (ptrdiff_t r = 0; r < rounds; r++) {
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_dpbf16ps(1, 4, 5);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_dpbf16ps(3, 4, 5);
-    }
-    *sink = 0;
-#define SINK(t)                                                                                    \
-    _tile_stored(t, sums, 64);                                                                     \
-    *sink += sums[0];
-    SINK(0) SINK(1) SINK(2) SINK(3) _tile_release();
+    PEAK_TILES(_tile_dpbf16ps, rounds, ones, sums, sink)
     return 2.0 * 4 * 16 * 16 * XL_PAIR_K * (double)rounds;
 #else
     enum { CHAINS = 12 };

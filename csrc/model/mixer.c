@@ -170,11 +170,11 @@ static xl_status mlstm_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m
         xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, c->G);
         XL_TRY(xl_feature_map_forward(ctx, &mq, phi_q, q, w->map_q, scratch));
         XL_TRY(xl_feature_map_forward(ctx, &mk, phi_k, k, w->map_k, scratch));
-        return xl_mlstm_forward(ctx, &a, h, cell, phi_q, phi_k, v, i, f, cell, scratch);
+        return xl_mlstm_forward(ctx, &a, NULL, h, cell, phi_q, phi_k, v, i, f, cell, scratch);
     }
     xl_mlstm_maps maps = {.G = c->G, .w_q = w->map_q, .w_k = w->map_k};
     if (!state) maps.phi_q = phi_q, maps.phi_k = phi_k; /* a backward may follow */
-    return xl_mapped_mlstm_forward(ctx, &a, &maps, h, cell, q, k, v, i, f, cell, scratch);
+    return xl_mlstm_forward(ctx, &a, &maps, h, cell, q, k, v, i, f, cell, scratch);
 }
 
 xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,

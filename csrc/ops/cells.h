@@ -113,24 +113,21 @@ typedef struct {
     real *c, *n, *m;
 } xl_mlstm_state;
 
-/* i, f: gate pre-activations, read through strides: i at i.p + b*sb + h*sh + t*st. f = -inf at a step
- * forgets the state as a reset does. h = num / den as in numerics.md, eps-free; 0 / 0 gives 0.
- * `last` may be the same memory as `first`; last all NULL: not wanted. */
-xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_state last,
-                           xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
-                           xl_mlstm_state first, void *scratch);
-/* The same behind feature maps, chunkwise or parallel: q (H heads) and k (G heads) are what the maps
- * w_q, w_k [H, D, D] make features of, a chunk at a time; the bits are those of the two ops. Features
+/* Feature maps in front of the chunkwise or parallel form: q (H heads) and k (G heads) are then what the
+ * maps w_q, w_k [H, D, D] make features of, a chunk at a time; the bits are those of the two ops. Features
  * are kept in phi_q, phi_k (H heads) where their p is not NULL. */
 typedef struct {
     ptrdiff_t G;
     const real *w_q, *w_k;
     xl_heads phi_q, phi_k;
 } xl_mlstm_maps;
-xl_status xl_mapped_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps,
-                                  xl_heads h, xl_mlstm_state last, xl_heads q, xl_heads k,
-                                  xl_heads v, xl_heads i, xl_heads f, xl_mlstm_state first,
-                                  void *scratch);
+
+/* i, f: gate pre-activations, read through strides: i at i.p + b*sb + h*sh + t*st. f = -inf at a step
+ * forgets the state as a reset does. h = num / den as in numerics.md, eps-free; 0 / 0 gives 0.
+ * `last` may be the same memory as `first`; last all NULL: not wanted. maps NULL: q, k are features. */
+xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps, xl_heads h,
+                           xl_mlstm_state last, xl_heads q, xl_heads k, xl_heads v, xl_heads i,
+                           xl_heads f, xl_mlstm_state first, void *scratch);
 /* dlast: gradient on the last state at fixed m (c, n; m is not read), or all NULL. dfirst: likewise on
  * the start state (c, n added; m set to 0), all NULL where not wanted. The states of the chunks are
  * computed again and kept in scratch. Always chunkwise, whatever a->form. */

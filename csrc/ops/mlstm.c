@@ -162,23 +162,14 @@ static xl_status run_rows(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_arrays 
     return XL_OK;
 }
 
-xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, xl_heads h, xl_mlstm_state last,
-                           xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
-                           xl_mlstm_state first, void *scratch) {
-    const xl_mlstm_arrays r = {
-        .h = h, .q = q, .k = k, .v = v, .i = i, .f = f, .first = first, .last = last};
-    return run_rows(ctx, a, &r, scratch, 0);
-}
-
-xl_status xl_mapped_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps,
-                                  xl_heads h, xl_mlstm_state last, xl_heads q, xl_heads k,
-                                  xl_heads v, xl_heads i, xl_heads f, xl_mlstm_state first,
-                                  void *scratch) {
+xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps, xl_heads h,
+                           xl_mlstm_state last, xl_heads q, xl_heads k, xl_heads v, xl_heads i,
+                           xl_heads f, xl_mlstm_state first, void *scratch) {
     const xl_mlstm_arrays r = {
         .h = h, .q = q, .k = k, .v = v, .i = i, .f = f, .first = first, .last = last, .maps = maps};
-    if (maps->G < 1 || a->H % maps->G)
+    if (maps && (maps->G < 1 || a->H % maps->G))
         return xl_fail(ctx, XL_VALUE, "%td heads are no multiple of %td key heads", a->H, maps->G);
-    if (a->form == XL_RECURRENT)
+    if (maps && a->form == XL_RECURRENT)
         return xl_fail(ctx, XL_VALUE, "the recurrent form takes features, not maps");
     return run_rows(ctx, a, &r, scratch, 0);
 }

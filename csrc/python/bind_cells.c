@@ -35,48 +35,32 @@ static xl_mlstm mlstm_options(xl_call *c, PyObject *const *args) {
     return a;
 }
 
-/* mlstm_forward(h [B,H,T,E], last state C, n, m, q, k [B,H,T,D], v [B,H,T,E], i, f [B,H,T],
+/* mlstm_forward(h [B,H,T,E], last state C, n, m, q [B,H,T,D], k [B,H,T,D], v [B,H,T,E], i, f [B,H,T],
  *               state C?, n, m, normalizer, scale, form, chunk, reset? [B,T], lengths? [B],
- *               mixed) */
+ *               mixed, w_q?, w_k [H,D,D]); with maps k has G heads */
 static PyObject *mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 19)) return NULL;
-    real *q = xl_in(&c, args[4], "q", "BHTD"), *k = xl_in(&c, args[5], "k", "BHTD");
-    real *v = xl_in(&c, args[6], "v", "BHTE");
-    real *i = xl_in(&c, args[7], "i", "BHT"), *f = xl_in(&c, args[8], "f", "BHT");
-    real *h = xl_inout(&c, args[0], "h", "BHTE");
-    xl_mlstm_state last = mlstm_state(&c, args + 1, 1), first = mlstm_state(&c, args + 9, 0);
-    xl_mlstm a = mlstm_options(&c, args + 12);
-    ptrdiff_t H = a.H, T = a.T, D = a.D, E = a.E;
-    void *scratch = xl_scratch(&c, c.failed ? 0 : xl_mlstm_scratch(&c.ctx, &a));
-    if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c,
-           xl_mlstm_forward(&c.ctx, &a, view(h, H, T, E), last, view(q, H, T, D), view(k, H, T, D),
-                            view(v, H, T, E), view(i, H, T, 1), view(f, H, T, 1), first, scratch));
-    return xl_end(&c, c.status);
-}
-
-/* mapped_mlstm_forward(h [B,H,T,E], last state C, n, m, q [B,H,T,D], k [B,G,T,D], v [B,H,T,E],
- *                      i, f [B,H,T], state C?, n, m, as mlstm_forward up to mixed,
- *                      w_q, w_k [H,D,D]) */
-static PyObject *mapped_mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
-    xl_call c;
     if (!xl_begin(&c, module, nargs, 21)) return NULL;
-    real *q = xl_in(&c, args[4], "q", "BHTD"), *k = xl_in(&c, args[5], "k", "BGTD");
+    int mapped = args[19] != Py_None;
+    real *q = xl_in(&c, args[4], "q", "BHTD");
+    real *k = xl_in(&c, args[5], "k", mapped ? "BGTD" : "BHTD");
     real *v = xl_in(&c, args[6], "v", "BHTE");
     real *i = xl_in(&c, args[7], "i", "BHT"), *f = xl_in(&c, args[8], "f", "BHT");
     real *h = xl_inout(&c, args[0], "h", "BHTE");
     xl_mlstm_state last = mlstm_state(&c, args + 1, 1), first = mlstm_state(&c, args + 9, 0);
     xl_mlstm a = mlstm_options(&c, args + 12);
-    xl_mlstm_maps maps = {.w_q = xl_in(&c, args[19], "w_q", "HDD"),
-                          .w_k = xl_in(&c, args[20], "w_k", "HDD"),
-                          .G = xl_dim(&c, 'G')};
     ptrdiff_t H = a.H, T = a.T, D = a.D, E = a.E;
+    xl_mlstm_maps maps = {.G = H};
+    if (mapped) {
+        maps.G = xl_dim(&c, 'G');
+        maps.w_q = xl_in(&c, args[19], "w_q", "HDD");
+        maps.w_k = xl_in(&c, args[20], "w_k", "HDD");
+    }
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_mlstm_scratch(&c.ctx, &a));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_mapped_mlstm_forward(&c.ctx, &a, &maps, view(h, H, T, E), last, view(q, H, T, D),
-                                       view(k, maps.G, T, D), view(v, H, T, E), view(i, H, T, 1),
-                                       view(f, H, T, 1), first, scratch));
+    XL_RUN(&c, xl_mlstm_forward(&c.ctx, &a, mapped ? &maps : NULL, view(h, H, T, E), last,
+                                view(q, H, T, D), view(k, maps.G, T, D), view(v, H, T, E),
+                                view(i, H, T, 1), view(f, H, T, 1), first, scratch));
     return xl_end(&c, c.status);
 }
 
@@ -159,6 +143,6 @@ static PyObject *slstm_backward(PyObject *module, PyObject *const *args, Py_ssiz
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 PyMethodDef xl_methods_cells[] = {
-    METHOD(mlstm_forward), METHOD(mapped_mlstm_forward), METHOD(mlstm_backward),
-    METHOD(slstm_forward), METHOD(slstm_backward),       {NULL, NULL, 0, NULL},
+    METHOD(mlstm_forward),  METHOD(mlstm_backward), METHOD(slstm_forward),
+    METHOD(slstm_backward), {NULL, NULL, 0, NULL},
 };

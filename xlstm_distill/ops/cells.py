@@ -152,7 +152,7 @@ def mlstm_forward(
     a = _Mlstm(q, k, v, i, f, state, normalizer, scale, form, chunk, reset, mixed)
     c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
     h = np.empty_like(a.v)
-    core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options)
+    core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, None, None)
     return h, (c, n, m)
 
 
@@ -186,7 +186,7 @@ def mapped_mlstm_forward(
         same_shape(name, w, (heads, width, width))
     c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
     h = np.empty_like(a.v)
-    core(a.dtype).mapped_mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, *maps)
+    core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, *maps)
     return h, (c, n, m)
 
 
