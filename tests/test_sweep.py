@@ -142,6 +142,15 @@ def test_what_does_not_depend_on_the_keys_is_made_once(swept):
         assert "taken_from" not in directory.done("distill notes")
 
 
+def test_stage_one_is_made_anew_where_its_sums_have_another_order(root, tmp_path):
+    settings = ["align.micro_rows=1", "align.steps=2", "distill.steps=1"]
+    points = sweeps.grid(root / "recipe.yaml", ["accumulation=sequence,tree"], settings=settings)
+    sweeps.sweep(points, tmp_path)
+    names = [name for point in points for name in point.runs]
+    assert same_file(tmp_path, "student0/model.safetensors", *names)
+    assert not same_file(tmp_path, "aligned/model.safetensors", *names)
+
+
 def bits(place: Path) -> dict[str, bytes]:
     """What decides that two runs are the same."""
     wanted = ("aligned", "experts/general", "experts/notes", "merged")

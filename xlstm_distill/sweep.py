@@ -197,7 +197,8 @@ def _parts(recipe: Recipe) -> Iterator[_Part]:
         yield _Part(f"data/{name}", (*sampled, f"data {name}"), text)
     student = {**models, "student": values["student"]}
     yield _Part("student0", ("linearize",), student)
-    yield _Part("aligned", ("align",), {**student, **rows, "align": values["align"]})
+    stage_one = {key: values[key] for key in ("align", "accumulation")}
+    yield _Part("aligned", ("align",), {**student, **rows, **stage_one})
     if section.kl_weight:
         reached = {key: values[key] for key in ("targets", "experts", "generalist")}
         reached.update(steps=section.steps, rows_a_step=section.rows)
