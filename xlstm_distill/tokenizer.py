@@ -59,13 +59,12 @@ def _gpt2(core: tokenizers.Tokenizer) -> None:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _qwen2(core: tokenizers.Tokenizer) -> None:
-    """Text in NFC, split by Qwen2's pattern: digits one by one, line ends by themselves."""
+def _split(core: tokenizers.Tokenizer, digits: str) -> None:
+    """The pattern of GPT-4's line of tokenizers: line ends by themselves, `digits` at a time."""
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -74,12 +73,28 @@ def _qwen2(core: tokenizers.Tokenizer) -> None:
     )
 
 
+def _qwen2(core: tokenizers.Tokenizer) -> None:
+    """Text in NFC, digits one by one."""
+    core.normalizer = normalizers.NFC()
+    _split(core, r"\p{N}")
+
+
+def _llama3(core: tokenizers.Tokenizer) -> None:
+    """Digits by threes; a piece that is a token as a whole is that token, whatever the merges."""
+    core.model.ignore_merges = True
+    _split(core, r"\p{N}{1,3}")
+
+
 # What the names of pre-tokenizers in GGUF files (`tokenizer.ggml.pre`) stand for.
 _PRE_TOKENIZERS: dict[str, Callable[[tokenizers.Tokenizer], None]] = {
     "smollm": _smollm,
     "gpt-2": _gpt2,
+    "olmo": _gpt2,
     "qwen2": _qwen2,
+    "llama-bpe": _llama3,
 }
+# Those whose files mean `tokenizer.ggml.add_bos_token` true where they do not name it.
+_ADD_BOS = ("llama-bpe",)
 
 
 class Tokenizer:
@@ -389,7 +404,7 @@ class Tokenizer:
             eos_ids=gguf_eos_ids(fields, len(pieces), where),
             pad_id=_gguf_id(fields, "padding", len(pieces), where),
             unk_id=_gguf_id(fields, "unknown", len(pieces), where),
-            adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+            adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", pre in _ADD_BOS)),
             chat_template=fields.get("tokenizer.chat_template"),
         )
 
