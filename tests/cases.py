@@ -343,18 +343,21 @@ def sample_cases() -> Iterator[Case]:
 
 ROPE = Op(
     ("rope_forward",),
-    lambda m, a: {"y": m.rope_forward(a["x"], a["positions"], a["inv_freq"])},
-    lambda m, a, d: {"x": m.rope_forward(d["y"], a["positions"], a["inv_freq"], inverse=True)},
+    lambda m, a: {"y": m.rope_forward(a["x"], a["positions"], a["inv_freq"], scale=a["scale"])},
+    lambda m, a, d: {
+        "x": m.rope_forward(d["y"], a["positions"], a["inv_freq"], inverse=True, scale=a["scale"])
+    },
 )
 
 
 def rope_cases() -> Iterator[Case]:
-    for b, h, t, d in [(1, 1, 1, 2), (2, 3, 7, 10), (1, 2, 40, 64)]:
+    for b, h, t, d, scale in [(1, 1, 1, 2, 1.0), (2, 3, 7, 10, 1.2), (1, 2, 40, 64, 1.0)]:
         rng = seeded("rope", t)
         args = {
             "x": rng.standard_normal((b, h, t, d)),
             "positions": rng.integers(0, 9000, (b, t), dtype=np.int32),
             "inv_freq": 10000.0 ** (-np.arange(d // 2) / (d // 2)),
+            "scale": scale,
         }
         yield Case(f"rope {b}x{h}x{t}x{d}", ROPE, args, ("x",))
 

@@ -39,18 +39,35 @@ MIXERS = {
 }
 
 
-def of_family(name: str) -> dict:
-    """The keys of a configuration that the family decides."""
-    return {"family": name, "attention_bias": FAMILIES[name].attention_bias}
+# Bounds that cut through the eight pairs of a head of 16: one kept, two between, five divided.
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.1,
+}
+
+
+def of_family(name: str, layers: int = 2) -> dict:
+    """The keys of a configuration that the family decides: every other layer sees a window of 9
+    and RoPE is scaled in the rest, where the family has such layers."""
+    found = {"family": name, "attention_bias": FAMILIES[name].attention_bias}
+    if FAMILIES[name].sliding_layers:
+        found["teacher_windows"] = [9 if layer % 2 == 0 else None for layer in range(layers)]
+        found["rope_scaling"] = YARN
+    return found
 
 
 def random_model(mixer: str = "attention", seed: int = 0, dtype=np.float32, **changes) -> Model:
     """A model whose every parameter is random: maps are not the identity, gates are not zero.
 
-    `changes` of the configuration may give `mixers`, one a layer; else all layers have `mixer`.
+    `changes` of the configuration may give `mixers`, one a layer; else all layers have `mixer`,
+    "attention" being the teacher's.
     """
     layers = changes.get("num_hidden_layers", TINY["num_hidden_layers"])
-    config = ModelConfig(**{**TINY, "mixers": [MIXERS[mixer]] * layers, **changes})
+    mixers = [] if mixer == "attention" else [MIXERS[mixer]] * layers
+    config = ModelConfig(**{**TINY, "mixers": mixers, **changes})
     model = Model(config, dtype=dtype)
     random = np.random.default_rng(seed)
     for e in model.params.entries:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import of_family
+from models import YARN, of_family
 from pydantic import ValidationError
 
 from xlstm_distill.config import MixerConfig, ModelConfig
 from xlstm_distill.errors import UserError, first_problem, validated
 from xlstm_distill.families import FAMILIES, gguf_name, tensor_shapes
+from xlstm_distill.linearize import student_config
+from xlstm_distill.recipe import load_recipe
 
 TINY: dict[str, Any] = {
     "vocab_size": 300,
@@ -31,6 +34,37 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+OLMO3_7B: dict[str, Any] = {  # what decides the model in the published config.json
+    "architectures": ["Olmo3ForCausalLM"],
+    "model_type": "olmo3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 100278,
 }
 
 
@@ -54,8 +88,8 @@ mixers = st.builds(
     st.sampled_from(sorted(FAMILIES)),
     st.lists(st.integers(0, 299), max_size=3, unique=True),
     st.none() | st.integers(0, 299),
-    st.sampled_from([None, LLAMA3]),
-    st.floats(1.0, 1e7),
+    st.sampled_from([None, LLAMA3, YARN, LINEAR]),
+    st.floats(1.0, 1e7, exclude_min=True),
 )
 def test_config_json_round_trip(
     chosen: list[MixerConfig],
@@ -67,13 +101,15 @@ def test_config_json_round_trip(
     theta: float,
 ) -> None:
     config = tiny(
-        mixers=chosen,
-        tie_word_embeddings=tied,
-        **of_family(family),
-        eos_token_ids=eos,
-        pad_token_id=pad,
-        rope_scaling=scaling,
-        rope_theta=theta,
+        **{
+            **of_family(family, 3),
+            "mixers": chosen,
+            "tie_word_embeddings": tied,
+            "eos_token_ids": eos,
+            "pad_token_id": pad,
+            "rope_scaling": scaling,
+            "rope_theta": theta,
+        },
     )
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
@@ -109,13 +145,28 @@ def test_plain_model_keeps_its_architecture_and_a_student_does_not() -> None:
         ({"head_dim": None, "hidden_size": 25}, "give no head_dim"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"eos_token_id": 300}, r"eos_token_ids\[0\] 300 is outside the vocabulary of 300"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+            "rope_scaling type 'dynamic'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling needs a positive original_max_position_embeddings, found None",
+        ),
+        ({"rope_parameters": {**YARN, "mscale": 0.7}}, "rope_scaling mscale is not supported"),
+        (
+            {"rope_parameters": {**YARN, "beta_slow": 2.0}},
+            "beta_fast must be larger than beta_slow",
+        ),
+        ({"rope_parameters": {**YARN, "rope_theta": 1.0}}, "rope_theta above 1, found 1.0"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "llama3"}},
             "rope_scaling needs a positive factor",
         ),
         ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor must be"),
         ({"rope_parameters": "linear"}, "rope_scaling must be a mapping"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_scaling type"),
+        ({"layer_types": 3}, "layer_types: a list"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ],
 )
@@ -125,6 +176,60 @@ def test_refused_in_one_line(change: dict[str, Any], message: str) -> None:
         ModelConfig.from_hf(values, "DIR/config.json")
     assert str(caught.value).startswith("DIR/config.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_olmo3_as_published() -> None:
+    config = ModelConfig.from_hf(OLMO3_7B)
+    assert config.windows == [4096, 4096, 4096, None] * 8 and not config.is_student
+    assert [config.scales_rope(layer) for layer in range(4)] == [False, False, False, True]
+    assert config.attention_factor == pytest.approx(1 + math.log(8) / 10)
+    written = config.to_hf()
+    for key in ("layer_types", "sliding_window", "rope_theta", "rope_scaling"):
+        assert written[key] == OLMO3_7B[key]
+    assert ModelConfig.from_hf(written) == config
+    choice = load_recipe("olmo-3-7b").student.model_dump(exclude={"keep_attention"})
+    student = student_config(config, "Olmo-3-7B", choice, [31])
+    assert [m.window for m in student.mixers] == [512] * 31 + [None]
+    assert {m.mixer for m in student.mixers[:31]} == {"hybrid"}
+    assert ModelConfig.from_hf(student.to_hf()) == student
+    wide = student_config(config, "Olmo-3-7B", {**choice, "window": None}, [])
+    assert [m.window for m in wide.mixers] == config.windows
+    # A key that other families do not have stays out of what their fingerprints are made of.
+    assert "teacher_windows" in student.model_dump()
+    assert "teacher_windows" not in tiny().model_dump()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": None}, "layer_types: a list with one entry per layer is needed"),
+        ({"layer_types": ["full_attention"]}, "layer_types: a list with one entry per layer"),
+        ({"layer_types": ["chunked_attention"] * 32}, "'chunked_attention' is not supported in a"),
+        ({"sliding_window": None}, "sliding_window: missing"),
+        ({"sliding_window": 0}, r"one size of at least 1, found \[0\]"),
+        (
+            {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), YARN)},
+            "rope_parameters of sliding_attention are not supported",
+        ),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+    ],
+)
+def test_olmo3_refusals(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        ModelConfig.from_hf(OLMO3_7B | change, "config.json")
+    assert str(caught.value).startswith("config.json: ")
+
+
+def test_windows_must_fit() -> None:
+    for changes, message in (
+        ({"teacher_windows": [4, 4, 4]}, "do not fit family 'llama'"),
+        ({**of_family("olmo3", 2)}, "teacher_windows has 2 entries for 3 layers"),
+        ({**of_family("olmo3", 3), "teacher_windows": [4, 5, None]}, "needs one size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            validated(ModelConfig, {**TINY, **changes}, "x")
+    none = tiny(**{**of_family("olmo3", 3), "teacher_windows": [None] * 3})
+    assert none.teacher_windows == [] and ModelConfig.from_hf(none.to_hf()) == none
 
 
 def test_a_family_decides_its_biases() -> None:
@@ -170,14 +275,21 @@ def test_old_spellings_of_rope_and_padding() -> None:
     assert (config.rope_theta, config.rope_scaling, config.pad_token_id) == (5e5, LLAMA3, None)
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3])
-def test_inv_freq_equals_transformers(scaling: dict[str, Any] | None) -> None:
+QWEN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, LINEAR, LLAMA3, QWEN_YARN, {**YARN, "attention_factor": 0.9}, "olmo3"]
+)
+def test_rope_equals_transformers(scaling: Any) -> None:
+    scaling = OLMO3_7B["rope_scaling"] if scaling == "olmo3" else scaling
     transformers = pytest.importorskip("transformers")
     config = tiny(head_dim=128, rope_theta=5e5, rope_scaling=scaling)
     theirs = transformers.LlamaConfig(**config.to_hf())
     module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
     assert config.inv_freq().dtype == np.float64
     np.testing.assert_allclose(config.inv_freq(), module.inv_freq.numpy(), rtol=1e-6)
+    assert config.attention_factor == pytest.approx(module.attention_scaling, rel=1e-12)
 
 
 def test_tensor_table() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import of_family, random_batch, random_model
+from models import YARN, of_family, random_batch, random_model
 from test_checkpoints import IN_GGUF, make_config, make_tensors, write_gguf
 from test_model import directional_errors, relative
 from tolerances import DIRECTIONAL_F64, GATE_ZERO_IS_TEACHER, PREFILL_STEP_F32, PUBLIC_F32
@@ -23,7 +23,7 @@ from xlstm_distill.model import from_checkpoint, load
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-T = 40
+T = 40  # beyond the window and YaRN's original context of `of_family`
 
 
 @pytest.fixture(params=FAMILIES)
@@ -63,6 +63,16 @@ def test_logits_equal_transformers(tmp_path, family, tied):
     assert relative(ours.logits(ids), their_logits(theirs, ids)) <= PUBLIC_F32
 
 
+@pytest.mark.parametrize("scaling", [YARN, {"rope_type": "linear", "factor": 4.0}])
+def test_scaled_rope_equals_transformers(tmp_path, scaling):
+    """In a family whose layers all scale it."""
+    theirs = tiny_checkpoint(tmp_path, "qwen2", rope_scaling=scaling)
+    ours = load(tmp_path)
+    assert ours.config.rope_scaling == scaling
+    ids, _, _ = random_batch(ours, 3, T)
+    assert relative(ours.logits(ids), their_logits(theirs, ids)) <= PUBLIC_F32
+
+
 def test_gradients_equal_transformers(tmp_path, family):
     """Of the mean cross-entropy, for every tensor."""
     theirs = tiny_checkpoint(tmp_path, family)
@@ -82,9 +92,10 @@ def test_gradients_equal_transformers(tmp_path, family):
         assert relative(grads[name], gradient) <= PUBLIC_F32, name
 
 
-def test_gradients_of_a_student(family):
+@pytest.mark.parametrize("mixer", ["attention", "hybrid"])
+def test_gradients_of_a_model(family, mixer):
     """Float64 finite differences, mixers and shared weights together."""
-    model = random_model("hybrid", dtype=np.float64, **of_family(family))
+    model = random_model(mixer, dtype=np.float64, **of_family(family))
     ids, reset, labels = random_batch(model, 2, 21)
 
     def loss(grads=None):
@@ -156,8 +167,9 @@ def test_closed_gates_and_a_wide_window_are_the_teacher(tmp_path, family):
     )
 
 
-def test_prefill_and_step_equal_forward(family):
-    model = random_model("hybrid", **of_family(family))
+@pytest.mark.parametrize("mixer", ["attention", "hybrid"])
+def test_prefill_and_step_equal_forward(family, mixer):
+    model = random_model(mixer, **of_family(family))
     ids, _, _ = random_batch(model, 2, T)
     whole = model.logits(ids)
     _, state = model.prefill(ids[:, :20])
@@ -187,6 +199,42 @@ def test_stages_and_files(tmp_path, family):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     ids, _, _ = random_batch(teacher, 1, T)
     assert relative(teacher.logits(ids), their_logits(theirs, ids)) <= PUBLIC_F32
+
+
+def test_what_a_sliding_layer_becomes(tmp_path):
+    """Mixers get the smaller window, kept layers their own; stage I compares with the teacher's own
+    attention, whose RoPE every layer keeps."""
+    theirs = tiny_checkpoint(tmp_path / "teacher", "olmo3")
+    teacher = load(tmp_path / "teacher")
+    assert not teacher.config.is_student
+    kept = linearize(teacher, window=12, sinks=1, keep_attention=[0])
+    assert [(m.mixer, m.window) for m in kept.config.mixers] == [("attention", 9), ("hybrid", 12)]
+    student = linearize(teacher, window=12, sinks=1)
+    assert [(m.mixer, m.window) for m in student.config.mixers] == [("hybrid", 9), ("hybrid", 12)]
+    assert student.config.teacher_windows == [9, None]
+    # The teacher's heads, which transformers gives before o_proj, are what stage I measures by.
+    found: list[np.ndarray] = []
+    for layer in theirs.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda module, inputs: found.append(inputs[0].detach().numpy())
+        )
+    ids, _, _ = random_batch(teacher, 2, T)
+    their_logits(theirs, ids)
+    _, reference, _ = student.align_and_grad(ids)
+    expected = [float((heads.astype(np.float64) ** 2).sum()) for heads in found]
+    assert relative(reference, expected) <= PUBLIC_F32
+
+
+def test_a_state_grows_beyond_a_window():
+    """A window wider than the first room of a state: slots in order, then a ring."""
+    model = random_model(
+        **{**of_family("olmo3"), "teacher_windows": [300, None], "num_attention_heads": 2}
+    )
+    ids, _, _ = random_batch(model, 1, 620)
+    whole, state = model.logits(ids), model.new_state(1)
+    for start, end in ((0, 200), (200, 290), (290, 291), (291, 520), (520, 619), (619, 620)):
+        logits, state = model.prefill(ids[:, start:end], state)
+        assert relative(logits, whole[:, end - 1]) <= PREFILL_STEP_F32, end
 
 
 @pytest.mark.parametrize("family", IN_GGUF)

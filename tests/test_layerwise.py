@@ -27,17 +27,22 @@ LAYERS = 4
 MIXED = ["hybrid", "mlstm", "hybrid max", "linear"]
 
 
-@pytest.fixture(scope="module")
-def teacher():
+def random_teacher(**changes):
     """Four layers, two query heads to a key head."""
     small = tiny_run.teacher()
-    config = ModelConfig(**{**small.config.model_dump(), "num_hidden_layers": LAYERS, "mixers": []})
+    sizes = {**small.config.model_dump(), "num_hidden_layers": LAYERS, "mixers": []}
+    config = ModelConfig(**{**sizes, **changes})
     model = Model(config, small.tokenizer, source="tiny")
     random = np.random.default_rng(0)
     for e in model.params.entries:
         value = random.standard_normal(e.shape) * 0.2
         model.params[e.name] = (value * 0.3 + 1 if e.role == "norm" else value).astype(np.float32)
     return model
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return random_teacher()
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +94,20 @@ def assert_same_mixers(student, aligned):
 
 
 KINDS = [(name, "llama") for name in ("hybrid", "mlstm", "linear", "window", "hybrid fixed gate")]
+KINDS += [("hybrid", family) for family in ("qwen2", "olmo2", "olmo3")]
 
 
-@pytest.mark.parametrize(("mixer", "family"), [*KINDS, ("hybrid", "qwen2"), ("hybrid", "olmo2")])
+@pytest.mark.parametrize(("mixer", "family"), KINDS)
 def test_layers_alone_give_the_errors_gradients_and_stream_of_the_model(mixer, family):
-    model = random_model(mixer, num_hidden_layers=3, **of_family(family))
+    model = random_model(mixer, num_hidden_layers=3, **of_family(family, 3))
     ids, reset, _ = random_batch(model, 2, 37)
     whole = model.params.zeros_like()
     error, reference, _ = model.align_and_grad(ids, reset, whole)
     hidden = model.params["model.embed_tokens.weight"][ids]
     for layer in range(3):
+        windows = model.config.teacher_windows[layer : layer + 1]
         alone = ModelConfig(**{**model.config.model_dump(), "num_hidden_layers": 1,
-                               "mixers": [MIXERS[mixer]]})  # fmt: skip
+                               "mixers": [MIXERS[mixer]], "teacher_windows": windows})  # fmt: skip
         single = Model(alone)
         for e in single.params.entries:
             single.params[e.name] = model.params[e.name.replace("layers.0", f"layers.{layer}")]
@@ -160,6 +167,17 @@ def test_both_orders_end_with_the_same_bits(tmp_path, teacher, directory, text, 
         m["layer"] * settings["steps"] + m["layer_step"] for m in found
     ]
     assert not (tmp_path / "w" / "stream").exists()
+
+
+def test_sliding_layers_train_alike_in_both_orders(tmp_path, text):
+    teacher = random_teacher(**of_family("olmo3", LAYERS))
+    teacher.save(tmp_path / "teacher")
+    student, steps = in_memory(teacher, text, steps=5, keep=[1])
+    aligned, found = by_layer(tmp_path / "teacher", text, tmp_path / "w", steps=5, keep=[1])
+    assert_same_mixers(student, aligned)
+    assert {m["layer"] for m in found} == {0, 2, 3}
+    for m in found:
+        assert steps[m["layer_step"] - 1]["layers"][m["layer"]] == m["relative_error"], m
 
 
 def test_every_kind_of_mixer_trains_alike_in_both_orders(tmp_path, teacher, text):

@@ -200,7 +200,8 @@ def inspect(arguments: Arguments) -> Result:
     mixers: dict[str, int] = {}
     for m in c.mixers:
         window = "full" if m.window is None else str(m.window)
-        text = f"{m.mixer}, window {window}, {m.sinks} sinks" if m.mixer != "attention" else m.mixer
+        plain = m.mixer == "attention" and m.window is None
+        text = m.mixer if plain else f"{m.mixer}, window {window}, {m.sinks} sinks"
         mixers[text] = mixers.get(text, 0) + 1
     tokenizer = checkpoint.tokenizer
     found: Result = {

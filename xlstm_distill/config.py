@@ -7,12 +7,20 @@ that no other library mistakes it for the plain transformer that it no longer is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import UserError, validated
 from .families import FAMILIES, Family
@@ -20,16 +28,24 @@ from .families import FAMILIES, Family
 STUDENT_MODEL_TYPE = "xlstm_distill"
 STUDENT_ARCHITECTURE = "XlstmDistillForCausalLM"
 
-_LLAMA3_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+# Kinds of RoPE scaling: the keys that each needs, and those that it may have.
+_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        (),
+    ),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow"),
+    ),
+}
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # YaRN's where a file names none
 # Hugging Face's words for kinds of layers, where one fits.
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _LAYER_TYPES = {
-    "attention": "full_attention",
-    "window": "sliding_attention",
+    "attention": _FULL,
+    "window": _SLIDING,
     "hybrid": "hybrid",
     "mlstm": "linear_attention",
     "linear": "linear_attention",
@@ -63,14 +79,15 @@ class MixerConfig(BaseModel):
             raise ValueError("mixer 'window' needs a window of at least 1")
         return self
 
-    @property
-    def is_plain(self) -> bool:
-        """True for the full causal attention of the pretrained transformer."""
-        return self.mixer == "attention" and self.window is None
+    def is_pretrained(self, window: int | None) -> bool:
+        """True for the attention of a pretrained layer with this window (None: full)."""
+        sees_more = window is not None and self.sinks > 0
+        return self.mixer == "attention" and self.window == window and not sees_more
 
 
 class ModelConfig(BaseModel):
-    """Sizes and switches of a model; `mixers` has one entry per layer (default: all attention).
+    """Sizes and switches of a model; `mixers` has one entry per layer (default: the teacher's
+    attention in all).
 
     A wrong value raises pydantic's `ValidationError`; `from_hf` turns it into a one-line
     `UserError` that names the key.
@@ -96,6 +113,8 @@ class ModelConfig(BaseModel):
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(default_factory=list)
     pad_token_id: int | None = None
+    teacher_windows: list[int | None] = Field(default_factory=list)
+    """The window of the pretrained attention of each layer, None: full; empty: full in all."""
     mixers: list[MixerConfig] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -115,39 +134,78 @@ class ModelConfig(BaseModel):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, found {self.head_dim}")
-        _check_rope_scaling(self.rope_scaling)
+        _check_rope_scaling(self.rope_scaling, self.rope_theta)
+        self._check_teacher_windows()
         named = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
         named.update({f"eos_token_ids[{i}]": token for i, token in enumerate(self.eos_token_ids)})
         for key, token in named.items():
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(f"{key} {token} is outside the vocabulary of {self.vocab_size}")
         if not self.mixers:
-            self.mixers = [MixerConfig() for _ in range(self.num_hidden_layers)]
+            self.mixers = [MixerConfig(window=w) for w in self.windows]
         if len(self.mixers) != self.num_hidden_layers:
             raise ValueError(
                 f"mixers has {len(self.mixers)} entries for {self.num_hidden_layers} layers"
             )
         return self
 
+    def _check_teacher_windows(self) -> None:
+        if not self.teacher_windows:
+            return
+        if len(self.teacher_windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"teacher_windows has {len(self.teacher_windows)} entries "
+                f"for {self.num_hidden_layers} layers"
+            )
+        sizes = {window for window in self.teacher_windows if window is not None}
+        if not sizes:
+            self.teacher_windows = []
+        elif not FAMILIES[self.family].sliding_layers:
+            raise ValueError(f"teacher_windows do not fit family {self.family!r}")
+        elif len(sizes) > 1 or min(sizes) < 1:
+            raise ValueError(f"teacher_windows needs one size of at least 1, found {sorted(sizes)}")
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `teacher_windows` where there are none: fingerprints do not know the key."""
+        values: dict[str, Any] = handler(self)
+        if not self.teacher_windows:
+            values.pop("teacher_windows", None)
+        return values
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of the pretrained attention of each layer, None: full."""
+        return self.teacher_windows or [None] * self.num_hidden_layers
+
     @property
     def is_student(self) -> bool:
-        """True if any layer differs from the plain transformer."""
-        return not all(mixer.is_plain for mixer in self.mixers)
+        """True if any layer differs from the pretrained transformer."""
+        pairs = zip(self.mixers, self.windows, strict=True)
+        return not all(mixer.is_pretrained(window) for mixer, window in pairs)
 
-    def inv_freq(self) -> NDArray[np.float64]:
-        """RoPE's angular frequencies in radians per position, float64 [head_dim / 2].
+    def scales_rope(self, layer: int) -> bool:
+        """Whether `rope_scaling` applies to a layer: not where the pretrained attention has a
+        window, which meets no distance that it was not trained on (Olmo-3)."""
+        return self.rope_scaling is not None and self.windows[layer] is None
 
-        Applies Llama 3's scaling (the "llama3" entry of Hugging Face's rope parameters): long
-        wavelengths are divided by `factor`, short ones kept, and those between interpolated.
-        """
+    def inv_freq(self, scaled: bool = True) -> NDArray[np.float64]:
+        """RoPE's angular frequencies in radians per position, float64 [head_dim / 2], with
+        `rope_scaling` or, for layers that it leaves alone, without."""
         exponent = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
         base = self.rope_theta**-exponent
-        if self.rope_scaling is None:
+        if self.rope_scaling is None or not scaled:
             return base
-        factor, low, high, context = (float(self.rope_scaling[key]) for key in _LLAMA3_KEYS)
-        turns = context * base / (2.0 * np.pi)  # full turns within the original context
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return base * (keep + (1.0 - keep) / factor)
+        keep = _kept(self.rope_scaling, base, self.rope_theta)
+        return base * (keep + (1.0 - keep) / float(self.rope_scaling["factor"]))
+
+    @property
+    def attention_factor(self) -> float:
+        """By what YaRN multiplies q and k besides, in layers that it scales; else 1."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling["rope_type"] != "yarn":
+            return 1.0
+        return float(scaling.get("attention_factor", 0.1 * math.log(max(scaling["factor"], 1)) + 1))
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of `config.json`; `from_hf` gives the same configuration back."""
@@ -161,7 +219,7 @@ class ModelConfig(BaseModel):
             **{key: getattr(self, key) for key in _SHARED_KEYS},
             # Both spellings: rope_parameters is read by transformers 5, the others by 4.
             "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
+            "rope_scaling": self.rope_scaling and dict(self.rope_scaling),
             "rope_parameters": rope,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
@@ -169,15 +227,21 @@ class ModelConfig(BaseModel):
             **family.fixed,
             "dtype": "float32",
         }
+        if family.sliding_layers:
+            plain = {"rope_type": "default", "rope_theta": self.rope_theta}
+            values["rope_parameters"] = {_FULL: rope, _SLIDING: plain}
         if self.is_student:
             values["architectures"] = [STUDENT_ARCHITECTURE]
             values["model_type"] = STUDENT_MODEL_TYPE
             values["family"] = self.family
+            values["mixers"] = [mixer.model_dump() for mixer in self.mixers]
+            if self.teacher_windows:
+                values["teacher_windows"] = list(self.teacher_windows)
+        if self.is_student or family.sliding_layers:
             values["layer_types"] = [_layer_type(mixer) for mixer in self.mixers]
             windows = {mixer.window for mixer in self.mixers if mixer.window is not None}
             if len(windows) == 1:
                 values["sliding_window"] = windows.pop()
-            values["mixers"] = [mixer.model_dump() for mixer in self.mixers]
         return values
 
     @classmethod
@@ -209,7 +273,11 @@ class ModelConfig(BaseModel):
         found["eos_token_ids"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
         found["bos_token_id"] = values.get("bos_token_id")
         found["pad_token_id"] = _pad_of(values)
-        found["mixers"] = _mixers_of(values, family, where)
+        if values.get("model_type") == STUDENT_MODEL_TYPE:
+            found["mixers"] = _mixers_of(values, where)
+            found["teacher_windows"] = values.get("teacher_windows") or []
+        else:
+            found["teacher_windows"] = _windows_of(values, family, where)
         return validated(cls, found, where)
 
 
@@ -229,22 +297,58 @@ _SHARED_KEYS = (
 
 def _layer_type(mixer: MixerConfig) -> str:
     if mixer.mixer == "attention" and mixer.window is not None:
-        return "sliding_attention"
+        return _SLIDING
     return _LAYER_TYPES[mixer.mixer]
 
 
-def _check_rope_scaling(scaling: dict[str, Any] | None) -> None:
+def _check_rope_scaling(scaling: dict[str, Any] | None, theta: float) -> None:
     if scaling is None:
         return
     kind = scaling.get("rope_type")
-    if kind != "llama3":
-        raise ValueError(f"rope_scaling type {kind!r} is not supported; supported: 'llama3'")
-    for key in _LLAMA3_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        supported = ", ".join(map(repr, _ROPE_KEYS))
+        raise ValueError(f"rope_scaling type {kind!r} is not supported; supported: {supported}")
+    needed, allowed = _ROPE_KEYS[kind]
+    for key in scaling:
+        if key not in ("rope_type", *needed, *allowed):
+            raise ValueError(f"rope_scaling {key} is not supported with type {kind!r}")
+    for key in (*needed, *(key for key in allowed if key in scaling)):
         value = scaling.get(key)
         if not isinstance(value, int | float) or not np.isfinite(value) or value <= 0:
             raise ValueError(f"rope_scaling needs a positive {key}, found {value!r}")
-    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ValueError("rope_scaling high_freq_factor must be larger than low_freq_factor")
+    if kind == "yarn":
+        if scaling.get("beta_fast", _BETA_FAST) <= scaling.get("beta_slow", _BETA_SLOW):
+            raise ValueError("rope_scaling beta_fast must be larger than beta_slow")
+        if theta <= 1:
+            raise ValueError(f"rope_scaling type 'yarn' needs a rope_theta above 1, found {theta}")
+
+
+def _kept(
+    scaling: Mapping[str, Any], base: NDArray[np.float64], theta: float
+) -> NDArray[np.float64]:
+    """How much of each frequency of `base` a scaling keeps: 1 all, 0 divided by its factor.
+
+    linear: none. llama3: by how often a pair turns within the original context, none where that is
+    `low_freq_factor` times or less, all from `high_freq_factor` times on. yarn (arXiv:2309.00071;
+    bounds are whole numbers, as in public implementations): by the number of the pair, all up to
+    the one that turns `beta_fast` times, none from the one that turns `beta_slow` times on.
+    """
+    if scaling["rope_type"] == "linear":
+        return np.zeros_like(base)
+    context = float(scaling["original_max_position_embeddings"])
+    if scaling["rope_type"] == "llama3":
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        turns = context * base / (2.0 * np.pi)
+        return np.clip((turns - low) / (high - low), 0.0, 1.0)
+
+    def pair(turns: float) -> float:
+        return len(base) * math.log(context / (turns * 2.0 * math.pi)) / math.log(theta)
+
+    first = max(math.floor(pair(scaling.get("beta_fast", _BETA_FAST))), 0)
+    last = min(math.ceil(pair(scaling.get("beta_slow", _BETA_SLOW))), 2 * len(base) - 1)
+    return 1.0 - np.clip((np.arange(len(base)) - first) / max(last - first, 1e-3), 0.0, 1.0)
 
 
 def _family_of(values: Mapping[str, Any], where: str) -> Family:
@@ -278,23 +382,37 @@ def _default_head_dim(found: Mapping[str, Any], where: str) -> int:
 
 
 def _rope_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """rope_theta and rope_scaling from either spelling (transformers 5, and 4 before it)."""
-    found: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
-    scaling: Any = values.get("rope_parameters") or values.get("rope_scaling")
-    if scaling is not None:
-        if not isinstance(scaling, dict):
-            raise UserError(f"{where}: rope_scaling must be a mapping, found {scaling!r}")
-        scaling = dict(scaling)
-        found["rope_theta"] = scaling.pop("rope_theta", found["rope_theta"])
-        old_spelling = scaling.pop("type", "default")
-        scaling.setdefault("rope_type", old_spelling)
-        factor = scaling.pop("partial_rotary_factor", 1.0)
-        if factor != 1.0:
-            raise UserError(f"{where}: partial_rotary_factor {factor!r} is not supported")
-        found["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
-    if found["rope_theta"] is None:
-        del found["rope_theta"]
+    """rope_theta and rope_scaling from either spelling (transformers 5, and 4 before it).
+
+    Parameters by kind of layer are taken where those of sliding layers lack the scaling alone.
+    """
+    theta = values.get("rope_theta")
+    parameters: Any = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or _FULL not in parameters:
+        return _rope_entry(parameters, theta, where)
+    found = _rope_entry(parameters[_FULL], theta, where)
+    sliding = _rope_entry(parameters.get(_SLIDING) or {}, found.get("rope_theta"), where)
+    if sliding != {**found, "rope_scaling": None}:
+        raise UserError(
+            f"{where}: rope_parameters of {_SLIDING} are not supported; expected those of {_FULL} "
+            "without a scaling"
+        )
     return found
+
+
+def _rope_entry(entry: Any, theta: float | None, where: str) -> dict[str, Any]:
+    """What one mapping says; `theta` where it names none. A theta that nobody names is left out."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: rope_scaling must be a mapping, found {entry!r}")
+    scaling = {key: value for key, value in entry.items() if value is not None}
+    theta = scaling.pop("rope_theta", theta)
+    old_spelling = scaling.pop("type", "default")
+    scaling.setdefault("rope_type", old_spelling)
+    factor = scaling.pop("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor {factor!r} is not supported")
+    found: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    return {**found, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
 
 
 def _pad_of(values: Mapping[str, Any]) -> int | None:
@@ -303,15 +421,27 @@ def _pad_of(values: Mapping[str, Any]) -> int | None:
     return None if pad == -1 else pad
 
 
-def _mixers_of(values: Mapping[str, Any], family: Family, where: str) -> list[Any]:
-    if values.get("model_type") == STUDENT_MODEL_TYPE:
-        mixers = values.get("mixers")
-        if not isinstance(mixers, list) or not mixers:
-            raise UserError(f"{where}: mixers: a list with one entry per layer is needed")
-        return mixers
-    for kind in values.get("layer_types") or []:
-        if kind != "full_attention":
+def _mixers_of(values: Mapping[str, Any], where: str) -> list[Any]:
+    mixers = values.get("mixers")
+    if not isinstance(mixers, list) or not mixers:
+        raise UserError(f"{where}: mixers: a list with one entry per layer is needed")
+    return mixers
+
+
+def _windows_of(values: Mapping[str, Any], family: Family, where: str) -> list[Any]:
+    """`teacher_windows` from the kinds of a pretrained model's layers."""
+    kinds = values.get("layer_types") or []
+    layers = values.get("num_hidden_layers") if family.sliding_layers else None
+    if not isinstance(kinds, list) or layers not in (None, len(kinds)):
+        raise UserError(f"{where}: layer_types: a list with one entry per layer is needed")
+    supported = (_FULL, _SLIDING) if family.sliding_layers else (_FULL,)
+    for kind in kinds:
+        if kind not in supported:
             raise UserError(
                 f"{where}: layer_types {kind!r} is not supported in a {family.name} model"
             )
-    return []
+    if _SLIDING not in kinds:
+        return []
+    if values.get("sliding_window") is None:
+        raise UserError(f"{where}: sliding_window: missing, layers of {_SLIDING} need it")
+    return [values["sliding_window"] if kind == _SLIDING else None for kind in kinds]

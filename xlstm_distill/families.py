@@ -6,7 +6,7 @@ code relies on, and the table of tensors. Another family is another `Family` ent
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ class Family:
     `attention_bias`: q, k and v have biases (o has none). `rms_norm_eps` is what a `config.json`
     without that key means. `post_norm`: the norms stand behind attention and MLP, before the
     addition to the stream, not before them. `qk_norm`: q and k are normalised over all their heads,
-    before RoPE. `gguf_architecture` None: GGUF files are not read. `gguf_pairs_rows`: they store
+    before RoPE. `sliding_layers`: some layers (`layer_types`) see a window and have a RoPE without
+    scaling. `gguf_architecture` None: GGUF files are not read. `gguf_pairs_rows`: they store
     the rows of q and k in the order of adjacent pairs.
     """
 
@@ -40,6 +41,7 @@ class Family:
     attention_bias: bool = False
     post_norm: bool = False
     qk_norm: bool = False
+    sliding_layers: bool = False
     rms_norm_eps: float = 1e-6
     fixed: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -81,8 +83,15 @@ OLMO2 = Family(
         {"hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0}
     ),
 )
+OLMO3 = replace(
+    OLMO2,
+    name="olmo3",
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    sliding_layers=True,
+)
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, OLMO2)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, OLMO2, OLMO3)}
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:

@@ -378,6 +378,7 @@ def layer_model(student: Checkpoint, layer: int, compute: Compute = "f32") -> Mo
     alone = {
         "num_hidden_layers": 1,
         "mixers": [c.mixers[layer]],
+        "teacher_windows": c.teacher_windows[layer : layer + 1],
         "vocab_size": 1,
         "tie_word_embeddings": True,
         "bos_token_id": None,

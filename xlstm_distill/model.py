@@ -1,7 +1,8 @@
 """`Model`: a teacher or a student, its parameters, and every call into the core's model layer.
 
-A teacher is a model whose layers all mix by full attention; a student differs in `config.mixers`
-alone. Arrays of token ids are int32 [B, T]; rows may have their own `lengths` (right padded).
+A teacher is a model whose layers all mix by their pretrained attention; a student differs in
+`config.mixers` alone. Arrays of token ids are int32 [B, T]; rows may have their own `lengths`
+(right padded).
 """
 
 from __future__ import annotations
@@ -62,11 +63,18 @@ def _capsule(core: Any, c: ModelConfig, compute: Compute) -> Any:
         family.post_norm,
         family.qk_norm,
     ]
+    scaled = [c.scales_rope(layer) for layer in range(c.num_hidden_layers)]
+    ropes = sorted(set(scaled))  # layers that scale RoPE and layers that do not, where there are
+    mixers = [
+        [*_mixer_row(mixer), window or 0, ropes.index(scales)]
+        for mixer, window, scales in zip(c.mixers, c.windows, scaled, strict=True)
+    ]
     return core.config_new(
         np.array(sizes, dtype=np.int32),
         c.rms_norm_eps,
-        np.ascontiguousarray(c.inv_freq(), dtype=np.float64),
-        np.array([_mixer_row(m) for m in c.mixers], dtype=np.int32).reshape(-1, 5),
+        np.array([c.inv_freq(scales) for scales in ropes]),
+        np.array([c.attention_factor if scales else 1.0 for scales in ropes]),
+        np.array(mixers, dtype=np.int32),
     )
 
 

@@ -7,6 +7,7 @@
 
 #define XL_MAX_LAYERS 256
 #define XL_MAX_HEAD_WIDTH 512
+#define XL_MAX_ROPES 2 /* kinds of RoPE in a model: with its scaling and without */
 
 typedef enum {
     XL_MIX_ATTENTION, /* the teacher's softmax attention */
@@ -22,6 +23,8 @@ typedef struct {
     ptrdiff_t sinks;
     int gate_fixed; /* the output gate is its bias alone */
     xl_normalizer normalizer;
+    ptrdiff_t teacher_window; /* of the teacher's attention in this layer; 0: unlimited */
+    int rope;                 /* which of the model's kinds of RoPE turns q and k */
 } xl_mixer;
 
 typedef struct {
@@ -32,7 +35,9 @@ typedef struct {
     int qk_norm;   /* q and k are normalised over all their heads, before RoPE */
     xl_dtype weights; /* of matrices: XL_DT_REAL, or for inference XL_DT_PANELS or XL_DT_I8 */
     int mixed;        /* products of matrices: see xl_mat */
-    double inv_freq[XL_MAX_HEAD_WIDTH / 2];
+    ptrdiff_t ropes;  /* kinds of RoPE */
+    double inv_freq[XL_MAX_ROPES][XL_MAX_HEAD_WIDTH / 2];
+    double attention_factor[XL_MAX_ROPES]; /* YaRN's: what it turns is multiplied by it; else 1 */
     xl_mixer mixer[XL_MAX_LAYERS];
 } xl_config;
 
@@ -44,6 +49,13 @@ static inline int xl_has_mlstm(const xl_mixer *m) {
 }
 static inline int xl_has_gates(const xl_mixer *m) {
     return m->kind == XL_MIX_MLSTM || m->kind == XL_MIX_HYBRID;
+}
+/* The teacher's attention in the layer of a student's mixer. */
+static inline xl_mixer xl_teacher_attention(const xl_mixer *m) {
+    return (xl_mixer){.kind = XL_MIX_ATTENTION,
+                      .window = m->teacher_window,
+                      .teacher_window = m->teacher_window,
+                      .rope = m->rope};
 }
 
 /* Refuses sizes that contradict each other; names the value. */

@@ -44,6 +44,15 @@ static xl_gate gate_args(const xl_config *c, const xl_batch *b) {
     return (xl_gate){b->B, c->H, c->G, b->T, c->D};
 }
 
+/* Turns q and k [N, heads, D] by the layer's RoPE, or back, and multiplies them by scale. */
+static xl_status turn(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_batch *b,
+                      real *q, real *k, double scale, int inverse) {
+    ptrdiff_t B = b->B, T = b->T, D = c->D;
+    const real *table = b->rope + m->rope * B * T * D;
+    XL_TRY(xl_rope(ctx, B, c->H, T, D, view(q, T, c->H, D), table, (real)scale, inverse));
+    return xl_rope(ctx, B, c->G, T, D, view(k, T, c->G, D), table, (real)scale, inverse);
+}
+
 void xl_mixer_tape_plan(xl_plan *p, const xl_config *c, const xl_mixer *m, ptrdiff_t N,
                         xl_mixer_tape *t) {
     ptrdiff_t q = N * c->H * c->D, kv = N * c->G * c->D, gates = N * c->H;
@@ -101,11 +110,10 @@ static ptrdiff_t plan(const xl_ctx *ctx, const xl_config *c, const xl_batch *b, 
         if (xl_has_attention(m))
             most = xl_max(most, xl_attention_scratch(ctx, &at, b->past ? at.window + at.sinks : 0));
         if (xl_has_mlstm(m)) most = xl_max(most, xl_mlstm_scratch(ctx, &ce));
+        xl_mixer teacher = xl_teacher_attention(m); /* stage I also runs it */
+        at = attention_args(c, &teacher, b);
+        if (training) most = xl_max(most, xl_attention_scratch(ctx, &at, 0));
     }
-    /* stage I also runs the teacher's attention over the whole row */
-    xl_mixer full = {.kind = XL_MIX_ATTENTION};
-    xl_attn at = attention_args(c, &full, b);
-    if (training) most = xl_max(most, xl_attention_scratch(ctx, &at, 0));
     w->op = xl_take(&p, "", XL_ROLE_WORK, XL_DT_U8, 1, XL_SHAPE(most));
     return p.failed ? -1 : p.used;
 }
@@ -184,8 +192,7 @@ xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, c
     workspace s;
     plan(ctx, c, b, 0, scratch, &s);
     if (xl_has_mlstm(m)) XL_TRY(gate_pre_activations(ctx, c, m, w, b, t, xn, s.op));
-    XL_TRY(xl_rope(ctx, b->B, H, T, D, view(t->q, T, H, D), b->rope, 0));
-    XL_TRY(xl_rope(ctx, b->B, c->G, T, D, view(t->k, T, c->G, D), b->rope, 0));
+    XL_TRY(turn(ctx, c, m, b, t->q, t->k, c->attention_factor[m->rope], 0));
     if (xl_has_attention(m)) XL_TRY(attention_branch(ctx, c, m, b, t, state, s.op));
     if (xl_has_mlstm(m)) XL_TRY(mlstm_branch(ctx, c, m, w, b, t, state, s.op));
     if (m->kind != XL_MIX_HYBRID) return XL_OK;
@@ -273,13 +280,10 @@ xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, 
     }
     if (xl_has_mlstm(m))
         XL_TRY(mlstm_backward(ctx, c, m, w, g, b, t, dq, dk, dv, dxn, dhm, xn, &s));
-    if (dq) {
-        XL_TRY(xl_rope(ctx, b->B, H, T, D, view(dq, T, H, D), b->rope, 1));
-        XL_TRY(xl_rope(ctx, b->B, G, T, D, view(dk, T, G, D), b->rope, 1));
-    }
+    double factor = c->attention_factor[m->rope];
+    if (dq) XL_TRY(turn(ctx, c, m, b, dq, dk, factor, 1));
     if (m->kind != XL_MIX_HYBRID) return XL_OK;
     /* the output gate read q and k before RoPE: turn them back */
-    XL_TRY(xl_rope(ctx, b->B, H, T, D, view(t->q, T, H, D), b->rope, 1));
-    XL_TRY(xl_rope(ctx, b->B, G, T, D, view(t->k, T, G, D), b->rope, 1));
+    XL_TRY(turn(ctx, c, m, b, t->q, t->k, 1 / factor, 1));
     return gate_backward(ctx, c, m, w, g, b, t, dq, dk, dv, &s);
 }

@@ -16,7 +16,7 @@ typedef struct {
     double gate;         /* in [0, 1]: forces every output gate; < 0: the model's own */
     ptrdiff_t chunk;     /* of the chunkwise mLSTM */
     int recompute; /* training holds each block's input alone and makes its activations again */
-    real *rope;    /* [N, D] table of this batch */
+    real *rope;    /* [ropes, N, D] tables of this batch */
 } xl_batch;
 
 /* Everything that a layer's mixer leaves for its backward; [N, heads*D] unless said. */

@@ -19,10 +19,12 @@ static void one_branch(const xl_mixer *m, xl_mixer_tape *t, real *hm, real *hs) 
 /* x: `hidden`, or where that is NULL the embeddings of the batch. */
 static xl_status start(xl_ctx *ctx, const xl_config *c, const xl_params *p, xl_batch *b, real *rope,
                        real *x, const real *hidden) {
+    ptrdiff_t N = rows(b);
     b->rope = rope;
-    XL_TRY(xl_rope_table(ctx, rows(b), c->D, rope, b->pos, c->inv_freq));
-    if (hidden) return xl_copy(ctx, rows(b) * c->d, x, hidden);
-    return xl_embedding_forward(ctx, rows(b), c->V, c->d, x, b->ids, p->embed);
+    for (ptrdiff_t r = 0; r < c->ropes; r++)
+        XL_TRY(xl_rope_table(ctx, N, c->D, rope + r * N * c->D, b->pos, c->inv_freq[r]));
+    if (hidden) return xl_copy(ctx, N * c->d, x, hidden);
+    return xl_embedding_forward(ctx, N, c->V, c->d, x, b->ids, p->embed);
 }
 
 /* ---- forward ------------------------------------------------------------------------------ */
@@ -37,7 +39,7 @@ static ptrdiff_t forward_plan(const xl_ctx *ctx, const xl_config *c, const xl_ba
                               forward_work *w) {
     xl_plan p = {.base = base, .size = PTRDIFF_MAX};
     ptrdiff_t N = rows(b), block = xl_block_scratch(ctx, c, b, 0);
-    w->rope = xl_take_reals(&p, N * c->D);
+    w->rope = xl_take_reals(&p, c->ropes * N * c->D);
     w->x = xl_take_reals(&p, N * c->d);
     w->rstd = xl_take_reals(&p, N);
     widest_tape(&p, c, N, &w->tape);
@@ -84,7 +86,7 @@ static ptrdiff_t train_plan(const xl_ctx *ctx, const xl_config *c, const xl_batc
     xl_plan p = {.base = base, .size = PTRDIFF_MAX};
     ptrdiff_t N = rows(b), block = xl_block_scratch(ctx, c, b, 1),
               loss = xl_head_scratch(ctx, head);
-    w->rope = xl_take_reals(&p, N * c->D);
+    w->rope = xl_take_reals(&p, c->ropes * N * c->D);
     w->stream = xl_take_reals(&p, (c->layers + 1) * N * c->d);
     w->xn = xl_take_reals(&p, N * c->d);
     w->rstd = xl_take_reals(&p, N);
@@ -155,7 +157,7 @@ static ptrdiff_t align_plan(const xl_ctx *ctx, const xl_config *c, const xl_batc
     xl_plan p = {.base = base, .size = PTRDIFF_MAX};
     ptrdiff_t N = rows(b), block = xl_block_scratch(ctx, c, b, 1), q = N * c->H * c->D;
     xl_mixer attention = {.kind = XL_MIX_ATTENTION};
-    w->rope = xl_take_reals(&p, N * c->D);
+    w->rope = xl_take_reals(&p, c->ropes * N * c->D);
     w->x = xl_take_reals(&p, N * c->d);
     w->dh = xl_take_reals(&p, q);
     widest_tape(&p, c, N, &w->tape);
@@ -183,13 +185,13 @@ xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
     align_work w;
     align_plan(ctx, c, b, scratch, &w);
     ptrdiff_t N = rows(b), q = N * c->H * c->D, kv = N * c->G * c->D;
-    const xl_mixer attention = {.kind = XL_MIX_ATTENTION};
     xl_mixer_tape *t = &w.tape.mixer;
     real *hm = t->hm, *hs = t->hs;
     ptrdiff_t layers = layers_needed(c, stream);
     XL_TRY(start(ctx, c, p, b, w.rope, w.x, stream->in));
     for (ptrdiff_t l = 0; l < layers; l++) {
         const xl_mixer *m = &c->mixer[l];
+        const xl_mixer attention = xl_teacher_attention(m);
         const xl_layer *layer = &p->layer[l];
         int compared = !stream->compared || stream->compared[l];
         one_branch(m, t, hm, hs);

@@ -28,7 +28,7 @@ typedef struct {
     const uint8_t *compared; /* [layers] flags; NULL: all */
 } xl_stream;
 
-/* Stage I (paper.md (12)). The stream is the teacher's: full attention in every layer, whose input
+/* Stage I (paper.md (12)). The stream is the teacher's: its attention in every layer, whose input
  * each compared layer's mixer also gets. sums [layers, 2]: sum (h - h_teacher)^2 and sum h_teacher^2
  * of the compared layers are added; adds the gradient of scale * sum of the first into the mixers'
  * own parameters in g (NULL: loss only). Without stream->out nothing behind the last compared layer

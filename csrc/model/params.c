@@ -22,9 +22,12 @@ xl_status xl_config_check(xl_ctx *ctx, const xl_config *c) {
         return xl_fail(ctx, XL_VALUE,
                        "num_attention_heads %td is no multiple of num_key_value_heads %td", c->H,
                        c->G);
+    XL_TRY(check(ctx, "the number of RoPE kinds", c->ropes, 1, XL_MAX_ROPES));
     for (ptrdiff_t l = 0; l < c->layers; l++) {
         XL_TRY(check(ctx, "window", c->mixer[l].window, 0, most));
         XL_TRY(check(ctx, "sinks", c->mixer[l].sinks, 0, most));
+        XL_TRY(check(ctx, "teacher_window", c->mixer[l].teacher_window, 0, most));
+        XL_TRY(check(ctx, "rope", c->mixer[l].rope, 0, c->ropes - 1));
     }
     return XL_OK;
 }

@@ -85,10 +85,10 @@ xl_status xl_rmsnorm_backward(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t d, real *dx, r
 /* table[n] = cos(pos_n inv_freq_j), j < D/2, then the sines: [N, D] */
 xl_status xl_rope_table(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t D, real *table, const int32_t *pos,
                         const double *inv_freq);
-/* Rotates (x_j, x_{j+D/2}) in place, by the negative angle if inverse. The backward of a rotation
- * is its inverse. table: [B, T, D]. */
+/* Rotates (x_j, x_{j+D/2}) in place, by the negative angle if inverse, and multiplies them by scale.
+ * The backward of a rotation is its inverse with the same scale. table: [B, T, D]. */
 xl_status xl_rope(xl_ctx *ctx, ptrdiff_t B, ptrdiff_t H, ptrdiff_t T, ptrdiff_t D, xl_heads x,
-                  const real *table, int inverse);
+                  const real *table, real scale, int inverse);
 
 /* ---- swiglu.c ----------------------------------------------------------------------------- */
 

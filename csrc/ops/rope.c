@@ -15,9 +15,9 @@ xl_status xl_rope_table(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t D, real *table, cons
 }
 
 xl_status xl_rope(xl_ctx *ctx, ptrdiff_t B, ptrdiff_t H, ptrdiff_t T, ptrdiff_t D, xl_heads x,
-                  const real *table, int inverse) {
+                  const real *table, real scale, int inverse) {
     ptrdiff_t half = D / 2;
-    real sign = inverse ? -1 : 1;
+    real sine_scale = inverse ? -scale : scale;
 #pragma omp parallel for num_threads(ctx->threads) collapse(2) if (B * T >= XL_FEW_ROWS)
     for (ptrdiff_t b = 0; b < B; b++)
         for (ptrdiff_t t = 0; t < T; t++) {
@@ -25,9 +25,9 @@ xl_status xl_rope(xl_ctx *ctx, ptrdiff_t B, ptrdiff_t H, ptrdiff_t T, ptrdiff_t 
             for (ptrdiff_t h = 0; h < H; h++) {
                 real *lo = xl_at(x, b, h, t), *hi = lo + half;
                 for (ptrdiff_t j = 0; j < half; j++) {
-                    real u = lo[j], v = hi[j], sine = sign * s[j];
-                    lo[j] = u * c[j] - v * sine;
-                    hi[j] = v * c[j] + u * sine;
+                    real u = lo[j], v = hi[j], cosine = scale * c[j], sine = sine_scale * s[j];
+                    lo[j] = u * cosine - v * sine;
+                    hi[j] = v * cosine + u * sine;
                 }
             }
         }

@@ -187,20 +187,22 @@ static PyObject *rmsnorm_backward(PyObject *module, PyObject *const *args, Py_ss
 }
 
 static xl_status rope_in_place(xl_ctx *ctx, const ptrdiff_t *BHTD, real *x, const int32_t *pos,
-                               const double *inv_freq, int inverse, real *table) {
+                               const double *inv_freq, int inverse, real scale, real *table) {
     ptrdiff_t B = BHTD[0], H = BHTD[1], T = BHTD[2], D = BHTD[3];
     XL_TRY(xl_rope_table(ctx, B * T, D, table, pos, inv_freq));
-    return xl_rope(ctx, B, H, T, D, (xl_heads){x, H * T * D, T * D, D}, table, inverse);
+    return xl_rope(ctx, B, H, T, D, (xl_heads){x, H * T * D, T * D, D}, table, scale, inverse);
 }
 
-/* rope(x [B, H, T, D] rotated in place, positions [B, T], inv_freq f64 [D/2], inverse) */
+/* rope(x [B, H, T, D] rotated in place, positions [B, T], inv_freq f64 [D/2], inverse,
+ * scale) */
 static PyObject *rope(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 4)) return NULL;
+    if (!xl_begin(&c, module, nargs, 5)) return NULL;
     real *x = xl_inout(&c, args[0], "x", "BHTD");
     const int32_t *pos = xl_in_i32(&c, args[1], "positions", "BT");
     const double *freq = xl_in_f64(&c, args[2], "inv_freq", "F");
     int inverse = (int)xl_int(&c, args[3], "inverse", 0, 1);
+    real scale = (real)xl_double(&c, args[4], "scale");
     if (c.failed) return xl_end(&c, XL_OK);
     const ptrdiff_t dims[4] = {xl_dim(&c, 'B'), xl_dim(&c, 'H'), xl_dim(&c, 'T'), xl_dim(&c, 'D')};
     if (xl_dim(&c, 'F') * 2 != dims[3])
@@ -212,7 +214,7 @@ static PyObject *rope(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
     xl_take(&plan, "", XL_ROLE_WORK, XL_DT_REAL, 3, XL_SHAPE(dims[0], dims[2], dims[3]));
     void *table = xl_scratch(&c, plan.failed ? -1 : plan.used);
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, rope_in_place(&c.ctx, dims, x, pos, freq, inverse, table));
+    XL_RUN(&c, rope_in_place(&c.ctx, dims, x, pos, freq, inverse, scale, table));
     return xl_end(&c, c.status);
 }
 

@@ -9,17 +9,19 @@
 
 static void free_config(PyObject *capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
-/* config_new(sizes i32 [11], eps, inv_freq f64 [D/2], mixers i32 [L, 5]) -> capsule
+/* config_new(sizes i32 [11], eps, inv_freq f64 [R, D/2], attention_factor f64 [R], mixers i32 [L, 7])
+ * -> capsule; R kinds of RoPE
  * sizes: d, H, G, D, F, V, tied, attention_bias, compute (0 f32, 1 mixed, 2 bf16, 3 int8), post_norm,
- * qk_norm; mixers: kind, window, sinks, gate_fixed, normalizer */
+ * qk_norm; mixers: kind, window, sinks, gate_fixed, normalizer, teacher_window, rope */
 static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 4)) return NULL;
+    if (!xl_begin(&c, module, nargs, 5)) return NULL;
     xl_set_dim(&c, 'S', 11);
     const int32_t *s = xl_in_i32(&c, args[0], "sizes", "S");
     double eps = xl_double(&c, args[1], "rms_norm_eps");
-    const double *freq = xl_in_f64(&c, args[2], "inv_freq", "F");
-    const int32_t *m = xl_in_i32(&c, args[3], "mixers", "L5");
+    const double *freq = xl_in_f64(&c, args[2], "inv_freq", "RF");
+    const double *factor = xl_in_f64(&c, args[3], "attention_factor", "R");
+    const int32_t *m = xl_in_i32(&c, args[4], "mixers", "L7");
     if (c.failed) return xl_end(&c, XL_OK);
     ptrdiff_t layers = xl_dim(&c, 'L');
     static const xl_dtype weights[] = {XL_DT_REAL, XL_DT_REAL, XL_DT_PANELS, XL_DT_I8};
@@ -38,13 +40,16 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
                           .qk_norm = s[10],
                           .weights = weights[s[8] & 3],
                           .mixed = s[8] != 0,
+                          .ropes = xl_dim(&c, 'R'),
                           .eps = eps};
-    for (ptrdiff_t l = 0; l < xl_min(layers, XL_MAX_LAYERS); l++, m += 5)
+    for (ptrdiff_t l = 0; l < xl_min(layers, XL_MAX_LAYERS); l++, m += 7)
         config->mixer[l] = (xl_mixer){.kind = (xl_mixer_kind)m[0],
                                       .window = m[1],
                                       .sinks = m[2],
                                       .gate_fixed = m[3],
-                                      .normalizer = (xl_normalizer)m[4]};
+                                      .normalizer = (xl_normalizer)m[4],
+                                      .teacher_window = m[5],
+                                      .rope = m[6]};
     xl_status status = xl_config_check(&c.ctx, config);
     if (status == XL_OK && xl_dim(&c, 'F') != config->D / 2)
         status = xl_fail(&c.ctx, XL_VALUE, "inv_freq has %td entries, expected %td",
@@ -53,7 +58,10 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
         PyMem_Free(config);
         return xl_end(&c, status);
     }
-    for (ptrdiff_t j = 0; j < config->D / 2; j++) config->inv_freq[j] = freq[j];
+    for (ptrdiff_t r = 0; r < config->ropes; r++, freq += config->D / 2) {
+        memcpy(config->inv_freq[r], freq, (size_t)(config->D / 2) * sizeof *freq);
+        config->attention_factor[r] = factor[r];
+    }
     return PyCapsule_New(config, CAPSULE, free_config);
 }
 

@@ -101,18 +101,22 @@ def rmsnorm_backward(
 
 
 def rope_forward(
-    x: ArrayLike, positions: ArrayLike, inv_freq: ArrayLike, inverse: bool = False
+    x: ArrayLike,
+    positions: ArrayLike,
+    inv_freq: ArrayLike,
+    inverse: bool = False,
+    scale: float = 1.0,
 ) -> Array:
     """Rotary embedding: x [B, H, T, D], integer positions [B, T], inv_freq [D/2] in radians a step.
 
     Element j is paired with j + D/2 (the pairing of Hugging Face's Llama, not the interleaved one).
-    `inverse` rotates by the negative angle, which is the backward. Angles are made in float64.
-    Source: arXiv:2104.09864.
+    The result is multiplied by `scale` (YaRN's attention factor). `inverse` rotates by the negative
+    angle, which is the backward. Angles are made in float64. Source: arXiv:2104.09864.
     """
     dtype = common_dtype(x)
     y = np.array(floats("x", x, 4, dtype))
     pos, freq = integers("positions", positions, 2), floats("inv_freq", inv_freq, 1, np.float64)
-    core(dtype).rope(y, pos, freq, int(inverse))
+    core(dtype).rope(y, pos, freq, int(inverse), float(scale))
     return y
 
 

@@ -13,18 +13,21 @@ FEATURE_FLOOR = 1e-6  # total added to the D features, so that phi(q) . phi(k) i
 # ---- RoPE ---------------------------------------------------------------------------------------
 
 
-def rope_forward(x: Array, positions: Array, inv_freq: Array, inverse: bool = False) -> Array:
+def rope_forward(
+    x: Array, positions: Array, inv_freq: Array, inverse: bool = False, scale: float = 1.0
+) -> Array:
     """Rotates the pairs (x_j, x_{j + D/2}) of x [B, H, T, D] by positions [B, T] * inv_freq [D/2].
 
-    `inverse` rotates by the negative angle: the inverse and, rotations being orthogonal, the
-    backward. Angles are made in float64. Source: arXiv:2104.09864, Hugging Face's pairing.
+    The result is multiplied by `scale` (YaRN's attention factor, arXiv:2309.00071). `inverse`
+    rotates by the negative angle: rotations being orthogonal, that is the backward, and without a
+    scale the inverse. Angles are made in float64. Source: arXiv:2104.09864, Hugging Face's pairing.
     """
     angle = positions[:, None, :, None] * inv_freq.astype(np.float64)
     cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     if inverse:
         sin = -sin
     a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1) * x.dtype.type(scale)
 
 
 # ---- attention ----------------------------------------------------------------------------------
