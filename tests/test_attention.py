@@ -222,7 +222,7 @@ def test_padding_is_never_read(window, sinks):
         o, lse = np.full_like(q, np.nan), np.full(q.shape[:3], np.nan, np.float32)
         c.attention_forward(o, lse, q, k, v, pos, lengths, *span, None, None, None, 0)
         d = [np.zeros_like(x) for x in (q, k, v)]
-        c.attention_backward(*d, do, q, k, v, o, lse, pos, lengths, *span, 0)
+        c.attention_backward(*d, do, q, k, v, o, lse, pos, lengths, *span, None, None, None, 0)
         return o, lse, *d
 
     clean, dirty = run(0.0), run(np.nan)
@@ -250,7 +250,8 @@ def test_backward_adds_and_skips_what_is_not_wanted(window, sinks):
         given = [
             np.full_like(x, 0.5) if w else None for x, w in zip((q, k, v), wanted, strict=True)
         ]
-        c.attention_backward(*given, do, q, k, v, o, lse, pos, None, *span, 0)
+        past = (None, None, None)
+        c.attention_backward(*given, do, q, k, v, o, lse, pos, None, *span, *past, 0)
         for x, y in zip(given, expected, strict=True):
             if x is not None:
                 assert_close(x, y + 0.5, OP_F64, "added gradient")
@@ -330,6 +331,33 @@ def test_ragged_pieces_and_steps(window, sinks):
             assert not o[b, :, m:].any()
         at += lengths
     assert cached.seen.tolist() == at.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30, 190, 380])
+@pytest.mark.parametrize("window, sinks", [(1, 0), (5, 3), (2, 40), (64, 4), (300, 4), (600, 0)])
+def test_gradients_behind_a_cache(window, sinks, steps, runtime):
+    """Those of the whole row from its last steps, but for the keys and values of the cache."""
+    before, shape = 390 - steps, (3, 4, 2, 390, 8)
+    q, k, v, do = inputs(shape)
+    do[:, :, :before] = 0
+    reset = starts(3, 390)
+    reset[0, before - 3] = reset[1, [7, before + steps // 2]] = True
+    expected = both(q, k, v, do, min(window, 390), sinks, reset)
+    cached = Cached(shape, window, sinks, np.float64)
+    cached(*(part(x, 0, before) for x in (q, k, v)), reset[:, :before])
+    q, k, v, do = (part(x, before, 390) for x in (q, k, v, do))
+    rest = positions(reset[:, before:], cached.seen), None, window, sinks
+    past = cached.k, cached.v, cached.seen
+    found = []
+    for threads in (1, 3):
+        runtime.set_threads(threads)
+        o, lse = np.full_like(q, np.nan), np.full(q.shape[:3], np.nan)
+        gradients = [np.zeros_like(x) for x in (q, k, v)]
+        cached.c.attention_forward(o, lse, q, k, v, *rest, *past, 0)
+        cached.c.attention_backward(*gradients, do, q, k, v, o, lse, *rest, *past, 0)
+        found.append([o, *gradients])
+    compare(found[0], [part(x, before, 390) for x in expected], OP_F64, "behind a cache")
+    assert all(np.array_equal(x, y) for x, y in zip(*found, strict=True))
 
 
 def test_a_step_does_not_depend_on_threads_or_batch(runtime):

@@ -558,6 +558,8 @@ class Model:
         scale: float = 1.0,
         recompute: bool = False,
         gate: float | None = None,
+        state: DecodeState | None = None,
+        state_behind: DecodeState | None = None,
     ) -> dict[str, float]:
         """Stage II loss of a batch (paper.md (13)): sums {"ce", "kl", "tokens"} over counted rows.
 
@@ -567,9 +569,16 @@ class Model:
         (None: all). recompute: hold one block's activations at a time and make them again on the
         way back: the same bits, about a quarter more time, and memory that hardly grows with depth.
         gate: forces every output gate as `logits` does; such a gate has no gradient.
+        state: the rows go on from it, documents and their positions too, but no gradient flows into
+        it (truncated backpropagation through time); state_behind, another one as large, is set to
+        the state behind them.
         """
         tokens = self._ids(ids)
         r = self._reset(reset, tokens)
+        past = None if state is None else state.lengths
+        capacity = 0 if state is None else state.capacity
+        self._check_states(tokens, state, state_behind)
+        pos = self._positions(tokens, r, past)
         wanted = np.ascontiguousarray(labels, dtype=np.int32)
         tid = tlogp = None
         if targets is not None:
@@ -582,14 +591,18 @@ class Model:
         recompute = recompute or grads is None  # the loss alone needs no activations
         what = _TRAIN_RECOMPUTING if recompute else _TRAIN
         with self._lock:
-            work = self._workspace(self._need(what, rows, steps, k))
+            work = self._workspace(self._need(what, rows, steps, k, capacity))
             self.core.model_train(
                 self.capsule,
                 self.params.raw,
                 tokens,
-                self._positions(tokens, r, None),
+                pos,
                 r,
                 None,
+                past,
+                None if state is None else state.tensors.raw,
+                None if state_behind is None else state_behind.tensors.raw,
+                capacity,
                 None if grads is None else grads.raw,
                 self.params.flags(trainable),
                 wanted,
@@ -602,7 +615,27 @@ class Model:
                 sums,
                 work,
             )
+        if state_behind is not None:
+            state_behind.lengths[:] = pos[:, -1] + 1
         return {"ce": float(sums[0]), "kl": float(sums[1]), "tokens": float(sums[2])}
+
+    def _check_states(
+        self, tokens: IntArray, state: DecodeState | None, behind: DecodeState | None
+    ) -> None:
+        """ValueError unless there are two different states with room for `tokens`, or none."""
+        if state is None and behind is None:
+            return
+        if state is None or behind is None or state is behind:
+            raise ValueError("state and state_behind must be two states, or both None")
+        seen = int(state.lengths.max(initial=0)) + tokens.shape[1]
+        for given in (state, behind):
+            if given.rows != len(tokens):
+                raise ValueError(f"the state has {given.rows} rows, ids have {len(tokens)}")
+            if given.capacity != state.capacity or state_capacity(self, seen) > given.capacity:
+                raise ValueError(
+                    f"the states have room for {state.capacity} and {behind.capacity} tokens, "
+                    f"expected the same and {seen} or more (DecodeState.grown)"
+                )
 
     def align_and_grad(
         self,

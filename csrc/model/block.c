@@ -107,11 +107,12 @@ xl_status xl_block_finish(xl_ctx *ctx, const xl_config *c, const xl_layer *w, co
 
 xl_status xl_block_forward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, const xl_layer *w,
                            const xl_batch *b, xl_block_tape *t, real *y, const real *x,
-                           xl_layer_state *state, void *scratch) {
+                           const xl_layer_state *first, const xl_layer_state *last, void *scratch) {
     workspace s;
     plan(ctx, c, b, 0, scratch, &s);
     XL_TRY(xl_block_project(ctx, c, w, b, t, x, scratch));
-    XL_TRY(xl_mixer_forward(ctx, c, &c->mixer[layer], w, b, &t->mixer, t->xn_attn, state, s.mixer));
+    XL_TRY(xl_mixer_forward(ctx, c, &c->mixer[layer], w, b, &t->mixer, t->xn_attn, first, last,
+                            s.mixer));
     return xl_block_finish(ctx, c, w, b, t, y, x, t->mixer.h, scratch);
 }
 
@@ -139,7 +140,7 @@ static xl_status head_norm_gradient(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t width, r
  * stream itself, and their inputs' gradients are added to its own (dx). */
 xl_status xl_block_backward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, const xl_layer *w,
                             const xl_layer *g, const xl_batch *b, xl_block_tape *t, real *dx,
-                            const real *x, void *scratch) {
+                            const real *x, const xl_layer_state *first, void *scratch) {
     ptrdiff_t N = b->B * b->T, d = c->d, F = c->F, q = c->H * c->D, kv = c->G * c->D;
     int post = c->post_norm;
     workspace s;
@@ -173,7 +174,7 @@ xl_status xl_block_backward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, co
     XL_TRY(xl_zero(ctx, N * kv, s.dv));
     if (!post) XL_TRY(xl_zero(ctx, N * d, s.dxn));
     XL_TRY(xl_mixer_backward(ctx, c, &c->mixer[layer], w, g, b, &t->mixer, s.dq, s.dk, s.dv, din,
-                             s.dh, in, s.mixer));
+                             s.dh, in, first, s.mixer));
     const real *dq = s.dq, *dk = s.dk;
     if (c->qk_norm) { /* dh, then dq itself, are used up */
         XL_TRY(

@@ -32,10 +32,10 @@ xl_status xl_block_finish(xl_ctx *ctx, const xl_config *c, const xl_layer *w, co
 
 xl_status xl_block_forward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, const xl_layer *w,
                            const xl_batch *b, xl_block_tape *t, real *y, const real *x,
-                           xl_layer_state *state, void *scratch);
+                           const xl_layer_state *first, const xl_layer_state *last, void *scratch);
 /* dx [N, d]: gradient on y in, on x out (in place). x: the block's input. The tape is used up. */
 xl_status xl_block_backward(xl_ctx *ctx, const xl_config *c, ptrdiff_t layer, const xl_layer *w,
                             const xl_layer *g, const xl_batch *b, xl_block_tape *t, real *dx,
-                            const real *x, void *scratch);
+                            const real *x, const xl_layer_state *first, void *scratch);
 
 #endif

@@ -108,7 +108,8 @@ static ptrdiff_t plan(const xl_ctx *ctx, const xl_config *c, const xl_batch *b, 
         xl_attn at = attention_args(c, m, b);
         xl_mlstm ce = cell_args(c, m, b, 0);
         if (xl_has_attention(m))
-            most = xl_max(most, xl_attention_scratch(ctx, &at, b->past ? at.window + at.sinks : 0));
+            most = xl_max(most, xl_attention_scratch(
+                                    ctx, &at, b->past && !training ? at.window + at.sinks : 0));
         if (xl_has_mlstm(m)) most = xl_max(most, xl_mlstm_scratch(ctx, &ce));
         xl_mixer teacher = xl_teacher_attention(m); /* stage I also runs it */
         at = attention_args(c, &teacher, b);
@@ -150,51 +151,68 @@ static xl_status gate_pre_activations(xl_ctx *ctx, const xl_config *c, const xl_
     return XL_OK;
 }
 
+static xl_kv cache(const xl_layer_state *state, const xl_batch *b) {
+    xl_kv kv = state->kv;
+    kv.pos = b->past;
+    return kv;
+}
+
 static xl_status attention_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m,
-                                  const xl_batch *b, xl_mixer_tape *t, xl_layer_state *state,
-                                  void *scratch) {
+                                  const xl_batch *b, xl_mixer_tape *t, const xl_layer_state *first,
+                                  const xl_layer_state *last, void *scratch) {
     ptrdiff_t T = b->T, D = c->D;
     xl_attn a = attention_args(c, m, b);
     xl_heads o = view(t->hs, T, c->H, D), q = view(t->q, T, c->H, D), k = view(t->k, T, c->G, D),
              v = view(t->v, T, c->G, D);
-    if (!state) return xl_attention_forward(ctx, &a, o, t->lse, q, k, v, NULL, scratch);
-    xl_kv kv = state->kv;
-    kv.pos = b->past;
-    if (T == 1) return xl_attention_step(ctx, &a, o, q, k, v, &kv, scratch);
-    XL_TRY(xl_attention_forward(ctx, &a, o, t->lse, q, k, v, &kv, scratch));
+    if (!first) return xl_attention_forward(ctx, &a, o, t->lse, q, k, v, NULL, scratch);
+    xl_kv past = cache(first, b);
+    if (T == 1 && first == last) return xl_attention_step(ctx, &a, o, q, k, v, &past, scratch);
+    XL_TRY(xl_attention_forward(ctx, &a, o, t->lse, q, k, v, &past, scratch));
+    if (!last) return XL_OK;
+    xl_kv kv = cache(last, b);
+    if (first != last) {
+        ptrdiff_t size = b->B * kv.slots * c->G * D;
+        XL_TRY(xl_copy(ctx, size, kv.k, past.k));
+        XL_TRY(xl_copy(ctx, size, kv.v, past.v));
+    }
     return xl_attention_append(ctx, &a, k, v, &kv);
 }
 
+static xl_mlstm_state cell(const xl_layer_state *state) {
+    return state ? state->cell : (xl_mlstm_state){0};
+}
+
 static xl_status mlstm_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
-                              const xl_batch *b, xl_mixer_tape *t, xl_layer_state *state,
-                              void *scratch) {
+                              const xl_batch *b, xl_mixer_tape *t, const xl_layer_state *first,
+                              const xl_layer_state *last, void *scratch) {
     ptrdiff_t T = b->T, H = c->H, D = c->D;
-    xl_mlstm_state none = {0}, cell = state ? state->cell : none;
+    int in_place = first && first == last;
+    xl_mlstm_state before = cell(first), behind = cell(last);
     xl_heads q = view(t->q, T, H, D), k = view(t->k, T, c->G, D), v = view(t->v, T, c->G, D),
              phi_q = view(t->phi_q, T, H, D), phi_k = view(t->phi_k, T, H, D),
              h = view(t->hm, T, H, D), i = view(t->i, T, H, 1), f = view(t->f, T, H, 1);
-    xl_mlstm a = cell_args(c, m, b, state && T == 1);
+    xl_mlstm a = cell_args(c, m, b, in_place && T == 1);
     if (a.form == XL_RECURRENT) { /* the maps of all rows are one product */
         xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, c->G);
         XL_TRY(xl_feature_map_forward(ctx, &mq, phi_q, q, w->map_q, scratch));
         XL_TRY(xl_feature_map_forward(ctx, &mk, phi_k, k, w->map_k, scratch));
-        return xl_mlstm_forward(ctx, &a, NULL, h, cell, phi_q, phi_k, v, i, f, cell, scratch);
+        return xl_mlstm_forward(ctx, &a, NULL, h, behind, phi_q, phi_k, v, i, f, before, scratch);
     }
     xl_mlstm_maps maps = {.G = c->G, .w_q = w->map_q, .w_k = w->map_k};
-    if (!state) maps.phi_q = phi_q, maps.phi_k = phi_k; /* a backward may follow */
-    return xl_mlstm_forward(ctx, &a, &maps, h, cell, q, k, v, i, f, cell, scratch);
+    if (!in_place) maps.phi_q = phi_q, maps.phi_k = phi_k; /* a backward may follow */
+    return xl_mlstm_forward(ctx, &a, &maps, h, behind, q, k, v, i, f, before, scratch);
 }
 
 xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
                            const xl_batch *b, xl_mixer_tape *t, const real *xn,
-                           xl_layer_state *state, void *scratch) {
+                           const xl_layer_state *first, const xl_layer_state *last, void *scratch) {
     ptrdiff_t T = b->T, H = c->H, D = c->D;
     workspace s;
     plan(ctx, c, b, 0, scratch, &s);
     if (xl_has_mlstm(m)) XL_TRY(gate_pre_activations(ctx, c, m, w, b, t, xn, s.op));
     XL_TRY(turn(ctx, c, m, b, t->q, t->k, c->attention_factor[m->rope], 0));
-    if (xl_has_attention(m)) XL_TRY(attention_branch(ctx, c, m, b, t, state, s.op));
-    if (xl_has_mlstm(m)) XL_TRY(mlstm_branch(ctx, c, m, w, b, t, state, s.op));
+    if (xl_has_attention(m)) XL_TRY(attention_branch(ctx, c, m, b, t, first, last, s.op));
+    if (xl_has_mlstm(m)) XL_TRY(mlstm_branch(ctx, c, m, w, b, t, first, last, s.op));
     if (m->kind != XL_MIX_HYBRID) return XL_OK;
     xl_gate a = gate_args(c, b);
     return xl_mix_forward(ctx, &a, view(t->h, T, H, D), view(t->hm, T, H, D), view(t->hs, T, H, D),
@@ -207,7 +225,8 @@ xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, c
 static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m,
                                 const xl_layer *w, const xl_layer *g, const xl_batch *b,
                                 xl_mixer_tape *t, real *dq, real *dk, real *dv, real *dxn,
-                                const real *dhm, const real *xn, workspace *s) {
+                                const real *dhm, const real *xn, const xl_layer_state *first,
+                                workspace *s) {
     ptrdiff_t T = b->T, H = c->H, G = c->G, D = c->D, N = b->B * T;
     int gates = xl_has_gates(m);
     XL_TRY(xl_zero(ctx, N * H * D, s->dphi_q));
@@ -223,7 +242,7 @@ static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer 
                              view(gates ? s->di : NULL, T, H, 1),
                              view(gates ? s->df : NULL, T, H, 1), none, view(dhm, T, H, D), phi_q,
                              phi_k, view(t->v, T, G, D), view(t->i, T, H, 1), view(t->f, T, H, 1),
-                             none, none, s->op));
+                             cell(first), none, s->op));
     if (dv) XL_TRY(xl_add_heads(ctx, N, H, G, D, dv, s->dvm));
     xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, G);
     XL_TRY(xl_feature_map_backward(ctx, &mq, view(dq, T, H, D), g->map_q, dphi_q, phi_q,
@@ -256,7 +275,7 @@ static xl_status gate_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *
 xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
                             const xl_layer *g, const xl_batch *b, xl_mixer_tape *t, real *dq,
                             real *dk, real *dv, real *dxn, const real *dh, const real *xn,
-                            void *scratch) {
+                            const xl_layer_state *first, void *scratch) {
     ptrdiff_t T = b->T, H = c->H, G = c->G, D = c->D, N = b->B * T;
     workspace s;
     plan(ctx, c, b, 1, scratch, &s);
@@ -273,13 +292,14 @@ xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, 
     }
     if (xl_has_attention(m) && dq) {
         xl_attn a = attention_args(c, m, b);
+        xl_kv past = first ? cache(first, b) : (xl_kv){0};
         XL_TRY(xl_attention_backward(ctx, &a, view(dq, T, H, D), view(dk, T, G, D),
                                      view(dv, T, G, D), view(dhs, T, H, D), view(t->q, T, H, D),
                                      view(t->k, T, G, D), view(t->v, T, G, D), view(t->hs, T, H, D),
-                                     t->lse, s.op));
+                                     t->lse, first ? &past : NULL, s.op));
     }
     if (xl_has_mlstm(m))
-        XL_TRY(mlstm_backward(ctx, c, m, w, g, b, t, dq, dk, dv, dxn, dhm, xn, &s));
+        XL_TRY(mlstm_backward(ctx, c, m, w, g, b, t, dq, dk, dv, dxn, dhm, xn, first, &s));
     double factor = c->attention_factor[m->rope];
     if (dq) XL_TRY(turn(ctx, c, m, b, dq, dk, factor, 1));
     if (m->kind != XL_MIX_HYBRID) return XL_OK;

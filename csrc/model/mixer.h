@@ -34,16 +34,18 @@ void xl_mixer_tape_plan(xl_plan *plan, const xl_config *c, const xl_mixer *m, pt
 /* bytes of scratch for forward and backward */
 ptrdiff_t xl_mixer_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b, int training);
 
-/* q, k, v (projections, before RoPE) of the tape -> h; xn [N, d] feeds the gates. State (or NULL)
- * is read and advanced, except its position. */
+/* q, k, v (projections, before RoPE) of the tape -> h; xn [N, d] feeds the gates. first (or NULL): the
+ * state that the rows go on from. last (or NULL, as without first): gets the state behind them, except
+ * its position; where it is first itself, a step of decoding or a prefill, no backward can follow. */
 xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
                            const xl_batch *b, xl_mixer_tape *t, const real *xn,
-                           xl_layer_state *state, void *scratch);
+                           const xl_layer_state *first, const xl_layer_state *last, void *scratch);
 /* dh -> dq, dk, dv (before RoPE) and dxn, added, each NULL if not wanted (then all are); gradients
- * of the mixer's own parameters into g. The tape's q and k are turned back by RoPE (dead after). */
+ * of the mixer's own parameters into g. first is the forward's; no gradient flows into it. The tape's
+ * q and k are turned back by RoPE (dead after). */
 xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
                             const xl_layer *g, const xl_batch *b, xl_mixer_tape *t, real *dq,
                             real *dk, real *dv, real *dxn, const real *dh, const real *xn,
-                            void *scratch);
+                            const xl_layer_state *first, void *scratch);
 
 #endif

@@ -27,6 +27,10 @@ static xl_status start(xl_ctx *ctx, const xl_config *c, const xl_params *p, xl_b
     return xl_embedding_forward(ctx, N, c->V, c->d, x, b->ids, p->embed);
 }
 
+static const xl_layer_state *layer_state(const xl_layer_state *states, ptrdiff_t l) {
+    return states ? &states[l] : NULL;
+}
+
 /* ---- forward ------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -62,7 +66,7 @@ xl_status xl_model_forward(xl_ctx *ctx, const xl_config *c, const xl_params *p, 
     for (ptrdiff_t l = 0; l < c->layers; l++) {
         one_branch(&c->mixer[l], &w.tape.mixer, hm, hs);
         XL_TRY(xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape, w.x, w.x,
-                                states ? &states[l] : NULL, w.block));
+                                layer_state(states, l), layer_state(states, l), w.block));
         if (!o_gates) continue;
         if (c->mixer[l].kind == XL_MIX_HYBRID)
             memcpy(o_gates + l * gates, w.tape.mixer.o, (size_t)gates * sizeof(real));
@@ -114,14 +118,16 @@ ptrdiff_t xl_model_train_scratch(const xl_ctx *ctx, const xl_config *c, const xl
 
 xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, const xl_params *g,
                          xl_batch *b, const xl_head *head, double *sums, const int32_t *labels,
-                         const int32_t *target_ids, const real *target_logp, void *scratch) {
+                         const int32_t *target_ids, const real *target_logp,
+                         const xl_layer_state *first, const xl_layer_state *last, void *scratch) {
     train_work w;
     train_plan(ctx, c, b, head, scratch, &w);
     ptrdiff_t N = rows(b), row = N * c->d, L = c->layers;
     XL_TRY(start(ctx, c, p, b, w.rope, w.stream, NULL));
     for (ptrdiff_t l = 0; l < L; l++)
         XL_TRY(xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape[l], w.stream + (l + 1) * row,
-                                w.stream + l * row, NULL, w.block));
+                                w.stream + l * row, layer_state(first, l), layer_state(last, l),
+                                w.block));
     XL_TRY(
         xl_rmsnorm_forward(ctx, N, c->d, w.xn, w.rstd, w.stream + L * row, p->norm, (real)c->eps));
     XL_TRY(xl_zero(ctx, row, w.dxn));
@@ -134,10 +140,10 @@ xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
     for (ptrdiff_t l = L; l-- > 0;) {
         const real *x = w.stream + l * row;
         if (b->recompute)
-            XL_TRY(
-                xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape[l], NULL, x, NULL, w.block));
+            XL_TRY(xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape[l], NULL, x,
+                                    layer_state(first, l), NULL, w.block));
         XL_TRY(xl_block_backward(ctx, c, l, &p->layer[l], &g->layer[l], b, &w.tape[l], w.dx, x,
-                                 w.block));
+                                 layer_state(first, l), w.block));
     }
     if (!g->embed.data) return XL_OK;
     return xl_embedding_backward(ctx, N, c->V, c->d, (real *)g->embed.data, w.dx, b->ids);
@@ -200,16 +206,16 @@ xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
         XL_TRY(xl_copy(ctx, kv, w.teacher.k, t->k));
         XL_TRY(xl_copy(ctx, kv, w.teacher.v, t->v));
         XL_TRY(xl_mixer_forward(ctx, c, &attention, layer, b, &w.teacher, w.tape.xn_attn, NULL,
-                                w.block));
+                                NULL, w.block));
         if (compared) {
-            XL_TRY(xl_mixer_forward(ctx, c, m, layer, b, t, w.tape.xn_attn, NULL, w.block));
+            XL_TRY(xl_mixer_forward(ctx, c, m, layer, b, t, w.tape.xn_attn, NULL, NULL, w.block));
             XL_TRY(xl_mse_forward(ctx, q, sums + 2 * l, t->h, w.teacher.h, w.sums));
         }
         if (g && compared && xl_has_mlstm(m)) {
             XL_TRY(xl_zero(ctx, q, w.dh));
             XL_TRY(xl_mse_backward(ctx, q, w.dh, t->h, w.teacher.h, (real)scale));
             XL_TRY(xl_mixer_backward(ctx, c, m, layer, &g->layer[l], b, t, NULL, NULL, NULL, NULL,
-                                     w.dh, w.tape.xn_attn, w.block));
+                                     w.dh, w.tape.xn_attn, NULL, w.block));
         }
         if (l + 1 < layers || stream->out)
             XL_TRY(xl_block_finish(ctx, c, layer, b, &w.tape, w.x, w.x, w.teacher.h, w.block));

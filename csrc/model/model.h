@@ -14,10 +14,13 @@ xl_status xl_model_forward(xl_ctx *ctx, const xl_config *c, const xl_params *p, 
 ptrdiff_t xl_model_forward_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b);
 
 /* Stage II (paper.md (13)): adds gradients into g, sums[3] as xl_head_loss. g NULL: loss only. With
- * batch->recompute the activations of one block are held at a time; the results are the same bits. */
+ * batch->recompute the activations of one block are held at a time; the results are the same bits.
+ * first, last (NULL or one per layer, both or none; not the same memory): the states that the rows go
+ * on from, which get no gradient, and those behind them. */
 xl_status xl_model_train(xl_ctx *ctx, const xl_config *c, const xl_params *p, const xl_params *g,
                          xl_batch *b, const xl_head *head, double *sums, const int32_t *labels,
-                         const int32_t *target_ids, const real *target_logp, void *scratch);
+                         const int32_t *target_ids, const real *target_logp,
+                         const xl_layer_state *first, const xl_layer_state *last, void *scratch);
 ptrdiff_t xl_model_train_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b,
                                  const xl_head *head);
 

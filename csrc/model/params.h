@@ -28,7 +28,7 @@ typedef struct {
  * that is not wanted gets a NULL pointer: how frozen weights cost nothing in the backward. */
 void xl_params_plan(xl_plan *plan, const xl_config *c, const uint8_t *wanted, xl_params *out);
 
-/* Decode state of one layer for B rows. Absent parts are NULL. */
+/* What one layer remembers of the tokens before, for B rows. Absent parts are NULL. */
 typedef struct {
     xl_kv kv; /* pos is set by the caller */
     xl_mlstm_state cell;

@@ -39,17 +39,19 @@ ptrdiff_t xl_attention_gradient_bytes(const xl_attn *a) {
     return p.failed ? -1 : p.used;
 }
 
-/* Adds n rows, of columns c0 .. c0 + n, into the buffer of segment j. */
+/* Adds n rows, of columns c0 .. c0 + n, into the buffer of segment j; not those of the cache. */
 static void add_columns(const xl_ctx *ctx, const xl_attn *a, const xl_block *k, ptrdiff_t j,
                         ptrdiff_t c0, ptrdiff_t n, const real *rows, real *buffer) {
     ptrdiff_t sinks = xl_min(a->sinks, a->T), first = first_key(a, j), D = a->D;
-    ptrdiff_t c = c0, end = c0 + n;
+    ptrdiff_t begin = xl_max(0, k->start); /* of the document in this row */
+    ptrdiff_t c = xl_max(c0, xl_min(begin - k->start, k->sinks)), end = c0 + n;
     for (; c < xl_min(end, k->sinks); c++) {
-        ptrdiff_t t = k->start + c, row = t < first ? c : sinks + t - first;
+        ptrdiff_t t = k->start + c, row = t < first ? t - begin : sinks + t - first;
         ctx->k->add(D, rows + (c - c0) * D, buffer + row * D);
     }
-    if (c == end) return;
     ptrdiff_t t = k->start + k->first + c - k->sinks; /* from here on keys are neighbours */
+    if (t < 0) c -= t, t = 0;
+    if (c >= end) return;
     ctx->k->add((end - c) * D, rows + (c - c0) * D, buffer + (sinks + t - first) * D);
 }
 
@@ -77,8 +79,8 @@ static void score_gradients(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w
 
 static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, const xl_block *k,
                            ptrdiff_t j, xl_heads dq, real *dk, real *dv, xl_heads dout, xl_heads q,
-                           xl_heads key, xl_heads v, xl_heads o, const real *lse, ptrdiff_t b,
-                           ptrdiff_t g) {
+                           xl_heads key, xl_heads v, xl_heads o, const real *lse, const xl_kv *past,
+                           ptrdiff_t b, ptrdiff_t g) {
     ptrdiff_t rep = a->H / a->G, D = a->D, rows = k->q1 - k->q0, t0 = k->q0, stride;
     for (ptrdiff_t r = 0; r < rep; r++)
         for (ptrdiff_t i = 0; i < rows; i++)
@@ -86,10 +88,11 @@ static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w,
                                                  xl_at(o, b, g * rep + r, t0 + i));
     for (ptrdiff_t c0 = 0; c0 < k->columns; c0 += XL_COLUMNS) {
         ptrdiff_t n = xl_min(XL_COLUMNS, k->columns - c0), whole = xl_round_up(n, ctx->k->mr);
-        const real *x = xl_column_rows(a, k, c0, n, key, NULL, NULL, b, g, w->rows, &stride);
+        const real *x =
+            xl_column_rows(a, k, c0, n, key, past, past ? past->k : NULL, b, g, w->rows, &stride);
         xl_pack_right(ctx, a->mixed, D, n, x, 1, stride, w->keys_t);
         xl_pack_right(ctx, a->mixed, n, D, x, stride, 1, w->keys);
-        x = xl_column_rows(a, k, c0, n, v, NULL, NULL, b, g, w->rows, &stride);
+        x = xl_column_rows(a, k, c0, n, v, past, past ? past->v : NULL, b, g, w->rows, &stride);
         xl_pack_right(ctx, a->mixed, D, n, x, 1, stride, w->values_t);
         for (ptrdiff_t r = 0; r < rep; r++) {
             ptrdiff_t h = g * rep + r;
@@ -122,7 +125,7 @@ static void add_segments(const xl_ctx *ctx, const xl_attn *a, xl_heads dx, const
     for (ptrdiff_t j = 0; j < segments(a); j++, buffer += distance) {
         ptrdiff_t q0 = xl_first_block(a, b, j * segment(a)), first = first_key(a, j);
         if (q0 >= xl_min(length, (j + 1) * segment(a))) continue; /* no block starts in it */
-        ptrdiff_t start = q0 - a->pos[b * a->T + q0];
+        ptrdiff_t start = xl_max(0, q0 - a->pos[b * a->T + q0]);
         for (ptrdiff_t t = xl_max(t0, start); t < xl_min(t1, xl_min(first, start + sinks)); t++)
             ctx->k->add(D, buffer + (t - start) * D, xl_at(dx, b, g, t));
         for (ptrdiff_t t = xl_max(t0, first); t < xl_min(t1, last_key(a, j)); t++)
@@ -132,8 +135,8 @@ static void add_segments(const xl_ctx *ctx, const xl_attn *a, xl_heads dx, const
 
 xl_status xl_attention_backward(xl_ctx *ctx, const xl_attn *a, xl_heads dq, xl_heads dk,
                                 xl_heads dv, xl_heads dout, xl_heads q, xl_heads k, xl_heads v,
-                                xl_heads o, const real *lse, void *scratch) {
-    XL_TRY(xl_attention_check(ctx, a, NULL));
+                                xl_heads o, const real *lse, const xl_kv *past, void *scratch) {
+    XL_TRY(xl_attention_check(ctx, a, past));
     XL_TRY(xl_poll(ctx));
     ptrdiff_t count = segments(a), distance = 2 * buffer_rows(a) * a->D, steps = segment(a);
     real *buffers = (real *)((char *)scratch + ctx->threads * xl_attention_work_bytes(ctx, a));
@@ -152,8 +155,8 @@ xl_status xl_attention_backward(xl_ctx *ctx, const xl_attn *a, xl_heads dq, xl_h
                     for (ptrdiff_t t = xl_first_block(a, b, j * steps); t < end; t = block.q1) {
                         block = xl_block_at(a, b, t);
                         block_backward(ctx, a, &w, &block, j, dq, dk.p ? own : NULL,
-                                       dv.p ? own + distance / 2 : NULL, dout, q, k, v, o, lse, b,
-                                       g);
+                                       dv.p ? own + distance / 2 : NULL, dout, q, k, v, o, lse,
+                                       past, b, g);
                     }
                 }
 #pragma omp for schedule(dynamic) collapse(3)

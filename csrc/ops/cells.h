@@ -56,11 +56,12 @@ typedef struct {
  * Cost is linear in T for a fixed window. paper.md 1.1. */
 xl_status xl_attention_forward(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *lse, xl_heads q,
                                xl_heads k, xl_heads v, const xl_kv *past, void *scratch);
-/* No past. o and lse are those of the forward. */
+/* past, o and lse are those of the forward; what past holds gets no gradient. */
 xl_status xl_attention_backward(xl_ctx *ctx, const xl_attn *a, xl_heads dq, xl_heads dk,
                                 xl_heads dv, xl_heads dout, xl_heads q, xl_heads k, xl_heads v,
-                                xl_heads o, const real *lse, void *scratch);
-/* Bytes of scratch for either call (with ctx->threads threads; past_slots 0 without past). */
+                                xl_heads o, const real *lse, const xl_kv *past, void *scratch);
+/* Bytes of scratch for either call with ctx->threads threads. past_slots: those of the past where no
+ * backward follows, else 0. */
 ptrdiff_t xl_attention_scratch(const xl_ctx *ctx, const xl_attn *a, ptrdiff_t past_slots);
 /* Writes the keys and values of this segment into the cache (only the last document of each row,
  * only what stays visible). Does not change pos; the caller then sets

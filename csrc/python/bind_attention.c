@@ -53,10 +53,10 @@ static PyObject *attention_forward(PyObject *module, PyObject *const *args, Py_s
 }
 
 /* attention_backward(dq? [B,H,T,D], dk?, dv? [B,G,T,D], do, q [B,H,T,D], k, v [B,G,T,D], o, lse,
- *                    pos [B,T], lengths? [B], window, sinks, mixed) */
+ *                    pos [B,T], lengths? [B], window, sinks, past k? [B,N,G,D], v, pos [B], mixed) */
 static PyObject *attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 14)) return NULL;
+    if (!xl_begin(&c, module, nargs, 17)) return NULL;
     real *q = xl_in(&c, args[4], "q", "BHTD"), *dout = xl_in(&c, args[3], "do", "BHTD");
     real *k = xl_in(&c, args[5], "k", "BGTD"), *v = xl_in(&c, args[6], "v", "BGTD");
     real *o = xl_in(&c, args[7], "o", "BHTD"), *lse = xl_in(&c, args[8], "lse", "BHT");
@@ -65,14 +65,15 @@ static PyObject *attention_backward(PyObject *module, PyObject *const *args, Py_
     xl_attn a = attention_sizes(&c, args[9], args[10]);
     a.window = xl_int(&c, args[11], "window", 1, PTRDIFF_MAX);
     a.sinks = xl_int(&c, args[12], "sinks", 0, PTRDIFF_MAX);
-    a.mixed = (int)xl_int(&c, args[13], "mixed", 0, 1);
+    xl_kv past = cache(&c, args + 13, 0);
+    a.mixed = (int)xl_int(&c, args[16], "mixed", 0, 1);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, 0));
     if (c.failed) return xl_end(&c, XL_OK);
     ptrdiff_t H = a.H, G = a.G, T = a.T, D = a.D;
     XL_RUN(&c, xl_attention_backward(&c.ctx, &a, view(dq, H, T, D), view(dk, G, T, D),
                                      view(dv, G, T, D), view(dout, H, T, D), view(q, H, T, D),
                                      view(k, G, T, D), view(v, G, T, D), view(o, H, T, D), lse,
-                                     scratch));
+                                     past.k ? &past : NULL, scratch));
     return xl_end(&c, c.status);
 }
 

@@ -224,6 +224,27 @@ static xl_batch take_batch(xl_call *c, PyObject *const *args) {
     return b;
 }
 
+/* Places the states of all layers in a buffer of the planned size; false if there is none. */
+static int place_states(xl_call *c, const xl_config *config, xl_batch *b, PyObject *obj,
+                        const char *name, int writeable, ptrdiff_t capacity, xl_layer_state *out) {
+    ptrdiff_t size;
+    char *base = xl_bytes(c, obj, name, writeable, &size);
+    if (c->failed || !base) return 0;
+    if (!b->past || capacity < 1) {
+        PyErr_SetString(PyExc_ValueError, "a state needs past and capacity");
+        c->failed = 1;
+        return 0;
+    }
+    b->span = capacity;
+    xl_plan plan = {.base = base, .size = size};
+    xl_state_plan(&plan, config, b->B, capacity, out);
+    if (plan.failed) {
+        PyErr_Format(PyExc_ValueError, "%s has %zd bytes, too few", name, (Py_ssize_t)size);
+        c->failed = 1;
+    }
+    return 1;
+}
+
 /* model_forward(config, params, ids, pos, reset, lengths, past, state, capacity, gate, hidden,
  *               o_gates, work) */
 static PyObject *model_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
@@ -236,27 +257,14 @@ static PyObject *model_forward(PyObject *module, PyObject *const *args, Py_ssize
     place_params(&c, config, args[1], "params", 0, NULL, &params);
     xl_batch b = take_batch(&c, args + 2);
     b.past = xl_in_i32(&c, args[6], "past?", "B");
-    ptrdiff_t capacity = xl_int(&c, args[8], "capacity", 0, INT32_MAX), size;
-    char *state = xl_bytes(&c, args[7], "state?", 1, &size);
+    ptrdiff_t capacity = xl_int(&c, args[8], "capacity", 0, INT32_MAX);
+    int state = place_states(&c, config, &b, args[7], "state?", 1, capacity, states);
     b.gate = xl_double(&c, args[9], "gate");
     xl_set_dim(&c, 'D', config->d), xl_set_dim(&c, 'L', config->layers);
     xl_set_dim(&c, 'H', config->H);
     real *hidden = xl_inout(&c, args[10], "hidden", "BTD");
     real *o_gates = xl_inout(&c, args[11], "o_gates?", "LBTH");
     if (c.failed) return xl_end(&c, XL_OK);
-    if (state) {
-        if (!b.past || capacity < 1) {
-            PyErr_SetString(PyExc_ValueError, "a state needs past and capacity");
-            return NULL;
-        }
-        b.span = capacity;
-        xl_plan plan = {.base = state, .size = size};
-        xl_state_plan(&plan, config, b.B, capacity, states);
-        if (plan.failed) {
-            PyErr_Format(PyExc_ValueError, "state has %zd bytes, too few", (Py_ssize_t)size);
-            return NULL;
-        }
-    }
     void *work = take_work(&c, args[12], xl_model_forward_scratch(&c.ctx, config, &b));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_model_forward(&c.ctx, config, &params, &b, state ? states : NULL, hidden, o_gates,
@@ -264,28 +272,33 @@ static PyObject *model_forward(PyObject *module, PyObject *const *args, Py_ssize
     return xl_end(&c, c.status);
 }
 
-/* model_train(config, params, ids, pos, reset, lengths, grads, wanted, labels, target_ids,
- *             target_logp, (ce_weight, kl_weight, scale) f64 [3], form, recompute, gate,
- *             sums f64 [3], work) */
+/* model_train(config, params, ids, pos, reset, lengths, past, first, last, capacity, grads, wanted,
+ *             labels, target_ids, target_logp, (ce_weight, kl_weight, scale) f64 [3], form, recompute,
+ *             gate, sums f64 [3], work): first, last are the states before and behind the rows */
 static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 17)) return NULL;
+    if (!xl_begin(&c, module, nargs, 21)) return NULL;
     const xl_config *config = take_config(&c, args[0]);
     if (c.failed) return xl_end(&c, XL_OK);
     xl_params params, grads;
+    xl_layer_state first[XL_MAX_LAYERS], last[XL_MAX_LAYERS];
     place_params(&c, config, args[1], "params", 0, NULL, &params);
     xl_batch b = take_batch(&c, args + 2);
-    const uint8_t *wanted = take_wanted(&c, config, args[7]);
-    int training = args[6] != Py_None;
-    if (training) place_params(&c, config, args[6], "grads", 1, wanted, &grads);
-    const int32_t *labels = xl_in_i32(&c, args[8], "labels", "BT");
-    const int32_t *target_ids = xl_in_i32(&c, args[9], "target_ids?", "BTK");
-    const real *target_logp = xl_in(&c, args[10], "target_logp?", "BTK");
-    const double *weights = xl_in_f64(&c, args[11], "weights", "3");
-    ptrdiff_t form = xl_int(&c, args[12], "form", 0, 2);
-    b.recompute = (int)xl_int(&c, args[13], "recompute", 0, 1);
-    b.gate = xl_double(&c, args[14], "gate");
-    double *sums = xl_inout_f64(&c, args[15], "sums", "3");
+    b.past = xl_in_i32(&c, args[6], "past?", "B");
+    ptrdiff_t capacity = xl_int(&c, args[9], "capacity", 0, INT32_MAX);
+    int goes_on = place_states(&c, config, &b, args[7], "first?", 0, capacity, first) &&
+                  place_states(&c, config, &b, args[8], "last", 1, capacity, last);
+    const uint8_t *wanted = take_wanted(&c, config, args[11]);
+    int training = args[10] != Py_None;
+    if (training) place_params(&c, config, args[10], "grads", 1, wanted, &grads);
+    const int32_t *labels = xl_in_i32(&c, args[12], "labels", "BT");
+    const int32_t *target_ids = xl_in_i32(&c, args[13], "target_ids?", "BTK");
+    const real *target_logp = xl_in(&c, args[14], "target_logp?", "BTK");
+    const double *weights = xl_in_f64(&c, args[15], "weights", "3");
+    ptrdiff_t form = xl_int(&c, args[16], "form", 0, 2);
+    b.recompute = (int)xl_int(&c, args[17], "recompute", 0, 1);
+    b.gate = xl_double(&c, args[18], "gate");
+    double *sums = xl_inout_f64(&c, args[19], "sums", "3");
     if (c.failed) return xl_end(&c, XL_OK);
     if (config->weights != XL_DT_REAL) {
         PyErr_SetString(PyExc_ValueError, "a model in bf16 or int8 cannot be trained");
@@ -294,10 +307,11 @@ static PyObject *model_train(PyObject *module, PyObject *const *args, Py_ssize_t
     xl_head head = head_args(config, b.B * b.T, target_ids ? xl_dim(&c, 'K') : 0);
     head.ce_weight = weights[0], head.kl_weight = weights[1], head.scale = weights[2];
     head.form = (xl_kl_form)form;
-    void *work = take_work(&c, args[16], xl_model_train_scratch(&c.ctx, config, &b, &head));
+    void *work = take_work(&c, args[20], xl_model_train_scratch(&c.ctx, config, &b, &head));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_model_train(&c.ctx, config, &params, training ? &grads : NULL, &b, &head, sums,
-                              labels, target_ids, target_logp, work));
+                              labels, target_ids, target_logp, goes_on ? first : NULL,
+                              goes_on ? last : NULL, work));
     return xl_end(&c, c.status);
 }
 

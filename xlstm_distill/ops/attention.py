@@ -133,7 +133,9 @@ def attention_backward(
     same_shape("do", do, a.q.shape)
     a.forward(a.lse)
     dq, dk, dv = np.zeros_like(a.q), np.zeros_like(a.k), np.zeros_like(a.v)
-    core(a.dtype).attention_backward(dq, dk, dv, do, a.q, a.k, a.v, a.o, a.lse, *a.options, a.mixed)
+    core(a.dtype).attention_backward(
+        dq, dk, dv, do, a.q, a.k, a.v, a.o, a.lse, *a.options, None, None, None, a.mixed
+    )
     return dq, dk, dv
 
 
