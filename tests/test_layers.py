@@ -79,6 +79,7 @@ LEVELS = [
         "report",
         "sampling",
         "sources",
+        "streams",
         "targets",
         "training",
     ],

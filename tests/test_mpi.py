@@ -193,6 +193,12 @@ def test_a_defect_of_one_rank_ends_the_job(root, tmp_path):
     ("ranks", "command", "status", "message"),
     [
         (6, ["run", "tree.yaml", "--out", "out"], 1, "distill: a step has 5 parts"),
+        (
+            2,
+            ["run", "tree.yaml", "--out", "out", "--set", "distill.state_passing=true"],
+            1,
+            "distill.state_passing is for one rank",
+        ),
         (2, ["run", "none.yaml", "--out", "out"], 2, "none.yaml: cannot read"),
         (2, ["quickstart", "--out", "out"], 2, "quickstart runs in one process, here are 2"),
     ],

@@ -267,11 +267,12 @@ TRAINING = {
 }
 
 
-def prepare(root: Path, teacher, save_seconds: float) -> Path:
+def prepare(root: Path, teacher, save_seconds: float, **distill_keys: Any) -> Path:
     """A teacher directory and a recipe file beside it, with all that a state may hold."""
     teacher.save(root / "teacher")
     text = tiny_run.write_text(root / "text")
-    values = tiny_run.recipe(root / "teacher", text, save_seconds=save_seconds, distill=TRAINING)
+    training = {**TRAINING, **distill_keys}
+    values = tiny_run.recipe(root / "teacher", text, save_seconds=save_seconds, distill=training)
     values["align"].update(steps=40, micro_rows=1)
     save_recipe(make_recipe(values), root / "recipe.yaml")
     return root / "recipe.yaml"
@@ -368,8 +369,10 @@ STOPS = [
 
 
 @pytest.mark.slow
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path, teacher):
-    recipe, whole, stopped = prepare(tmp_path, teacher, 0), tmp_path / "whole", tmp_path / "stopped"
+@pytest.mark.parametrize("state_passing", [False, True])
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, teacher, state_passing):
+    recipe = prepare(tmp_path, teacher, 0, state_passing=state_passing)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(recipe, whole)
     for stage, step, how in STOPS:
         assert stop(recipe, stopped, {(stage, step)}, 0.0, how)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tiny_run
 from models import MIXERS, random_batch, random_model
-from test_model import directional_errors
-from tolerances import DIRECTIONAL_F64, FORMS_F64, PREFILL_STEP_F32
+from test_model import directional_errors, relative
+from tolerances import DIRECTIONAL_F64, FORMS_F64, OP_F32, PREFILL_STEP_F32
 
+from xlstm_distill.data import Batches, Rows, TokenData
+from xlstm_distill.distill import distill
+from xlstm_distill.errors import UserError
+from xlstm_distill.linearize import linearize
+from xlstm_distill.recipe import make_recipe
+from xlstm_distill.run import run
+from xlstm_distill.sweep import _parts
+from xlstm_distill.targets import TargetCache
+
+LENGTH = 32
 CE = {"ce_weight": 1.0, "kl_weight": 0.0}
 by_mixer = pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "attention"])
 
@@ -145,3 +158,220 @@ def test_states_that_do_not_fit_are_refused():
     state.lengths[:] = 250
     with pytest.raises(ValueError, match="room for 256 and 256 tokens"):
         around(state, full.new_state(2))
+
+
+def test_put_is_fork_the_other_way():
+    model = random_model("hybrid")
+    ids, _, _ = random_batch(model, 4, 20)
+    _, state = model.prefill(ids, lengths=[20, 3, 11, 7])
+    other = model.new_state(4)
+    for rows in ([2, 0], [3, 1]):
+        other.put(rows, state.fork(model, rows))
+    assert np.array_equal(other.tensors.raw, state.tensors.raw)
+    assert np.array_equal(other.lengths, state.lengths)
+
+
+# ---- rows and batches ---------------------------------------------------------------------------
+
+
+def documents(count, seed=0):
+    """Documents of 1 to 90 distinct tokens: a token says where it stands."""
+    lengths = np.random.default_rng(seed).integers(1, 91, count)
+    ends = np.cumsum(lengths)
+    return TokenData.from_documents(
+        [range(end - n, end) for n, end in zip(lengths, ends, strict=True)], int(ends[-1]) + 1
+    )
+
+
+@pytest.mark.parametrize("reserve", [0, 5])
+def test_rows_of_a_stream_go_on(reserve):
+    data = documents(60)
+    plain, rows = Rows(data, 16, 3, reserve), Rows(data, 16, 3, reserve, streams=4)
+    assert len(rows) == len(plain) // 4 * 4
+    first = set(data.offsets[:-1].tolist())
+    seen = set()
+    for n in range(len(rows)):
+        ids, _, reset = rows.row(n)
+        before = rows.row(n - 4)[1][-1] if n >= 4 else -1
+        # it goes on where the label that the row before ended with stands, or begins anew
+        assert reset[0] == (ids[0] in first or ids[0] != before)
+        assert set(ids[1:][reset[1:]]) == set(ids[1:]) & first
+        seen.update(ids.tolist())
+    gaps = sum(bool(rows.row(n)[2][0]) and rows.row(n)[0][0] not in first for n in range(len(rows)))
+    assert gaps <= 4 + reserve
+    assert len(seen) == 16 * len(rows)
+    for n, m in zip(rows.reserved, plain.reserved, strict=True):
+        for x, y in zip(rows.row(n), plain.row(m), strict=True):
+            assert np.array_equal(x, y)
+        assert not seen & set(rows.row(n)[0].tolist())
+    assert rows.identity == {**plain.identity, "streams": 4}
+
+
+def test_a_batch_has_no_two_rows_of_a_stream():
+    sources = {
+        name: Rows(documents(30 + 9 * n, n), 16, 1, streams=5) for n, name in enumerate("abc")
+    }
+    batches = Batches(sources, 5, {"a": 0.55, "b": 0.05, "c": 0.4})
+    last = {}
+    for _ in range(60):
+        rows = next(batches).rows
+        assert len({(name, n % 5) for name, n in rows}) == 5
+        for name, n in rows:  # the next of its stream, or the first one again
+            expected = last.get((name, n % 5), n % 5 - 5) + 5
+            assert n == (expected if expected < len(sources[name]) else n % 5)
+            last[name, n % 5] = n
+
+
+def test_streams_that_do_not_fit_are_refused():
+    data = documents(20)
+    with pytest.raises(UserError, match="fewer than two rows for each of 40 streams"):
+        Rows(data, 16, streams=40)
+    with pytest.raises(UserError, match=r"batches of 3 rows.*\[2\] streams, expected 0 or 3"):
+        Batches({"a": Rows(data, 16, streams=2)}, 3)
+
+
+# ---- stage II -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny_run.teacher()
+
+
+@pytest.fixture(scope="module")
+def text(teacher):
+    """Documents that are longer than a row, and shorter ones."""
+    texts = [f"{n}: " + tiny_run.TEXT[n % 4] * (1 + n % 3) for n in range(16)]
+    return TokenData.from_texts(texts, teacher.tokenizer)
+
+
+def stage(teacher, text, **changes):
+    """A new student and the generator that trains it on rows of two domains."""
+    student = linearize(teacher, window=6, sinks=2)
+    sources = {name: Rows(text, LENGTH, n, streams=3) for n, name in enumerate("ab")}
+    batches = Batches(sources, 3, {"a": 0.7, "b": 0.3})
+    settings = {"steps": 7, "k": 8, "lr": 1e-3, "state_passing": True, **changes}
+    return student, distill(student, batches, teacher, **settings)
+
+
+def test_steps_go_on_where_the_last_one_ended(teacher, text):
+    """At a rate that moves no weight, the losses of the steps are those of long rows."""
+    student = linearize(teacher, window=6, sinks=2)
+    settings = {**CE, "lr": 1e-30, "weight_decay": 0.0, "steps": 5, "rows": 3}
+    found = list(distill(student, text, length=LENGTH, seed=4, state_passing=True, **settings))
+    rows = Rows(text, LENGTH, 4, streams=3)
+    ids, labels, reset = (
+        np.concatenate([np.stack([rows.row(3 * t + s)[i] for s in range(3)]) for t in range(5)], 1)
+        for i in range(3)
+    )
+    assert not reset[:, ::LENGTH].all()
+    whole = student.loss_and_grad(ids, labels, reset=reset, **CE)
+    counted = [(labels[:, t : t + LENGTH] >= 0).sum() for t in range(0, 5 * LENGTH, LENGTH)]
+    together = sum(m["ce"] * n for m, n in zip(found, counted, strict=True))
+    assert abs(together / whole["ce"] - 1) <= PREFILL_STEP_F32
+    alone = list(distill(student, Batches({"data": rows}, 3), **{**settings, "rows": 3}))
+    assert alone[0]["ce"] == found[0]["ce"] and alone[1]["ce"] != found[1]["ce"]
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 2)])
+def test_it_continues_bitwise(tmp_path, teacher, text, stops):
+    settings = {"micro_rows": 2, "window_dropout": 0.4, "recompute": True}
+    whole, generator = stage(teacher, text, **settings)
+    expected = [m["loss"] for m in generator]
+    seen = []
+    for count in (*stops, None):
+        student, generator = stage(teacher, text, state=tmp_path / "state.npz", **settings)
+        for n, m in enumerate(generator, start=1):
+            seen.append(m["loss"])
+            if n == count:
+                break
+        generator.close()
+    assert seen == expected
+    assert np.array_equal(student.params.flat, whole.params.flat)
+    changed = {**settings, "state_passing": False}
+    _, generator = stage(teacher, text, state=tmp_path / "state.npz", **changed)
+    with pytest.raises(UserError, match="saved with state_passing True"):
+        next(generator)
+
+
+def test_a_step_that_is_broken_off_leaves_no_trace(tmp_path, teacher, text, monkeypatch):
+    whole, generator = stage(teacher, text)
+    list(generator)
+    student, generator = stage(teacher, text, state=tmp_path / "s.npz")
+    for _ in range(3):
+        next(generator)
+    original, calls = type(student).loss_and_grad, iter((True, False))
+
+    def stopped(self, *args, **settings):
+        if not next(calls):  # in the second part of the step
+            raise KeyboardInterrupt
+        return original(self, *args, **settings)
+
+    monkeypatch.setattr(type(student), "loss_and_grad", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        next(generator)
+    monkeypatch.undo()
+    student, generator = stage(teacher, text, state=tmp_path / "s.npz")
+    assert [m["step"] for m in generator] == [4, 5, 6, 7]
+    assert np.array_equal(student.params.flat, whole.params.flat)
+
+
+def test_parts_and_trees_change_rounding_alone(teacher, text):
+    found = []
+    for changes in ({}, {"micro_rows": 3}, {"accumulation": "tree"}):
+        student, generator = stage(teacher, text, **changes)
+        found.append(([m["loss"] for m in generator], student.params.flat))
+    for losses, flat in found[1:]:
+        assert relative(np.array(losses), np.array(found[0][0])) <= OP_F32
+        assert np.abs(flat - found[0][1]).max() <= 1e-4  # the same sums in another order
+
+
+def test_what_cannot_pass_a_state_is_refused(teacher, text):
+    batches = Batches({"data": Rows(text, LENGTH)}, 3)
+    settings = {"steps": 2, "rows": 3, "length": LENGTH, "state_passing": True}
+
+    def message(student, data, **changes):
+        with pytest.raises(UserError) as error:
+            next(distill(student, data, teacher, **{**settings, **changes}))
+        return str(error.value)
+
+    student = linearize(teacher, window=6)
+    assert "pack them with Rows(..., streams=3)" in message(student, batches)
+    assert "start without MPI" in message(student, text, comm=SimpleNamespace(size=2))
+    full = linearize(teacher, window=6, keep_attention=[1])
+    assert "layer 1 attends without a window" in message(full, text)
+
+
+# ---- a run --------------------------------------------------------------------------------------
+
+
+def values(tmp_path, teacher, **distill_keys):
+    teacher.save(tmp_path / "teacher")
+    folder = tiny_run.write_text(tmp_path / "text")
+    given = tiny_run.recipe(tmp_path / "teacher", folder)
+    sources = [{"kind": "files", "paths": [str(folder)]}]
+    given["data"]["domains"] = {"notes": {"sources": sources, "held_out_tokens": 700}}
+    given["experts"], given["merge"] = {"notes": {"notes": 1}}, {}
+    given["distill"].update(state_passing=True, **distill_keys)
+    return given
+
+
+def test_a_run_passes_states(tmp_path, teacher):
+    given = values(tmp_path, teacher, validate_every=3, validate_rows=2)
+    recipe = make_recipe(given)
+    place = run(recipe, tmp_path / "run", until="distill")
+    assert (place / "experts" / "notes" / "config.json").is_file()
+    cache = TargetCache(place / "targets" / "notes")
+    assert cache.manifest["streams"] == 2 and cache.rows == 12
+    # without it, rows are others, and so are their targets
+    plain = make_recipe({**given, "distill": {**given["distill"], "state_passing": False}})
+    places = [[p.depends for p in _parts(r) if p.place == "targets/notes"] for r in (recipe, plain)]
+    assert places[0] != places[1]
+
+
+@pytest.mark.parametrize("student", [{"window": None}, {"keep_attention": [0]}])
+def test_full_attention_is_refused_in_a_recipe(tmp_path, teacher, student):
+    given = values(tmp_path, teacher)
+    with pytest.raises(UserError, match=r"distill\.state_passing needs a student\.window"):
+        make_recipe({**given, "student": student})
+    make_recipe({**given, "student": {"mixer": "mlstm", "window": None}})

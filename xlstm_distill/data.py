@@ -228,18 +228,26 @@ class Rows:
     out. The last `reserve` rows are not counted: batches do not draw them (`reserved` gives them).
     A document that crosses the end of a row goes on in another row as if it began there; the last
     position of a row still has its label.
+
+    With `streams` the text is cut into so many pieces, and row n is the next one of piece
+    n % streams: it goes on where row n - streams ended, also in the middle of a document, whose
+    rest does not begin there then. Rows that are left over are not counted.
     """
 
-    def __init__(self, data: TokenData, length: int, seed: int = 0, reserve: int = 0) -> None:
+    def __init__(
+        self, data: TokenData, length: int, seed: int = 0, reserve: int = 0, streams: int = 0
+    ) -> None:
         if length < 2:
             raise UserError(f"length is {length}, expected at least 2 tokens")
         self.data, self.length, self.seed, self.reserve = data, length, seed, reserve
+        self.streams = streams
         whole = data.tokens // length
         self.count = whole - reserve
-        if self.count <= 0:
+        if self.count < max(1, 2 * streams):
+            each = f"two rows for each of {streams} streams, rows" if streams else "one row"
             more = f" beside {reserve} reserved for validation" if reserve else ""
             raise UserError(
-                f"{data.where}: {data.tokens} tokens are fewer than one row of {length}{more}; "
+                f"{data.where}: {data.tokens} tokens are fewer than {each} of {length}{more}; "
                 "add text or lower length"
             )
         random = np.random.Generator(np.random.Philox(key=[seed, 0]))
@@ -247,6 +255,11 @@ class Rows:
         sizes = np.diff(data.offsets)[self._order]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._rows = random.permutation(whole)
+        if streams:
+            drawn, reserved = np.sort(self._rows[: self.count]), self._rows[self.count :]
+            self.count -= self.count % streams
+            pieces = drawn[: self.count].reshape(streams, -1)
+            self._rows = np.concatenate([pieces.T.reshape(-1), reserved])
 
     def __len__(self) -> int:
         return self.count
@@ -255,7 +268,8 @@ class Rows:
     def identity(self) -> dict[str, Any]:
         """What decides the contents of every row."""
         own = {"data": self.data.fingerprint, "length": self.length, "seed": self.seed}
-        return {**own, "reserve": self.reserve} if self.reserve else own
+        more = {"reserve": self.reserve, "streams": self.streams}
+        return {**own, **{key: value for key, value in more.items() if value}}
 
     @property
     def reserved(self) -> range:
@@ -269,7 +283,7 @@ class Rows:
         ids = np.empty(self.length + 1, dtype=np.int32)
         reset = np.zeros(self.length + 1, dtype=np.bool_)
         counted = np.ones(self.length + 1, dtype=np.bool_)
-        reset[0] = True
+        reset[0] = not self._goes_on(index)
         at = first
         document = int(np.searchsorted(self._starts, first, side="right")) - 1
         while at <= last and document < self.data.documents:
@@ -288,6 +302,13 @@ class Rows:
             reset[-1], ids[-1] = True, 0
         labels = np.where(counted[1:] & ~reset[1:], ids[1:], -1).astype(np.int32)
         return ids[:-1], labels, reset[:-1]
+
+    def _goes_on(self, index: int) -> bool:
+        """True if the row before this one in its stream is the text before it."""
+        before = index - self.streams
+        if not self.streams or before < 0 or index >= self.count:
+            return False
+        return bool(self._rows[index] == self._rows[before] + 1)
 
     def batch(self, name: str, indices: Iterable[int]) -> Batch:
         """Some rows as one batch."""
@@ -310,7 +331,8 @@ class Batches:
     """An endless iterator of batches of `rows` rows, drawn from `sources` by `weights`.
 
     The next row comes from the domain that is furthest behind its share. A domain that is used up
-    begins again in another order. `state_dict` and `load_state_dict` give and set the position.
+    begins again in another order, or where its rows are those of `rows` streams in the same: then a
+    batch has no two rows of a stream. `state_dict` and `load_state_dict` give and set the position.
     """
 
     def __init__(
@@ -337,8 +359,14 @@ class Batches:
         lengths = {source.length for source in self.sources.values()}
         if len(lengths) != 1:
             raise UserError(f"domains have rows of different lengths: {sorted(lengths)}")
+        streams = {source.streams for source in self.sources.values()}
+        if not (streams == {0} or streams == {rows}):
+            raise UserError(
+                f"batches of {rows} rows: the domains have {sorted(streams)} streams, expected 0 "
+                f"or {rows} (Rows)"
+            )
         self.rows, self.seed = rows, seed
-        self.length = lengths.pop()
+        self.length, self.streams = lengths.pop(), streams.pop()
         self._taken = dict.fromkeys(self.weights, 0)
         self._orders: dict[tuple[str, int], NDArray[np.int64]] = {}
 
@@ -376,7 +404,7 @@ class Batches:
 
     def _order(self, name: str, epoch: int) -> NDArray[np.int64]:
         count = self.sources[name].count
-        if epoch == 0:
+        if epoch == 0 or self.streams:
             return np.arange(count)
         if (name, epoch) not in self._orders:
             random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
@@ -400,12 +428,13 @@ def _furthest_behind(weights: Mapping[str, float], taken: Mapping[str, int]) -> 
 Data = TokenData | Rows | Batches | Mapping[str, TokenData]
 
 
-def as_batches(data: Data, rows: int, length: int, seed: int) -> Batches:
-    """Batches of what a user has: token data, several domains of it (equal shares), or rows."""
+def as_batches(data: Data, rows: int, length: int, seed: int, *, streams: int = 0) -> Batches:
+    """Batches of what a user has: token data, several domains of it (equal shares), or rows.
+    `streams`: of the rows that token data is packed into."""
     if isinstance(data, Batches):
         return data
     if isinstance(data, Rows):
         return Batches({"data": data}, rows, seed=seed)
     domains = {"data": data} if isinstance(data, TokenData) else data
-    packed = {name: Rows(tokens, length, seed) for name, tokens in domains.items()}
+    packed = {name: Rows(tokens, length, seed, streams=streams) for name, tokens in domains.items()}
     return Batches(packed, rows, seed=seed)

@@ -22,6 +22,8 @@ from .lora import Lora
 from .model import KlForm, Model
 from .optim import AdamW, Group, Schedule, Train, learning_rate, trainable_names
 from .parameters import Parameters
+from .state import DecodeState
+from .streams import StreamStates
 from .targets import TargetCache, Targets
 from .training import Metrics, Validation, train
 
@@ -51,6 +53,7 @@ def distill(
     train_what: Train | Lora = "all",
     average: float | None = None,
     window_dropout: float = 0.0,
+    state_passing: bool = False,
     recompute: bool = False,
     held_out: Batch | None = None,
     held_out_targets: Targets | None = None,
@@ -72,9 +75,11 @@ def distill(
     the mixers too little at a rate that the teacher's weights bear. average: the student ends as
     the running mean of its values, which keeps this share in a step (None: as the last ones).
     window_dropout: the share of the steps, evenly spread, in which every output gate is 1, so that
-    the mLSTM alone has to answer. held_out: rows whose loss is measured every `validate_every`
-    steps, with held_out_targets, the teacher's of these rows, where kl_weight is not 0; with
-    keep="best" the student ends as it was at the lowest.
+    the mLSTM alone has to answer. state_passing: a row goes on from the state behind the row before
+    it in its stream (`data.Rows`), through which no gradient flows; targets are the teacher's of
+    the row alone, and held_out rows begin without a state. held_out: rows whose loss is measured
+    every `validate_every` steps, with held_out_targets, the teacher's of these rows, where
+    kl_weight is not 0; with keep="best" the student ends as it was at the lowest.
     train_what: "all", "mixer" (everything copied from the teacher stays frozen), or an adapter of
     the student, whose factors then train beside the mixers; a running mean is one of the factors.
     recompute: less memory for about a quarter more time, the same bits (Model.loss_and_grad).
@@ -97,10 +102,13 @@ def distill(
         raise UserError('distill: keep="best" needs held_out and validate_every')
     if held_out is not None and validate_every and kl_weight != 0 and held_out_targets is None:
         raise UserError("distill: kl_weight is not 0; give held_out_targets beside held_out")
+    if state_passing and comm.size > 1:
+        raise UserError("distill: state_passing is for one process; start without MPI")
     lora = train_what if isinstance(train_what, Lora) else None
     if lora is not None and lora.model is not student:
         raise UserError("distill: the adapter belongs to another model than the student")
-    batches = as_batches(data, rows, length, seed)
+    batches = as_batches(data, rows, length, seed, streams=rows if state_passing else 0)
+    streams = StreamStates(student, batches) if state_passing else None
     if isinstance(train_what, Lora):
         names, params = train_what.wanted, train_what.params
     else:
@@ -132,6 +140,7 @@ def distill(
         "micro_rows": micro_rows,
         "average": average,
         "window_dropout": window_dropout,
+        "state_passing": state_passing,
         "validate_every": validate_every,
         "keep": keep,
         "accumulation": accumulation,
@@ -145,8 +154,10 @@ def distill(
         into: Parameters | None,
         scale: float = 1.0,
         gate: float | None = None,
+        around: tuple[DecodeState, DecodeState] | None = None,
     ) -> Sums:
         """Sums of a part's losses; adds `scale` times their gradient into `into`."""
+        state, state_behind = around or (None, None)
         found = student.loss_and_grad(
             part.ids,
             part.labels,
@@ -160,6 +171,8 @@ def distill(
             scale=scale,
             recompute=recompute,
             gate=gate,
+            state=state,
+            state_behind=state_behind,
         )
         return np.array([found["ce"], found["kl"]])
 
@@ -172,7 +185,8 @@ def distill(
         gate = 1.0 if _falls_on(optimiser.steps + 1, window_dropout) else None
 
         def one(part: Batch, into: Parameters) -> Sums:
-            return sums_of(part, _targets_of(part, targets, k), into, scale, gate)
+            around = None if streams is None else streams.around(part)
+            return sums_of(part, _targets_of(part, targets, k), into, scale, gate, around)
 
         into = grads if of_student is None else of_student
         sums = accumulate(list(batch.parts(micro_rows)), one, into)
@@ -204,6 +218,7 @@ def distill(
         clip=clip,
         saver=saver_of("distill", state, save_seconds, student, batches, settings, comm),
         validation=validation,
+        streams=streams,
     )
 
 

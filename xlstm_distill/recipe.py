@@ -174,7 +174,8 @@ class LoraSection(_Section):
 
 class DistillSection(_Section):
     """Stage II, the same for every expert. `recompute`: activations are made again on the way back,
-    so that long rows fit into memory. `validate_rows` rows a domain are never trained on where
+    so that long rows fit into memory. `state_passing`: a row goes on from the state behind the row
+    before it in its stream. `validate_rows` rows a domain are never trained on where
     `validate_every` is not 0."""
 
     steps: int = Field(ge=1)
@@ -194,6 +195,7 @@ class DistillSection(_Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     average: float | None = Field(default=None, gt=0, lt=1)
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
+    state_passing: bool = False
     validate_every: int = Field(default=0, ge=0)
     validate_rows: int = Field(default=4, ge=1)
     keep: Literal["last", "best"] = "last"
@@ -299,6 +301,12 @@ class Recipe(_Section):
         if self.distill.window_dropout and self.student.mixer != "hybrid":
             raise ValueError(
                 "distill.window_dropout needs student.mixer hybrid: the others have no output gate"
+            )
+        full = self.student.mixer == "hybrid" and self.student.window is None
+        if self.distill.state_passing and (full or self.student.keep_attention):
+            raise ValueError(
+                "distill.state_passing needs a student.window and no student.keep_attention: full "
+                "attention would keep the keys of whole documents"
             )
         hybrid = self.student.mixer == "hybrid" and self.student.window is not None
         if self.evaluate.branches and not hybrid:

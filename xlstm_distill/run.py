@@ -111,6 +111,8 @@ class Run:
             return
         if self.recipe.align.order == "layer":
             raise UserError("align.order: layer is for one rank; choose step, or start without MPI")
+        if self.recipe.distill.state_passing:
+            raise UserError("distill.state_passing is for one rank; start without MPI")
         self.comm.agree("the instruction set (XLSTM_DISTILL_ISA sets it)", runtime.isa())
         for stage, section in (("align", self.recipe.align), ("distill", self.recipe.distill)):
             parts = -(-section.rows // (section.micro_rows or 1))
@@ -186,15 +188,21 @@ class Run:
             self.comm.barrier()  # the first rank has saved
             raise KeyboardInterrupt
 
-    def rows(self, domain: str) -> Rows:
+    def rows(self, domain: str, streams: int = 0) -> Rows:
         """The packed training text of a domain."""
-        return self._packed(domain, TokenData.open(self.path / "data" / domain / "train"))
+        data = TokenData.open(self.path / "data" / domain / "train")
+        return self._packed(domain, data, streams)
 
-    def _packed(self, domain: str, data: TokenData) -> Rows:
+    def _packed(self, domain: str, data: TokenData, streams: int = 0) -> Rows:
         seed = derived_seed(self.recipe.seed, "rows", domain)
         section = self.recipe.distill
         reserve = section.validate_rows if section.validate_every else 0
-        return Rows(data, self.recipe.data.length, seed, reserve)
+        return Rows(data, self.recipe.data.length, seed, reserve, streams)
+
+    @property
+    def _streams(self) -> int:
+        """Streams of the rows of stage II."""
+        return self.recipe.distill.rows if self.recipe.distill.state_passing else 0
 
     def evaluation_text(self) -> dict[str, TokenData]:
         """Evaluation text by domain, where there is some."""
@@ -229,7 +237,7 @@ class Run:
                 data = from_sources(
                     found.train, self.tokenizer, described, where, vocab, found.facts
                 )
-                self._packed(name, data)  # refuses too little text now, not later
+                self._packed(name, data, self._streams)  # refuses too little text now, not later
                 data.save(place / "train")
                 facts.update(documents=data.documents, tokens=data.tokens, **found.facts)
             self.comm.barrier()
@@ -449,7 +457,8 @@ class Run:
 
     def _batches(self, name: str) -> Batches:
         weights = self.recipe.trained[name]
-        packed = {domain: self.rows(domain) for domain, share in weights.items() if share > 0}
+        used = (domain for domain, share in weights.items() if share > 0)
+        packed = {domain: self.rows(domain, self._streams) for domain in used}
         seed = derived_seed(self.recipe.seed, "distill", name)
         return Batches(packed, self.recipe.distill.rows, weights, seed)
 
@@ -475,7 +484,7 @@ class Run:
                 continue
             with self.timed(stage, tokens=count * self.recipe.data.length):
                 place = self.path / "targets" / name
-                packed = self.rows(name)
+                packed = self.rows(name, self._streams)
                 metrics = write_targets(
                     self.teacher, packed, place, count=count, k=self._k, comm=self.comm
                 )

@@ -18,18 +18,28 @@ from .errors import UserError
 from .parameters import Parameters
 
 if TYPE_CHECKING:
+    from .config import ModelConfig
     from .model import Model
 
 FIRST_CAPACITY = 256
 STATE_CONVENTION = "q scaled, C and n scaled by exp(-m), keys after RoPE"
 
 
+def _windows(config: ModelConfig) -> dict[int, int | None]:
+    """Layer -> the window of its attention, of those that have some."""
+    attends = ("attention", "window", "hybrid")
+    return {n: m.window for n, m in enumerate(config.mixers) if m.mixer in attends}
+
+
+def full_attention(config: ModelConfig) -> list[int]:
+    """The layers that attend without a window: their part of a state grows with every token."""
+    return [n for n, window in _windows(config).items() if window is None]
+
+
 def state_capacity(model: Model, tokens: int) -> int:
     """Positions that a state must hold for `tokens` tokens; a constant without full attention."""
-    attends = ("attention", "window", "hybrid")
-    windows = [m.window for m in model.config.mixers if m.mixer in attends]
-    if not any(w is None for w in windows):
-        return 1 + max((w for w in windows if w is not None), default=0)
+    if not full_attention(model.config):
+        return 1 + max((w for w in _windows(model.config).values() if w is not None), default=0)
     capacity = FIRST_CAPACITY
     while capacity < tokens:
         capacity *= 2
@@ -78,6 +88,12 @@ class DecodeState:
     def fork(self, model: Model, rows: Sequence[int]) -> DecodeState:
         """A new state of the given rows; repeats share a prefix, missing rows are dropped."""
         return self._take(model, rows, self.capacity)
+
+    def put(self, rows: Sequence[int], other: DecodeState) -> None:
+        """Set the given rows to those of another state of this capacity: `fork` the other way."""
+        self.lengths[rows] = other.lengths
+        for mine, theirs in zip(self.tensors.entries, other.tensors.entries, strict=True):
+            self.tensors.view(mine)[rows] = other.tensors.view(theirs)
 
     def grown(self, model: Model, tokens: int) -> DecodeState:
         """This state, or a copy with room for `tokens` tokens a row."""

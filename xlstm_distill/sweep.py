@@ -202,6 +202,7 @@ def _parts(recipe: Recipe) -> Iterator[_Part]:
     if section.kl_weight:
         reached = {key: values[key] for key in ("targets", "experts", "generalist")}
         reached.update(steps=section.steps, rows_a_step=section.rows)
+        reached["state_passing"] = section.state_passing  # it numbers rows in another way
         for name in recipe.data.domains:
             yield _Part(f"targets/{name}", (f"targets {name}",), {**models, **rows, **reached})
 

@@ -27,6 +27,7 @@ from .data import Batch, Batches
 from .errors import UserError
 from .optim import AdamW
 from .parameters import Parameters
+from .streams import StreamStates
 
 Metrics = dict[str, Any]
 
@@ -57,7 +58,13 @@ class Saver:
             return True
         return time.monotonic() - self._last >= max(self.seconds, self._cost / _SAVING_SHARE)
 
-    def save(self, optimiser: AdamW, cursor: Mapping[str, int], best: Best | None = None) -> None:
+    def save(
+        self,
+        optimiser: AdamW,
+        cursor: Mapping[str, int],
+        best: Best | None = None,
+        streams: StreamStates | None = None,
+    ) -> None:
         """Write the state (atomic)."""
         if not self.comm.first:
             return
@@ -72,18 +79,32 @@ class Saver:
         if best is not None and best.values is not None:
             header["best"] = {"step": best.step, "loss": best.loss}
             arrays["best"] = best.values
+        if streams is not None:
+            arrays.update(streams.state())
         with atomic_file(self.path) as handle:
             np.savez(handle, header=np.array(json.dumps(header)), **arrays)
         self._last = time.monotonic()
         self._cost = self._last - started
 
-    def load(self, optimiser: AdamW, batches: Batches, best: Best | None = None) -> bool:
+    def load(
+        self,
+        optimiser: AdamW,
+        batches: Batches,
+        best: Best | None = None,
+        streams: StreamStates | None = None,
+    ) -> bool:
         """Take up a saved state if there is one; says whether there was."""
-        found = self._load(optimiser, batches, best)
+        found = self._load(optimiser, batches, best, streams)
         self.comm.agree(f"{self.path}: the step that the state holds", optimiser.steps)
         return found
 
-    def _load(self, optimiser: AdamW, batches: Batches, best: Best | None) -> bool:
+    def _load(
+        self,
+        optimiser: AdamW,
+        batches: Batches,
+        best: Best | None,
+        streams: StreamStates | None,
+    ) -> bool:
         if not self.path.exists():
             return False
         header, arrays = read_state(self.path, self.identity, warn=self.comm.first)
@@ -92,6 +113,8 @@ class Saver:
         if best is not None and "best" in header:
             best.values = arrays["best"]
             best.step, best.loss = int(header["best"]["step"]), float(header["best"]["loss"])
+        if streams is not None:
+            streams.load_state(arrays)
         return True
 
     def remove(self) -> None:
@@ -166,20 +189,22 @@ def train(
     clip: float | None = None,
     saver: Saver | None = None,
     validation: Validation | None = None,
+    streams: StreamStates | None = None,
 ) -> Iterator[Metrics]:
     """Steps until `steps` are done; yields the metrics of each, with `validation` those of the
     steps after which it was made. The parameters end as the last values, their running mean or the
     best ones, as the optimiser and `validation` say.
 
     `gradient` adds the gradient of a batch into `grads` and returns metrics; `rate` gives the
-    learning rate of step 1..steps. When the generator is closed or interrupted between two steps,
-    the state is saved. UserError if the gradient is not finite.
+    learning rate of step 1..steps; `streams` are the states that `gradient` goes on from. When the
+    generator is closed or interrupted between two steps, the state is saved. UserError if the
+    gradient is not finite.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
     best = Best()
     if saver is not None:
-        saver.load(optimiser, batches, best)
+        saver.load(optimiser, batches, best, streams)
     cursor = batches.state_dict()
     whole = True  # False while a step changes the parameters and is judged
     done = False
@@ -201,6 +226,8 @@ def train(
                     metrics["validation"] = validation.loss()
                     if validation.keep_best:
                         best.offer(optimiser, metrics["validation"])
+            if streams is not None:
+                streams.commit()
             cursor, whole = batches.state_dict(), True
             seconds = time.perf_counter() - started
             tokens = batch.ids.size
@@ -216,7 +243,7 @@ def train(
             }
             # Only now that the caller has logged the step: a kill in between would leave a gap.
             if saver is not None and step < steps and saver.due():
-                saver.save(optimiser, cursor, best)
+                saver.save(optimiser, cursor, best, streams)
         done = True
         if best.values is not None:
             optimiser.put(best.values)
@@ -224,4 +251,4 @@ def train(
             optimiser.put(optimiser.mean)
     finally:
         if saver is not None and whole and optimiser.steps > 0 and not done:
-            saver.save(optimiser, cursor, best)
+            saver.save(optimiser, cursor, best, streams)
