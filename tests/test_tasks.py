@@ -24,7 +24,7 @@ from xlstm_distill.evaluate import (
     tasks,
     write_results,
 )
-from xlstm_distill.evaluate.fidelity import windows_of
+from xlstm_distill.evaluate.fidelity import BUCKETS, windows_of
 from xlstm_distill.evaluate.tasks import encode_pair, expand_tasks
 
 
@@ -464,6 +464,11 @@ def test_windows_are_one_stream():
     assert windows.tolist() == [[1, 2], [3, 4], [5, 6]]
     assert windows_of([[1, 2, 3], [4]], 2, separator=0).tolist() == [[1, 2], [3, 0]]
     assert windows_of([[1]], 2).shape == (0, 2)
+
+
+def test_buckets_leave_no_position_out():
+    assert BUCKETS[0][0] == 0 and (1024, 2048) in BUCKETS
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(BUCKETS))
 
 
 def test_fidelity_against_a_direct_computation(documents):

@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 
-BUCKETS = ((0, 32), (32, 64), (64, 128), (128, 256), (256, 512), (512, 1024))
-"""Ranges of the position in the window over which measures are also given, end excluded."""
+BUCKETS = ((0, 32), *((32 << n, 64 << n) for n in range(12)))
+"""Ranges of the position in the window over which measures are also given, end excluded: each twice
+as far as the one before, as many as the window reaches."""
 _METRICS = ("kl", "agree", "nll")
 _TOKENS_AT_ONCE = 4096
 
