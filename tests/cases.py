@@ -495,6 +495,60 @@ def gate_cases() -> Iterator[Case]:
         yield Case(f"fold with biases {shape}", FOLD, fold)
 
 
+# ---- LoLCATs ------------------------------------------------------------------------------------
+
+LOLCATS_INPUTS = ("q", "k", "v", "w_q", "w_k", "factor")
+
+
+def _lolcats_args(a: Args) -> tuple[Any, ...]:
+    options = ("window", "sinks", "reset", "chunk")
+    return tuple(a[name] for name in (*LOLCATS_INPUTS, *options))
+
+
+def _lolcats_backward(m: ModuleType, a: Args, d: Values) -> Values:
+    gradients = m.lolcats_backward(d["y"], *_lolcats_args(a))
+    return dict(zip(LOLCATS_INPUTS, gradients, strict=True))
+
+
+LOLCATS = Op(
+    ("lolcats_forward", "lolcats_backward"),
+    lambda m, a: {"y": m.lolcats_forward(*_lolcats_args(a))},
+    _lolcats_backward,
+)
+
+
+def lolcats_cases() -> Iterator[Case]:
+    """Windows of one and over the row, sinks, documents, columns in more than one chunk (300).
+
+    No query has its two largest scores within a step of a finite difference: there y has a kink.
+    """
+    for b, h, g, t, d, window, sinks, chunk, packed in [
+        (1, 1, 1, 1, 2, 1, 0, 64, False),
+        (2, 4, 2, 37, 9, None, 0, 16, True),
+        (1, 3, 3, 37, 8, 1, 0, 16, False),
+        (2, 4, 2, 61, 8, 7, 0, 16, True),
+        (2, 6, 2, 61, 8, 7, 3, 8, True),
+        (1, 2, 1, 9, 4, 2, 40, 4, True),
+        (1, 2, 1, 100, 16, 64, 4, 64, False),
+        (1, 2, 1, 330, 6, 300, 2, 64, False),
+    ]:
+        rng = seeded("lolcats", t, window, sinks)
+        args = {
+            "q": 2 * rng.standard_normal((b, h, t, d)),
+            "k": rng.standard_normal((b, g, t, d)),
+            "v": rng.standard_normal((b, g, t, d)),
+            "w_q": 0.5 * rng.standard_normal((h, d, d)),
+            "w_k": 0.5 * rng.standard_normal((h, d, d)),
+            "factor": rng.standard_normal(h) - 1,
+            "window": window,
+            "sinks": sinks,
+            "reset": resets(rng, b, t, 0.05) if packed else None,
+            "chunk": chunk,
+        }
+        name = f"lolcats {b}x{h}/{g}x{t}x{d} W{window} S{sinks}" + " packed" * packed
+        yield Case(name, LOLCATS, args, LOLCATS_INPUTS)
+
+
 # ---- mLSTM --------------------------------------------------------------------------------------
 
 
@@ -692,6 +746,7 @@ CASES: list[Case] = [
     *attention_cases(),
     *feature_map_cases(),
     *gate_cases(),
+    *lolcats_cases(),
     *mlstm_cases(),
     *mapped_mlstm_cases(),
     *slstm_cases(),

@@ -15,6 +15,7 @@ typedef enum {
     XL_MIX_LINEAR,    /* mLSTM without gates: i = f = 1 */
     XL_MIX_MLSTM,     /* mLSTM alone */
     XL_MIX_HYBRID,    /* o mLSTM + (1 - o) window attention, paper.md (11) */
+    XL_MIX_LOLCATS,   /* linear attention before the window, softmax inside, one normaliser */
 } xl_mixer_kind;
 
 typedef struct {
@@ -46,6 +47,13 @@ static inline int xl_has_attention(const xl_mixer *m) {
 }
 static inline int xl_has_mlstm(const xl_mixer *m) {
     return m->kind == XL_MIX_LINEAR || m->kind == XL_MIX_MLSTM || m->kind == XL_MIX_HYBRID;
+}
+/* Keys and values are cached; feature maps and the state of a cell. */
+static inline int xl_has_cache(const xl_mixer *m) {
+    return xl_has_attention(m) || m->kind == XL_MIX_LOLCATS;
+}
+static inline int xl_has_maps(const xl_mixer *m) {
+    return xl_has_mlstm(m) || m->kind == XL_MIX_LOLCATS;
 }
 static inline int xl_has_gates(const xl_mixer *m) {
     return m->kind == XL_MIX_MLSTM || m->kind == XL_MIX_HYBRID;

@@ -36,6 +36,10 @@ static xl_mlstm cell_args(const xl_config *c, const xl_mixer *m, const xl_batch 
                       .mixed = c->mixed};
 }
 
+static xl_lolcats lolcats_args(const xl_config *c, const xl_mixer *m, const xl_batch *b) {
+    return (xl_lolcats){attention_args(c, m, b), b->chunk};
+}
+
 static xl_fmap map_args(const xl_config *c, const xl_batch *b, ptrdiff_t G) {
     return (xl_fmap){b->B, c->H, G, b->T, c->D, c->mixed};
 }
@@ -61,6 +65,7 @@ void xl_mixer_tape_plan(xl_plan *p, const xl_config *c, const xl_mixer *m, ptrdi
     t->k = xl_take_reals(p, kv);
     t->v = xl_take_reals(p, kv);
     t->h = xl_take_reals(p, q);
+    if (m->kind == XL_MIX_LOLCATS) xl_lolcats_tape_plan(p, N, c->H, c->G, c->D, &t->lolcats);
     if (xl_has_attention(m)) t->lse = xl_take_reals(p, gates);
     t->hs = t->hm = t->h;
     if (xl_has_mlstm(m)) {
@@ -111,6 +116,11 @@ static ptrdiff_t plan(const xl_ctx *ctx, const xl_config *c, const xl_batch *b, 
             most = xl_max(most, xl_attention_scratch(
                                     ctx, &at, b->past && !training ? at.window + at.sinks : 0));
         if (xl_has_mlstm(m)) most = xl_max(most, xl_mlstm_scratch(ctx, &ce));
+        xl_lolcats lo = lolcats_args(c, m, b);
+        if (m->kind == XL_MIX_LOLCATS)
+            most = xl_max(most, xl_lolcats_scratch(ctx, &lo,
+                                                   b->past && !training ? at.window + at.sinks : 0,
+                                                   training));
         xl_mixer teacher = xl_teacher_attention(m); /* stage I also runs it */
         at = attention_args(c, &teacher, b);
         if (training) most = xl_max(most, xl_attention_scratch(ctx, &at, 0));
@@ -157,6 +167,20 @@ static xl_kv cache(const xl_layer_state *state, const xl_batch *b) {
     return kv;
 }
 
+/* Leaves in `last` (NULL: not wanted) the cache behind the rows. */
+static xl_status extend_cache(xl_ctx *ctx, const xl_config *c, const xl_attn *a, const xl_batch *b,
+                              xl_heads k, xl_heads v, const xl_layer_state *first,
+                              const xl_layer_state *last) {
+    if (!last) return XL_OK;
+    xl_kv past = cache(first, b), kv = cache(last, b);
+    if (first != last) {
+        ptrdiff_t size = b->B * kv.slots * c->G * c->D;
+        XL_TRY(xl_copy(ctx, size, kv.k, past.k));
+        XL_TRY(xl_copy(ctx, size, kv.v, past.v));
+    }
+    return xl_attention_append(ctx, a, k, v, &kv);
+}
+
 static xl_status attention_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m,
                                   const xl_batch *b, xl_mixer_tape *t, const xl_layer_state *first,
                                   const xl_layer_state *last, void *scratch) {
@@ -164,18 +188,13 @@ static xl_status attention_branch(xl_ctx *ctx, const xl_config *c, const xl_mixe
     xl_attn a = attention_args(c, m, b);
     xl_heads o = view(t->hs, T, c->H, D), q = view(t->q, T, c->H, D), k = view(t->k, T, c->G, D),
              v = view(t->v, T, c->G, D);
-    if (!first) return xl_attention_forward(ctx, &a, o, t->lse, q, k, v, NULL, scratch);
+    xl_attn_sums sums = {.lse = t->lse};
+    if (!first) return xl_attention_forward(ctx, &a, o, sums, q, k, v, NULL, scratch);
     xl_kv past = cache(first, b);
-    if (T == 1 && first == last) return xl_attention_step(ctx, &a, o, q, k, v, &past, scratch);
-    XL_TRY(xl_attention_forward(ctx, &a, o, t->lse, q, k, v, &past, scratch));
-    if (!last) return XL_OK;
-    xl_kv kv = cache(last, b);
-    if (first != last) {
-        ptrdiff_t size = b->B * kv.slots * c->G * D;
-        XL_TRY(xl_copy(ctx, size, kv.k, past.k));
-        XL_TRY(xl_copy(ctx, size, kv.v, past.v));
-    }
-    return xl_attention_append(ctx, &a, k, v, &kv);
+    if (T == 1 && first == last)
+        return xl_attention_step(ctx, &a, o, NULL, q, k, v, &past, scratch);
+    XL_TRY(xl_attention_forward(ctx, &a, o, sums, q, k, v, &past, scratch));
+    return extend_cache(ctx, c, &a, b, k, v, first, last);
 }
 
 static xl_mlstm_state cell(const xl_layer_state *state) {
@@ -188,6 +207,7 @@ static xl_status mlstm_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m
     ptrdiff_t T = b->T, H = c->H, D = c->D;
     int in_place = first && first == last;
     xl_mlstm_state before = cell(first), behind = cell(last);
+    xl_heads no_den = {0};
     xl_heads q = view(t->q, T, H, D), k = view(t->k, T, c->G, D), v = view(t->v, T, c->G, D),
              phi_q = view(t->phi_q, T, H, D), phi_k = view(t->phi_k, T, H, D),
              h = view(t->hm, T, H, D), i = view(t->i, T, H, 1), f = view(t->f, T, H, 1);
@@ -196,11 +216,29 @@ static xl_status mlstm_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m
         xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, c->G);
         XL_TRY(xl_feature_map_forward(ctx, &mq, phi_q, q, w->map_q, scratch));
         XL_TRY(xl_feature_map_forward(ctx, &mk, phi_k, k, w->map_k, scratch));
-        return xl_mlstm_forward(ctx, &a, NULL, h, behind, phi_q, phi_k, v, i, f, before, scratch);
+        return xl_mlstm_forward(ctx, &a, NULL, h, no_den, behind, phi_q, phi_k, v, i, f, before,
+                                scratch);
     }
     xl_mlstm_maps maps = {.G = c->G, .w_q = w->map_q, .w_k = w->map_k};
     if (!in_place) maps.phi_q = phi_q, maps.phi_k = phi_k; /* a backward may follow */
-    return xl_mlstm_forward(ctx, &a, &maps, h, behind, q, k, v, i, f, before, scratch);
+    return xl_mlstm_forward(ctx, &a, &maps, h, no_den, behind, q, k, v, i, f, before, scratch);
+}
+
+static xl_status lolcats(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
+                         const xl_batch *b, xl_mixer_tape *t, const xl_layer_state *first,
+                         const xl_layer_state *last, void *scratch) {
+    ptrdiff_t T = b->T, D = c->D;
+    xl_lolcats a = lolcats_args(c, m, b);
+    xl_kv past = first ? cache(first, b) : (xl_kv){0};
+    xl_mlstm_state before = cell(first), behind = cell(last);
+    xl_heads h = view(t->h, T, c->H, D), q = view(t->q, T, c->H, D), k = view(t->k, T, c->G, D),
+             v = view(t->v, T, c->G, D);
+    if (T == 1 && first && first == last)
+        return xl_lolcats_step(ctx, &a, h, &t->lolcats, q, k, v, w->map_q, w->map_k,
+                               w->window_factor, &past, before, scratch);
+    XL_TRY(xl_lolcats_forward(ctx, &a, h, &t->lolcats, behind, q, k, v, w->map_q, w->map_k,
+                              w->window_factor, first ? &past : NULL, before, scratch));
+    return extend_cache(ctx, c, &a.attn, b, k, v, first, last);
 }
 
 xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, const xl_layer *w,
@@ -213,6 +251,7 @@ xl_status xl_mixer_forward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, c
     XL_TRY(turn(ctx, c, m, b, t->q, t->k, c->attention_factor[m->rope], 0));
     if (xl_has_attention(m)) XL_TRY(attention_branch(ctx, c, m, b, t, first, last, s.op));
     if (xl_has_mlstm(m)) XL_TRY(mlstm_branch(ctx, c, m, w, b, t, first, last, s.op));
+    if (m->kind == XL_MIX_LOLCATS) return lolcats(ctx, c, m, w, b, t, first, last, s.op);
     if (m->kind != XL_MIX_HYBRID) return XL_OK;
     xl_gate a = gate_args(c, b);
     return xl_mix_forward(ctx, &a, view(t->h, T, H, D), view(t->hm, T, H, D), view(t->hs, T, H, D),
@@ -236,13 +275,14 @@ static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer 
     XL_TRY(xl_zero(ctx, N * H, s->df));
     xl_mlstm a = cell_args(c, m, b, 0);
     xl_mlstm_state none = {0};
+    xl_heads no_den = {0};
     xl_heads phi_q = view(t->phi_q, T, H, D), phi_k = view(t->phi_k, T, H, D);
     xl_heads dphi_q = view(s->dphi_q, T, H, D), dphi_k = view(s->dphi_k, T, H, D);
     XL_TRY(xl_mlstm_backward(ctx, &a, dphi_q, dphi_k, view(dv ? s->dvm : NULL, T, H, D),
                              view(gates ? s->di : NULL, T, H, 1),
-                             view(gates ? s->df : NULL, T, H, 1), none, view(dhm, T, H, D), phi_q,
-                             phi_k, view(t->v, T, G, D), view(t->i, T, H, 1), view(t->f, T, H, 1),
-                             cell(first), none, s->op));
+                             view(gates ? s->df : NULL, T, H, 1), none, view(dhm, T, H, D), no_den,
+                             phi_q, phi_k, view(t->v, T, G, D), view(t->i, T, H, 1),
+                             view(t->f, T, H, 1), cell(first), none, s->op));
     if (dv) XL_TRY(xl_add_heads(ctx, N, H, G, D, dv, s->dvm));
     xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, G);
     XL_TRY(xl_feature_map_backward(ctx, &mq, view(dq, T, H, D), g->map_q, dphi_q, phi_q,
@@ -293,13 +333,22 @@ xl_status xl_mixer_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer *m, 
     if (xl_has_attention(m) && dq) {
         xl_attn a = attention_args(c, m, b);
         xl_kv past = first ? cache(first, b) : (xl_kv){0};
-        XL_TRY(xl_attention_backward(ctx, &a, view(dq, T, H, D), view(dk, T, G, D),
-                                     view(dv, T, G, D), view(dhs, T, H, D), view(t->q, T, H, D),
-                                     view(t->k, T, G, D), view(t->v, T, G, D), view(t->hs, T, H, D),
-                                     t->lse, first ? &past : NULL, s.op));
+        XL_TRY(xl_attention_backward(
+            ctx, &a, view(dq, T, H, D), view(dk, T, G, D), view(dv, T, G, D), view(dhs, T, H, D),
+            NULL, view(t->q, T, H, D), view(t->k, T, G, D), view(t->v, T, G, D),
+            view(t->hs, T, H, D), (xl_attn_sums){.lse = t->lse}, first ? &past : NULL, s.op));
     }
     if (xl_has_mlstm(m))
         XL_TRY(mlstm_backward(ctx, c, m, w, g, b, t, dq, dk, dv, dxn, dhm, xn, first, &s));
+    if (m->kind == XL_MIX_LOLCATS) {
+        xl_lolcats a = lolcats_args(c, m, b);
+        xl_kv past = first ? cache(first, b) : (xl_kv){0};
+        XL_TRY(xl_lolcats_backward(ctx, &a, view(dq, T, H, D), view(dk, T, G, D), view(dv, T, G, D),
+                                   g->map_q, g->map_k, g->window_factor, view(dh, T, H, D),
+                                   &t->lolcats, view(t->q, T, H, D), view(t->k, T, G, D),
+                                   view(t->v, T, G, D), w->map_q, w->map_k, w->window_factor,
+                                   first ? &past : NULL, cell(first), s.op));
+    }
     double factor = c->attention_factor[m->rope];
     if (dq) XL_TRY(turn(ctx, c, m, b, dq, dk, factor, 1));
     if (m->kind != XL_MIX_HYBRID) return XL_OK;

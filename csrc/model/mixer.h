@@ -27,6 +27,7 @@ typedef struct {
     real *hm, *hs;       /* outputs of the two branches */
     real *lse;           /* [B, H, T] */
     real *h;             /* mixed */
+    xl_lolcats_tape lolcats;
 } xl_mixer_tape;
 
 void xl_mixer_tape_plan(xl_plan *plan, const xl_config *c, const xl_mixer *m, ptrdiff_t N,

@@ -4,10 +4,13 @@
 
 static ptrdiff_t rows(const xl_batch *b) { return b->B * b->T; }
 
-/* A tape that serves any layer: that of the mixer that needs most. */
+/* A tape that serves any layer: that of the hybrid mixer holds all others' but LoLCATs'. */
 static void widest_tape(xl_plan *p, const xl_config *c, ptrdiff_t N, xl_block_tape *t) {
     xl_mixer all = {.kind = XL_MIX_HYBRID};
+    ptrdiff_t l = 0;
     xl_block_tape_plan(p, c, &all, N, t);
+    while (l < c->layers && c->mixer[l].kind != XL_MIX_LOLCATS) l++;
+    if (l < c->layers) xl_lolcats_tape_plan(p, N, c->H, c->G, c->D, &t->mixer.lolcats);
 }
 
 /* Mixers of one branch write their output straight to h. */
@@ -211,7 +214,7 @@ xl_status xl_model_align(xl_ctx *ctx, const xl_config *c, const xl_params *p, co
             XL_TRY(xl_mixer_forward(ctx, c, m, layer, b, t, w.tape.xn_attn, NULL, NULL, w.block));
             XL_TRY(xl_mse_forward(ctx, q, sums + 2 * l, t->h, w.teacher.h, w.sums));
         }
-        if (g && compared && xl_has_mlstm(m)) {
+        if (g && compared && xl_has_maps(m)) {
             XL_TRY(xl_zero(ctx, q, w.dh));
             XL_TRY(xl_mse_backward(ctx, q, w.dh, t->h, w.teacher.h, (real)scale));
             XL_TRY(xl_mixer_backward(ctx, c, m, layer, &g->layer[l], b, t, NULL, NULL, NULL, NULL,

@@ -75,7 +75,7 @@ static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer
         l->norm_q = vector(t, "self_attn.q_norm.weight", XL_ROLE_NORM, q);
         l->norm_k = vector(t, "self_attn.k_norm.weight", XL_ROLE_NORM, kv);
     }
-    if (xl_has_mlstm(m)) {
+    if (xl_has_maps(m)) {
         const ptrdiff_t *shape = XL_SHAPE(c->H, c->D, c->D);
         l->map_q = take(t, "mixer.map_q", XL_ROLE_MAP, XL_DT_REAL, 3, shape);
         l->map_k = take(t, "mixer.map_k", XL_ROLE_MAP, XL_DT_REAL, 3, shape);
@@ -93,6 +93,8 @@ static void layer_plan(taker *t, const xl_config *c, const xl_mixer *m, xl_layer
                            XL_SHAPE(c->H, 3 * c->D));
         l->b_og = vector(t, "mixer.o_gate.bias", XL_ROLE_BIAS, c->H);
     }
+    if (m->kind == XL_MIX_LOLCATS)
+        l->window_factor = vector(t, "mixer.window_factor", XL_ROLE_BIAS, c->H);
     if (c->post_norm) l->norm_attn = vector(t, post_attention, XL_ROLE_NORM, d);
     l->norm_mlp = vector(t, c->post_norm ? "post_feedforward_layernorm.weight" : post_attention,
                          XL_ROLE_NORM, d);
@@ -143,7 +145,7 @@ void xl_state_plan(xl_plan *plan, const xl_config *c, ptrdiff_t B, ptrdiff_t cap
         plan->group = (int)i;
         plan->prefix = prefix;
         memset(s, 0, sizeof *s);
-        if (xl_has_attention(m)) {
+        if (xl_has_cache(m)) {
             ptrdiff_t window, sinks;
             xl_attention_span(m, capacity, &window, &sinks);
             s->kv.slots = window + sinks;
@@ -151,7 +153,7 @@ void xl_state_plan(xl_plan *plan, const xl_config *c, ptrdiff_t B, ptrdiff_t cap
             s->kv.k = xl_take(plan, "k", XL_ROLE_WORK, XL_DT_REAL, 4, shape);
             s->kv.v = xl_take(plan, "v", XL_ROLE_WORK, XL_DT_REAL, 4, shape);
         }
-        if (xl_has_mlstm(m)) {
+        if (xl_has_maps(m)) {
             s->cell.c =
                 xl_take(plan, "c", XL_ROLE_WORK, XL_DT_REAL, 4, XL_SHAPE(B, c->H, c->D, c->D));
             s->cell.n = xl_take(plan, "n", XL_ROLE_WORK, XL_DT_REAL, 3, XL_SHAPE(B, c->H, c->D));

@@ -13,6 +13,7 @@ typedef struct {
     real *map_q, *map_k;         /* [H, D, D] */
     real *wi, *bi, *wf, *bf;     /* [H, d] [H] */
     real *w_og, *b_og;           /* [H, 3D] [H]; w_og NULL for a fixed gate */
+    real *window_factor;         /* [H] LoLCATs: logit of the window's factor */
     real *norm_mlp;              /* [d] before the MLP, or behind it */
     xl_mat w_gate, w_up, w_down; /* [F, d] [F, d] [d, F] */
 } xl_layer;

@@ -28,6 +28,7 @@ static void plan(xl_plan *p, const xl_ctx *ctx, const xl_attn *a, xl_attn_work *
     w->top = xl_take_reals(p, rep * rows);
     w->sum = xl_take_reals(p, rep * rows);
     w->delta = xl_take_reals(p, rep * rows);
+    w->peak = xl_take(p, "", XL_ROLE_WORK, XL_DT_I32, 2, XL_SHAPE(rep, rows));
     w->dk = xl_take_reals(p, XL_SCORE_STRIDE * D);
     w->dv = xl_take_reals(p, XL_SCORE_STRIDE * D);
 }
@@ -96,7 +97,7 @@ const real *xl_column_rows(const xl_attn *a, const xl_block *k, ptrdiff_t c0, pt
     }
     *stride = D;
     for (ptrdiff_t c = c0; c < c0 + n; c++) {
-        ptrdiff_t position = c < k->sinks ? c : k->first + c - k->sinks, t = k->start + position;
+        ptrdiff_t position = xl_column_position(k, c), t = k->start + position;
         const real *row;
         if (t >= 0)
             row = xl_at(x, b, g, t);
@@ -159,8 +160,21 @@ static void softmax_row(const xl_kernels *kn, real *row, ptrdiff_t end, ptrdiff_
     *sum = *sum * keep + now;
 }
 
+/* The column of the largest score so far, in a row of columns c0 and on that is masked as far as `end`;
+ * top: the largest of earlier chunks. */
+static void find_peak(const xl_kernels *kn, const real *row, ptrdiff_t end, ptrdiff_t c0, real top,
+                      int32_t *column) {
+    real most = kn->max(end, row), before = c0 ? top : -INFINITY;
+    if (c0 == 0) *column = 0; /* it stays with a NaN */
+    for (ptrdiff_t c = 0; most > before && c < end; c++)
+        if (row[c] == most) {
+            *column = (int32_t)(c0 + c);
+            return;
+        }
+}
+
 static void block_forward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, const xl_block *k,
-                          xl_heads o, real *lse, xl_heads q, xl_heads key, xl_heads v,
+                          xl_heads o, xl_attn_sums sums, xl_heads q, xl_heads key, xl_heads v,
                           const xl_kv *past, ptrdiff_t b, ptrdiff_t g) {
     const xl_kernels *kn = ctx->k;
     ptrdiff_t rep = a->H / a->G, D = a->D, rows = k->q1 - k->q0, t0 = k->q0, stride;
@@ -181,6 +195,7 @@ static void block_forward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, 
                 for (ptrdiff_t i = 0; i < part; i++) {
                     real *row = w->scores + i * XL_SCORE_STRIDE;
                     ptrdiff_t end = xl_mask_row(a, k, t0 + i0 + i, c0, n, row);
+                    if (sums.peak) find_peak(kn, row, end, c0, w->top[at + i], w->peak + at + i);
                     softmax_row(kn, row, end, n, D, c0 == 0, w->top + at + i, w->sum + at + i,
                                 out + i * o.st);
                 }
@@ -190,26 +205,32 @@ static void block_forward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, 
     }
     for (ptrdiff_t r = 0; r < rep; r++)
         for (ptrdiff_t i = 0; i < rows; i++) {
-            ptrdiff_t h = g * rep + r, t = t0 + i;
-            real sum = w->sum[r * rows + i];
+            ptrdiff_t h = g * rep + r, t = t0 + i, at = (b * a->H + h) * a->T + t;
+            real sum = w->sum[r * rows + i], log_sum = (real)log((double)sum);
             kn->scale(D, 1 / sum, xl_at(o, b, h, t));
-            if (lse) lse[(b * a->H + h) * a->T + t] = w->top[r * rows + i] + (real)log((double)sum);
+            if (sums.lse) sums.lse[at] = w->top[r * rows + i] + log_sum;
+            if (sums.log_sum) sums.log_sum[at] = log_sum;
+            if (sums.peak) sums.peak[at] = (int32_t)xl_column_position(k, w->peak[r * rows + i]);
         }
 }
 
 /* Zeros behind the end of a row. */
-static void pad(const xl_attn *a, xl_heads o, real *lse, ptrdiff_t b, ptrdiff_t g, ptrdiff_t t0,
-                ptrdiff_t t1) {
+static void pad(const xl_attn *a, xl_heads o, xl_attn_sums sums, ptrdiff_t b, ptrdiff_t g,
+                ptrdiff_t t0, ptrdiff_t t1) {
     ptrdiff_t rep = a->H / a->G;
     for (ptrdiff_t h = g * rep; h < (g + 1) * rep; h++)
         for (ptrdiff_t t = xl_max(t0, xl_attn_length(a, b)); t < t1; t++) {
+            ptrdiff_t at = (b * a->H + h) * a->T + t;
             memset(xl_at(o, b, h, t), 0, (size_t)a->D * sizeof(real));
-            if (lse) lse[(b * a->H + h) * a->T + t] = 0;
+            if (sums.lse) sums.lse[at] = 0;
+            if (sums.log_sum) sums.log_sum[at] = 0;
+            if (sums.peak) sums.peak[at] = 0;
         }
 }
 
-xl_status xl_attention_forward(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *lse, xl_heads q,
-                               xl_heads k, xl_heads v, const xl_kv *past, void *scratch) {
+xl_status xl_attention_forward(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_attn_sums sums,
+                               xl_heads q, xl_heads k, xl_heads v, const xl_kv *past,
+                               void *scratch) {
     XL_TRY(xl_attention_check(ctx, a, past));
     XL_TRY(xl_poll(ctx));
     ptrdiff_t segments = xl_ceil_div(a->T, SEGMENT);
@@ -226,9 +247,9 @@ xl_status xl_attention_forward(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *
                     xl_block block;
                     for (ptrdiff_t t = xl_first_block(a, b, t0); t < end; t = block.q1) {
                         block = xl_block_at(a, b, t);
-                        block_forward(ctx, a, &w, &block, o, lse, q, k, v, past, b, g);
+                        block_forward(ctx, a, &w, &block, o, sums, q, k, v, past, b, g);
                     }
-                    pad(a, o, lse, b, g, t0, t1);
+                    pad(a, o, sums, b, g, t0, t1);
                 }
     }
     return XL_OK;

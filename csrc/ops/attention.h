@@ -58,10 +58,19 @@ static inline ptrdiff_t xl_slot(const xl_kv *past, ptrdiff_t sinks, ptrdiff_t po
 
 /* ---- attention.c, for attention_backward.c and attention_cache.c --------------------------- */
 
-/* Scratch of one thread. scores and grads: [query block, XL_SCORE_STRIDE]; top, sum and delta:
+/* The position in the document of a column of a block, and the other way. */
+static inline ptrdiff_t xl_column_position(const xl_block *k, ptrdiff_t column) {
+    return column < k->sinks ? column : k->first + column - k->sinks;
+}
+static inline ptrdiff_t xl_position_column(const xl_block *k, ptrdiff_t position) {
+    return position < k->sinks ? position : k->sinks + position - k->first;
+}
+
+/* Scratch of one thread. scores and grads: [query block, XL_SCORE_STRIDE]; top, sum, delta and peak:
  * [rep, query block]. */
 typedef struct {
     real *scores, *grads, *top, *sum, *delta;
+    int32_t *peak;         /* columns */
     real *queries;         /* [query block, D] */
     real *rows;            /* [XL_COLUMNS, D]: keys or values that do not lie together */
     real *keys_t, *values; /* packed: B(D, n) of scores, B(n, D) of outputs */

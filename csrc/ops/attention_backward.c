@@ -1,5 +1,7 @@
 /* Gradients of attention. With p = softmax(s), o = p v:
  *     dv = p^T do    ds = p o (do v^T - do.o)    dq = ds k    dk = ds^T q
+ * A gradient e on log_sum, the logsumexp less the largest score, adds e p to ds and takes e from the
+ * largest score's.
  * A row is cut into segments of queries. Each adds the gradients of the keys that it sees into a
  * buffer of its own; the buffers are then added up in the order of the segments. Segments depend on
  * T and the window alone: the sums are the same for any number of threads, rows and heads. */
@@ -57,9 +59,11 @@ static void add_columns(const xl_ctx *ctx, const xl_attn *a, const xl_block *k, 
 
 /* p of a head's block in w->scores, ds / sqrt(D) in w->grads; both 0 in the columns n .. whole. */
 static void score_gradients(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, const xl_block *k,
-                            ptrdiff_t c0, ptrdiff_t n, ptrdiff_t whole, xl_heads dout, xl_heads q,
-                            const real *lse, const real *delta, ptrdiff_t b, ptrdiff_t h) {
+                            ptrdiff_t c0, ptrdiff_t n, ptrdiff_t whole, xl_heads dout,
+                            const real *dlog_sum, xl_heads q, xl_attn_sums sums, const real *delta,
+                            ptrdiff_t b, ptrdiff_t h) {
     ptrdiff_t rows = k->q1 - k->q0, D = a->D, ld = XL_SCORE_STRIDE, nr = ctx->k->nr;
+    ptrdiff_t at = (b * a->H + h) * a->T + k->q0;
     real scale = (real)(1 / sqrt((double)D));
     xl_scaled_queries(ctx, a, q, b, h, k->q0, rows, w->queries);
     xl_product(ctx, a->mixed, rows, xl_round_up(n, nr), D, w->queries, D, 1, w->keys_t, 0,
@@ -69,23 +73,29 @@ static void score_gradients(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w
     for (ptrdiff_t i = 0; i < rows; i++) {
         real *p = w->scores + i * ld, *ds = w->grads + i * ld, minus = delta[i];
         ptrdiff_t end = xl_mask_row(a, k, k->q0 + i, c0, n, p);
-        ctx->k->exp_sum(end, p, lse[i], p);
+        ctx->k->exp_sum(end, p, sums.lse[at + i], p);
         for (ptrdiff_t c = 0; c < xl_min(end, n); c++) ds[c] = scale * p[c] * (ds[c] - minus);
         if (end < whole) memset(p + end, 0, (size_t)(whole - end) * sizeof(real));
         end = xl_min(end, n);
         memset(ds + end, 0, (size_t)(whole - end) * sizeof(real));
+        if (!dlog_sum) continue;
+        ptrdiff_t peak = xl_position_column(k, sums.peak[at + i]) - c0;
+        if (peak >= 0 && peak < n) ds[peak] -= scale * dlog_sum[at + i];
     }
 }
 
 static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w, const xl_block *k,
-                           ptrdiff_t j, xl_heads dq, real *dk, real *dv, xl_heads dout, xl_heads q,
-                           xl_heads key, xl_heads v, xl_heads o, const real *lse, const xl_kv *past,
-                           ptrdiff_t b, ptrdiff_t g) {
+                           ptrdiff_t j, xl_heads dq, real *dk, real *dv, xl_heads dout,
+                           const real *dlog_sum, xl_heads q, xl_heads key, xl_heads v, xl_heads o,
+                           xl_attn_sums sums, const xl_kv *past, ptrdiff_t b, ptrdiff_t g) {
     ptrdiff_t rep = a->H / a->G, D = a->D, rows = k->q1 - k->q0, t0 = k->q0, stride;
     for (ptrdiff_t r = 0; r < rep; r++)
-        for (ptrdiff_t i = 0; i < rows; i++)
-            w->delta[r * rows + i] = ctx->k->dot(D, xl_at(dout, b, g * rep + r, t0 + i),
-                                                 xl_at(o, b, g * rep + r, t0 + i));
+        for (ptrdiff_t i = 0; i < rows; i++) {
+            ptrdiff_t h = g * rep + r, t = t0 + i;
+            real *delta = w->delta + r * rows + i;
+            *delta = ctx->k->dot(D, xl_at(dout, b, h, t), xl_at(o, b, h, t));
+            if (dlog_sum) *delta -= dlog_sum[(b * a->H + h) * a->T + t];
+        }
     for (ptrdiff_t c0 = 0; c0 < k->columns; c0 += XL_COLUMNS) {
         ptrdiff_t n = xl_min(XL_COLUMNS, k->columns - c0), whole = xl_round_up(n, ctx->k->mr);
         const real *x =
@@ -96,7 +106,7 @@ static void block_backward(const xl_ctx *ctx, const xl_attn *a, xl_attn_work *w,
         xl_pack_right(ctx, a->mixed, D, n, x, 1, stride, w->values_t);
         for (ptrdiff_t r = 0; r < rep; r++) {
             ptrdiff_t h = g * rep + r;
-            score_gradients(ctx, a, w, k, c0, n, whole, dout, q, lse + (b * a->H + h) * a->T + t0,
+            score_gradients(ctx, a, w, k, c0, n, whole, dout, dlog_sum, q, sums,
                             w->delta + r * rows, b, h);
             if (dq.p)
                 xl_product(ctx, a->mixed, rows, D, n, w->grads, XL_SCORE_STRIDE, 1, w->keys, 1,
@@ -134,8 +144,9 @@ static void add_segments(const xl_ctx *ctx, const xl_attn *a, xl_heads dx, const
 }
 
 xl_status xl_attention_backward(xl_ctx *ctx, const xl_attn *a, xl_heads dq, xl_heads dk,
-                                xl_heads dv, xl_heads dout, xl_heads q, xl_heads k, xl_heads v,
-                                xl_heads o, const real *lse, const xl_kv *past, void *scratch) {
+                                xl_heads dv, xl_heads dout, const real *dlog_sum, xl_heads q,
+                                xl_heads k, xl_heads v, xl_heads o, xl_attn_sums sums,
+                                const xl_kv *past, void *scratch) {
     XL_TRY(xl_attention_check(ctx, a, past));
     XL_TRY(xl_poll(ctx));
     ptrdiff_t count = segments(a), distance = 2 * buffer_rows(a) * a->D, steps = segment(a);
@@ -155,8 +166,8 @@ xl_status xl_attention_backward(xl_ctx *ctx, const xl_attn *a, xl_heads dq, xl_h
                     for (ptrdiff_t t = xl_first_block(a, b, j * steps); t < end; t = block.q1) {
                         block = xl_block_at(a, b, t);
                         block_backward(ctx, a, &w, &block, j, dq, dk.p ? own : NULL,
-                                       dv.p ? own + distance / 2 : NULL, dout, q, k, v, o, lse,
-                                       past, b, g);
+                                       dv.p ? own + distance / 2 : NULL, dout, dlog_sum, q, k, v, o,
+                                       sums, past, b, g);
                     }
                 }
 #pragma omp for schedule(dynamic) collapse(3)

@@ -54,8 +54,8 @@ static void attend(const xl_ctx *ctx, ptrdiff_t D, ptrdiff_t n, const real *q, c
     kn->axpys(D, n, scores, values, ld, part + 2);
 }
 
-/* Adds up the parts of a head, in order. */
-static void join(const xl_ctx *ctx, ptrdiff_t D, ptrdiff_t count, const real *part, real *o) {
+/* Adds up the parts of a head, in order; returns the sum of exp(score - largest). */
+static real join(const xl_ctx *ctx, ptrdiff_t D, ptrdiff_t count, const real *part, real *o) {
     real top = -INFINITY, sum = 0;
     for (ptrdiff_t j = 0; j < count; j++) {
         real x = part[j * (D + 2)];
@@ -68,10 +68,11 @@ static void join(const xl_ctx *ctx, ptrdiff_t D, ptrdiff_t count, const real *pa
         ctx->k->axpy(D, by, part + 2, o);
     }
     ctx->k->scale(D, 1 / sum, o);
+    return sum;
 }
 
-xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_heads q, xl_heads k,
-                            xl_heads v, xl_kv *past, void *scratch) {
+xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *log_sum, xl_heads q,
+                            xl_heads k, xl_heads v, xl_kv *past, void *scratch) {
     if (a->T != 1) return xl_fail(ctx, XL_VALUE, "a step has one token, found %td", a->T);
     XL_TRY(xl_attention_check(ctx, a, past));
     ptrdiff_t D = a->D, G = a->G, rep = a->H / G, slots = past->slots, count = parts(slots);
@@ -97,11 +98,13 @@ xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_heads 
         for (ptrdiff_t b = 0; b < a->B; b++)
             for (ptrdiff_t h = 0; h < a->H; h++) {
                 ptrdiff_t used = parts(xl_min(slots, (ptrdiff_t)a->pos[b] + 1));
+                real sum = 1;
                 if (xl_attn_length(a, b))
-                    join(ctx, D, used, partial + (b * a->H + h) * count * (D + 2),
-                         xl_at(o, b, h, 0));
+                    sum = join(ctx, D, used, partial + (b * a->H + h) * count * (D + 2),
+                               xl_at(o, b, h, 0));
                 else
                     memset(xl_at(o, b, h, 0), 0, (size_t)D * sizeof(real));
+                if (log_sum) log_sum[b * a->H + h] = (real)log((double)sum);
             }
     }
     return XL_OK;

@@ -1,4 +1,4 @@
-/* The sequence ops: attention (window + sinks), feature map, mLSTM, sLSTM, output gate.
+/* The sequence ops: attention (window + sinks), feature map, mLSTM, sLSTM, output gate, LoLCATs.
  *
  * Head tensors are views with strides (in reals) over batch, head and time and unit last stride, so
  * that the model passes [B, T, H, D] and xd.ops [B, H, T, D] without a copy. `rep` = H / G repeats
@@ -50,16 +50,25 @@ typedef struct {
     int mixed;              /* products of operands rounded to bf16; see xl_mat */
 } xl_attn;
 
+/* Of each row of scaled scores; [B, H, T], NULL: not wanted. */
+typedef struct {
+    real *lse;     /* logsumexp, for the backward */
+    real *log_sum; /* the same less the largest score: log of the sum of exp(score - largest) */
+    int32_t *peak; /* position in the document of the key with the largest score, for dlog_sum */
+} xl_attn_sums;
+
 /* o = softmax(q k^T / sqrt(D)) v over {s <= t, same document, t - s < window or pos_s < sinks}.
- * lse (NULL or [B, H, T]) receives the logsumexp of each row's scaled scores, for the backward.
  * past (NULL or cache): tokens with pos[t] > t also see the cache of their row.
  * Cost is linear in T for a fixed window. paper.md 1.1. */
-xl_status xl_attention_forward(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *lse, xl_heads q,
-                               xl_heads k, xl_heads v, const xl_kv *past, void *scratch);
-/* past, o and lse are those of the forward; what past holds gets no gradient. */
+xl_status xl_attention_forward(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_attn_sums sums,
+                               xl_heads q, xl_heads k, xl_heads v, const xl_kv *past,
+                               void *scratch);
+/* past, o, lse and, with dlog_sum ([B, H, T], NULL: none), peak are those of the forward; what past holds
+ * gets no gradient. */
 xl_status xl_attention_backward(xl_ctx *ctx, const xl_attn *a, xl_heads dq, xl_heads dk,
-                                xl_heads dv, xl_heads dout, xl_heads q, xl_heads k, xl_heads v,
-                                xl_heads o, const real *lse, const xl_kv *past, void *scratch);
+                                xl_heads dv, xl_heads dout, const real *dlog_sum, xl_heads q,
+                                xl_heads k, xl_heads v, xl_heads o, xl_attn_sums sums,
+                                const xl_kv *past, void *scratch);
 /* Bytes of scratch for either call with ctx->threads threads. past_slots: those of the past where no
  * backward follows, else 0. */
 ptrdiff_t xl_attention_scratch(const xl_ctx *ctx, const xl_attn *a, ptrdiff_t past_slots);
@@ -69,9 +78,10 @@ ptrdiff_t xl_attention_scratch(const xl_ctx *ctx, const xl_attn *a, ptrdiff_t pa
 xl_status xl_attention_append(xl_ctx *ctx, const xl_attn *a, xl_heads k, xl_heads v, xl_kv *past);
 /* One decoding step, T = 1: appends k, v at position a->pos[b] (past->pos[b], or 0 where a document
  * starts) and attends over the cache; a row of length 0 gives zeros and leaves its cache alone.
- * scratch: xl_attention_scratch with T = 1 and past_slots = slots. */
-xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, xl_heads q, xl_heads k,
-                            xl_heads v, xl_kv *past, void *scratch);
+ * log_sum [B, H] as in xl_attn_sums, or NULL. scratch: xl_attention_scratch with T = 1 and
+ * past_slots = slots. */
+xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *log_sum, xl_heads q,
+                            xl_heads k, xl_heads v, xl_kv *past, void *scratch);
 
 /* ---- feature_map.c ------------------------------------------------------------------------ */
 
@@ -125,17 +135,19 @@ typedef struct {
 
 /* i, f: gate pre-activations, read through strides: i at i.p + b*sb + h*sh + t*st. f = -inf at a step
  * forgets the state as a reset does. h = num / den as in numerics.md, eps-free; 0 / 0 gives 0.
- * `last` may be the same memory as `first`; last all NULL: not wanted. maps NULL: q, k are features. */
+ * `last` may be the same memory as `first`; last all NULL: not wanted. maps NULL: q, k are features.
+ * log_den (p NULL: not wanted; one real a step): log of den in true units, -inf where nothing is written. */
 xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps, xl_heads h,
-                           xl_mlstm_state last, xl_heads q, xl_heads k, xl_heads v, xl_heads i,
-                           xl_heads f, xl_mlstm_state first, void *scratch);
+                           xl_heads log_den, xl_mlstm_state last, xl_heads q, xl_heads k,
+                           xl_heads v, xl_heads i, xl_heads f, xl_mlstm_state first, void *scratch);
 /* dlast: gradient on the last state at fixed m (c, n; m is not read), or all NULL. dfirst: likewise on
- * the start state (c, n added; m set to 0), all NULL where not wanted. The states of the chunks are
- * computed again and kept in scratch. Always chunkwise, whatever a->form. */
+ * the start state (c, n added; m set to 0), all NULL where not wanted. dlog_den (p NULL: none): gradient
+ * on log_den, under XL_RATIO. The states of the chunks are computed again and kept in scratch. Always
+ * chunkwise, whatever a->form. */
 xl_status xl_mlstm_backward(xl_ctx *ctx, const xl_mlstm *a, xl_heads dq, xl_heads dk, xl_heads dv,
                             xl_heads di, xl_heads df, xl_mlstm_state dfirst, xl_heads dh,
-                            xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
-                            xl_mlstm_state first, xl_mlstm_state dlast, void *scratch);
+                            xl_heads dlog_den, xl_heads q, xl_heads k, xl_heads v, xl_heads i,
+                            xl_heads f, xl_mlstm_state first, xl_mlstm_state dlast, void *scratch);
 ptrdiff_t xl_mlstm_scratch(const xl_ctx *ctx, const xl_mlstm *a);
 
 /* ---- slstm.c ------------------------------------------------------------------------------ */
@@ -181,5 +193,52 @@ xl_status xl_mix_forward(xl_ctx *ctx, const xl_gate *g, xl_heads h, xl_heads hm,
 /* dhm, dhs, da added. */
 xl_status xl_mix_backward(xl_ctx *ctx, const xl_gate *g, xl_heads dhm, xl_heads dhs, xl_heads da,
                           xl_heads dh, xl_heads hm, xl_heads hs, xl_heads a);
+
+/* ---- lolcats.c ---------------------------------------------------------------------------- */
+
+/* Softmax attention over the keys V that `attn` sees, linear attention over the document's other keys
+ * L, one normaliser (arXiv:2410.10254):
+ *     y = (g sum_V exp(z - max_V z) v + sum_L phi(q).phi(k) v) / (the same with v = 1)
+ * with z = q.k / sqrt(D), phi the feature maps w_q, w_k [H, D, D] and g = sigmoid(factor_h), factor [H].
+ * A key is in V or in L, never in both: it enters L when it leaves the window, unless it is a sink. */
+typedef struct {
+    xl_attn attn;
+    ptrdiff_t chunk; /* of the linear part, >= 1 */
+} xl_lolcats;
+
+/* What a forward leaves for the backward; the scratch of a step. All contiguous. */
+typedef struct {
+    real *k, *v;    /* [B, T, G, D] what leaves the window at each step, 0 where nothing does */
+    real *i, *f;    /* [B, T] the linear part's gates: 0 or -inf; [1] +inf */
+    uint8_t *reset; /* [B, T] */
+    real *phi_q, *phi_k; /* [B, T, H, D] features of q and of what leaves */
+    real *hl, *hs;       /* [B, T, H, D] outputs of the linear and of the softmax part */
+    real *o;             /* [B, T, H] log-odds of the linear part's share */
+    xl_attn_sums sums;
+} xl_lolcats_tape;
+void xl_lolcats_tape_plan(xl_plan *p, ptrdiff_t N, ptrdiff_t H, ptrdiff_t G, ptrdiff_t D,
+                          xl_lolcats_tape *t);
+
+/* past (NULL or cache) as in xl_attention_forward, and like it not written; first and last: state of
+ * the linear part, as in xl_mlstm_forward. */
+xl_status xl_lolcats_forward(xl_ctx *ctx, const xl_lolcats *a, xl_heads y, xl_lolcats_tape *t,
+                             xl_mlstm_state last, xl_heads q, xl_heads k, xl_heads v,
+                             const real *w_q, const real *w_k, const real *factor,
+                             const xl_kv *past, xl_mlstm_state first, void *scratch);
+/* dq, dk, dv: p NULL where not wanted (then all are). t, past and first are those of the forward; what
+ * past and first hold gets no gradient. */
+xl_status xl_lolcats_backward(xl_ctx *ctx, const xl_lolcats *a, xl_heads dq, xl_heads dk,
+                              xl_heads dv, real *dw_q, real *dw_k, real *dfactor, xl_heads dy,
+                              const xl_lolcats_tape *t, xl_heads q, xl_heads k, xl_heads v,
+                              const real *w_q, const real *w_k, const real *factor,
+                              const xl_kv *past, xl_mlstm_state first, void *scratch);
+/* One decoding step, T = 1, as xl_attention_step: past and state are advanced. */
+xl_status xl_lolcats_step(xl_ctx *ctx, const xl_lolcats *a, xl_heads y, xl_lolcats_tape *t,
+                          xl_heads q, xl_heads k, xl_heads v, const real *w_q, const real *w_k,
+                          const real *factor, xl_kv *past, xl_mlstm_state state, void *scratch);
+/* Bytes for forward and step, with `training` for the backward too; past_slots as in
+ * xl_attention_scratch. */
+ptrdiff_t xl_lolcats_scratch(const xl_ctx *ctx, const xl_lolcats *a, ptrdiff_t past_slots,
+                             int training);
 
 #endif

@@ -48,6 +48,7 @@ static double forward_steps(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work 
         real *out = xl_at(r->h, b, h, t), slope;
         real den = kn->mlstm_step(D, E, F, I, k, v, a->scale, q, w->C, w->n, out);
         kn->scale(E, xl_mlstm_inverse_divisor(a, den, m, &slope), out);
+        xl_mlstm_log_den(r, b, h, t, den, m);
     }
     return m;
 }
@@ -163,10 +164,19 @@ static xl_status run_rows(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_arrays 
 }
 
 xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *maps, xl_heads h,
-                           xl_mlstm_state last, xl_heads q, xl_heads k, xl_heads v, xl_heads i,
-                           xl_heads f, xl_mlstm_state first, void *scratch) {
-    const xl_mlstm_arrays r = {
-        .h = h, .q = q, .k = k, .v = v, .i = i, .f = f, .first = first, .last = last, .maps = maps};
+                           xl_heads log_den, xl_mlstm_state last, xl_heads q, xl_heads k,
+                           xl_heads v, xl_heads i, xl_heads f, xl_mlstm_state first,
+                           void *scratch) {
+    const xl_mlstm_arrays r = {.h = h,
+                               .log_den = log_den,
+                               .q = q,
+                               .k = k,
+                               .v = v,
+                               .i = i,
+                               .f = f,
+                               .first = first,
+                               .last = last,
+                               .maps = maps};
     if (maps && (maps->G < 1 || a->H % maps->G))
         return xl_fail(ctx, XL_VALUE, "%td heads are no multiple of %td key heads", a->H, maps->G);
     if (maps && a->form == XL_RECURRENT)
@@ -176,9 +186,10 @@ xl_status xl_mlstm_forward(xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_maps *
 
 xl_status xl_mlstm_backward(xl_ctx *ctx, const xl_mlstm *a, xl_heads dq, xl_heads dk, xl_heads dv,
                             xl_heads di, xl_heads df, xl_mlstm_state dfirst, xl_heads dh,
-                            xl_heads q, xl_heads k, xl_heads v, xl_heads i, xl_heads f,
-                            xl_mlstm_state first, xl_mlstm_state dlast, void *scratch) {
+                            xl_heads dlog_den, xl_heads q, xl_heads k, xl_heads v, xl_heads i,
+                            xl_heads f, xl_mlstm_state first, xl_mlstm_state dlast, void *scratch) {
     const xl_mlstm_arrays r = {.dh = dh,
+                               .dlog_den = dlog_den,
                                .q = q,
                                .k = k,
                                .v = v,

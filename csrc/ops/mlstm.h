@@ -61,7 +61,7 @@ typedef struct {
 
 /* Everything a call works on. */
 typedef struct {
-    xl_heads h, dh, q, k, v, i, f, dq, dk, dv, di, df;
+    xl_heads h, dh, log_den, dlog_den, q, k, v, i, f, dq, dk, dv, di, df;
     xl_mlstm_state first, last, dfirst, dlast;
     const xl_mlstm_maps *maps; /* NULL: q and k are features */
 } xl_mlstm_arrays;
@@ -104,6 +104,9 @@ double xl_mlstm_advance(const xl_ctx *ctx, const xl_mlstm *a, const xl_mlstm_wor
 /* 1 / divisor of a step, 0 where the divisor is 0; *slope is d divisor / d den. mu is the exponent of
  * the stabiliser: the floor 1 of the unscaled den is exp(-mu) here. */
 real xl_mlstm_inverse_divisor(const xl_mlstm *a, real den, double mu, real *slope);
+/* log of a step's den in true units, where it is wanted; mu: log of the units. */
+void xl_mlstm_log_den(const xl_mlstm_arrays *r, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t, real den,
+                      double mu);
 /* h of an open chunk; leaves v packed in right_v. */
 void xl_mlstm_forward_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w,
                             const xl_mlstm_arrays *r, const xl_chunk *c);

@@ -253,6 +253,11 @@ real xl_mlstm_inverse_divisor(const xl_mlstm *a, real den, double mu, real *slop
     return den == 0 ? 0 : 1 / den;
 }
 
+void xl_mlstm_log_den(const xl_mlstm_arrays *r, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t, real den,
+                      double mu) {
+    if (r->log_den.p) *xl_at(r->log_den, b, h, t) = (real)(log((double)den) + mu);
+}
+
 /* ---- outputs and gradients of a chunk ------------------------------------------------------ */
 
 /* h of an open chunk; leaves v packed in right_v. */
@@ -270,7 +275,9 @@ void xl_mlstm_forward_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work 
     xl_packed_product(ctx, a->mixed, S, E, S, 1, P, w->right_v, 0, w->num, E);
     for (ptrdiff_t t = 0; t < S; t++) {
         real slope, *out = xl_at(r->h, c->b, c->h, c->t0 + t);
-        real inverse = xl_mlstm_inverse_divisor(a, w->den[t], w->b[t] + w->top[t], &slope);
+        double mu = w->b[t] + w->top[t];
+        real inverse = xl_mlstm_inverse_divisor(a, w->den[t], mu, &slope);
+        xl_mlstm_log_den(r, c->b, c->h, c->t0 + t, w->den[t], mu);
         if (c->m == -INFINITY)
             kn->scale_to(E, inverse, w->num + t * E, out);
         else
@@ -280,7 +287,10 @@ void xl_mlstm_forward_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work 
 
 void xl_mlstm_pad(const xl_mlstm *a, const xl_mlstm_arrays *r, ptrdiff_t b, ptrdiff_t h,
                   ptrdiff_t t) {
-    for (; t < a->T; t++) memset(xl_at(r->h, b, h, t), 0, (size_t)a->E * sizeof(real));
+    for (; t < a->T; t++) {
+        memset(xl_at(r->h, b, h, t), 0, (size_t)a->E * sizeof(real));
+        xl_mlstm_log_den(r, b, h, t, 0, 0);
+    }
 }
 
 static void add_rows(const xl_ctx *ctx, xl_heads to, const real *from, ptrdiff_t width, real scale,
@@ -292,6 +302,7 @@ static void add_rows(const xl_ctx *ctx, xl_heads to, const real *from, ptrdiff_t
 /* Gradients of an open chunk from dh and from dC, dn on the state behind it, which become those on the
  * state before it. With G_t = dh_t / divisor and e_t the gradient of den_t:
  *     e_t = -(d divisor / d den) / divisor * G_t.num_t,  G_t.num_t = P_t.(G v^T)_t + w_t q_t.(C G_t)
+ *     and with a gradient on log den, under ratio, 1 / divisor times that more
  *     dS = (G v^T + e 1^T) o decay                       on the scores q k^T
  *     dq = dS k + w (G C^T + e n^T)      dk = dS^T q + last (v dC^T + 1 dn^T)
  *     dv = P^T G + last k dC             dC' = keep dC + (w q)^T G,  dn' = keep dn + (w q)^T e
@@ -321,6 +332,7 @@ void xl_mlstm_backward_inside(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_wor
         real *row = w->dP + t * S, *dq = w->dq + t * D;
         real along = kn->masked_dot(S, t + 1, w->P + t * S, row);
         if (carry) along += w->w[t] * kn->dot(D, c->q.p + t * c->q.st, dq);
+        if (r->dlog_den.p) along -= *xl_at(r->dlog_den, c->b, c->h, c->t0 + t);
         real e = w->e[t] *= along;
         kn->add_mul(t + 1, e, w->decay + t * S, row);
         if (carry) kn->combine(D, w->w[t], dq, w->w[t] * e, c->n, dq);

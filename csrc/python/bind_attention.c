@@ -1,4 +1,4 @@
-/* Attention, feature map, output gate and mix for xlstm_distill/ops/attention.py. Letters: B batch,
+/* Attention, feature map, output gate, mix and LoLCATs for xlstm_distill/ops/attention.py. Letters: B batch,
  * H query heads, G key/value heads, T steps, D head width, N slots of a cache. Outputs come first, as
  * in C. Gradients are added. */
 #include "python/binding.h"
@@ -46,9 +46,9 @@ static PyObject *attention_forward(PyObject *module, PyObject *const *args, Py_s
     a.mixed = (int)xl_int(&c, args[12], "mixed", 0, 1);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, past.slots));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_attention_forward(&c.ctx, &a, view(o, a.H, a.T, a.D), lse, view(q, a.H, a.T, a.D),
-                                    view(k, a.G, a.T, a.D), view(v, a.G, a.T, a.D),
-                                    past.k ? &past : NULL, scratch));
+    XL_RUN(&c, xl_attention_forward(&c.ctx, &a, view(o, a.H, a.T, a.D), (xl_attn_sums){.lse = lse},
+                                    view(q, a.H, a.T, a.D), view(k, a.G, a.T, a.D),
+                                    view(v, a.G, a.T, a.D), past.k ? &past : NULL, scratch));
     return xl_end(&c, c.status);
 }
 
@@ -71,9 +71,9 @@ static PyObject *attention_backward(PyObject *module, PyObject *const *args, Py_
     if (c.failed) return xl_end(&c, XL_OK);
     ptrdiff_t H = a.H, G = a.G, T = a.T, D = a.D;
     XL_RUN(&c, xl_attention_backward(&c.ctx, &a, view(dq, H, T, D), view(dk, G, T, D),
-                                     view(dv, G, T, D), view(dout, H, T, D), view(q, H, T, D),
-                                     view(k, G, T, D), view(v, G, T, D), view(o, H, T, D), lse,
-                                     past.k ? &past : NULL, scratch));
+                                     view(dv, G, T, D), view(dout, H, T, D), NULL, view(q, H, T, D),
+                                     view(k, G, T, D), view(v, G, T, D), view(o, H, T, D),
+                                     (xl_attn_sums){.lse = lse}, past.k ? &past : NULL, scratch));
     return xl_end(&c, c.status);
 }
 
@@ -107,7 +107,7 @@ static PyObject *attention_step(PyObject *module, PyObject *const *args, Py_ssiz
     a.window = past.slots - a.sinks;
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_attention_scratch(&c.ctx, &a, past.slots));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_attention_step(&c.ctx, &a, view(o, a.H, a.T, a.D), view(q, a.H, a.T, a.D),
+    XL_RUN(&c, xl_attention_step(&c.ctx, &a, view(o, a.H, a.T, a.D), NULL, view(q, a.H, a.T, a.D),
                                  view(k, a.G, a.T, a.D), view(v, a.G, a.T, a.D), &past, scratch));
     return xl_end(&c, c.status);
 }
@@ -230,11 +230,96 @@ static PyObject *mix_backward(PyObject *module, PyObject *const *args, Py_ssize_
     return xl_end(&c, c.status);
 }
 
+/* ---- LoLCATs ------------------------------------------------------------------------------ */
+
+/* What both functions get behind their outputs, and a tape. */
+typedef struct {
+    xl_lolcats sizes;
+    real *q, *k, *v, *w_q, *w_k, *factor;
+    xl_lolcats_tape tape;
+} lolcats_call;
+
+static ptrdiff_t lolcats_tape(const xl_attn *a, char *base, xl_lolcats_tape *t) {
+    xl_plan p = {.base = base, .size = PTRDIFF_MAX};
+    xl_lolcats_tape_plan(&p, a->B * a->T, a->H, a->G, a->D, t);
+    return p.failed ? -1 : p.used;
+}
+
+/* q [B,H,T,D], k, v [B,G,T,D], w_q, w_k [H,D,D], factor [H], pos [B,T], lengths? [B], window, sinks,
+ * chunk, mixed; returns the scratch of the ops, behind that of the tape */
+static void *lolcats_args(xl_call *c, PyObject *const *args, int training, lolcats_call *l) {
+    *l = (lolcats_call){.q = xl_in(c, args[0], "q", "BHTD")};
+    l->k = xl_in(c, args[1], "k", "BGTD"), l->v = xl_in(c, args[2], "v", "BGTD");
+    l->w_q = xl_in(c, args[3], "w_q", "HDD"), l->w_k = xl_in(c, args[4], "w_k", "HDD");
+    l->factor = xl_in(c, args[5], "factor", "H");
+    xl_attn *a = &l->sizes.attn;
+    *a = attention_sizes(c, args[6], args[7]);
+    a->window = xl_int(c, args[8], "window", 1, PTRDIFF_MAX);
+    a->sinks = xl_int(c, args[9], "sinks", 0, PTRDIFF_MAX);
+    l->sizes.chunk = xl_int(c, args[10], "chunk", 1, PTRDIFF_MAX);
+    a->mixed = (int)xl_int(c, args[11], "mixed", 0, 1);
+    if (c->failed) return NULL;
+    ptrdiff_t tape = lolcats_tape(a, NULL, &l->tape), total;
+    ptrdiff_t op = xl_lolcats_scratch(&c->ctx, &l->sizes, 0, training);
+    if (tape < 0 || op < 0 || __builtin_add_overflow(tape, op, &total)) total = -1;
+    char *scratch = xl_scratch(c, total);
+    if (c->failed) return NULL;
+    lolcats_tape(a, scratch, &l->tape);
+    return scratch + tape;
+}
+
+static xl_status lolcats_run(xl_call *c, lolcats_call *l, real *y, void *scratch) {
+    const xl_attn *a = &l->sizes.attn;
+    const xl_mlstm_state none = {0};
+    return xl_lolcats_forward(&c->ctx, &l->sizes, view(y, a->H, a->T, a->D), &l->tape, none,
+                              view(l->q, a->H, a->T, a->D), view(l->k, a->G, a->T, a->D),
+                              view(l->v, a->G, a->T, a->D), l->w_q, l->w_k, l->factor, NULL, none,
+                              scratch);
+}
+
+/* lolcats_forward(y [B,H,T,D], then as lolcats_args) */
+static PyObject *lolcats_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 13)) return NULL;
+    lolcats_call l;
+    void *scratch = lolcats_args(&c, args + 1, 0, &l);
+    real *y = xl_inout(&c, args[0], "y", "BHTD");
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, lolcats_run(&c, &l, y, scratch));
+    return xl_end(&c, c.status);
+}
+
+/* lolcats_backward(dq?, dk?, dv?, dw_q?, dw_k?, dfactor?, dy [B,H,T,D], y: receives the forward's output,
+ *                  then as lolcats_args) */
+static PyObject *lolcats_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 20)) return NULL;
+    lolcats_call l;
+    void *scratch = lolcats_args(&c, args + 8, 1, &l);
+    real *dq = xl_inout(&c, args[0], "dq?", "BHTD"), *dk = xl_inout(&c, args[1], "dk?", "BGTD");
+    real *dv = xl_inout(&c, args[2], "dv?", "BGTD"), *dw_q = xl_inout(&c, args[3], "dw_q?", "HDD");
+    real *dw_k = xl_inout(&c, args[4], "dw_k?", "HDD");
+    real *dfactor = xl_inout(&c, args[5], "dfactor?", "H");
+    real *dy = xl_in(&c, args[6], "dy", "BHTD"), *y = xl_inout(&c, args[7], "y", "BHTD");
+    if (c.failed) return xl_end(&c, XL_OK);
+    ptrdiff_t H = l.sizes.attn.H, G = l.sizes.attn.G, T = l.sizes.attn.T, D = l.sizes.attn.D;
+    const xl_mlstm_state none = {0};
+    XL_RUN(&c, lolcats_run(&c, &l, y, scratch));
+    if (c.status != XL_OK) return xl_end(&c, c.status);
+    XL_RUN(&c,
+           xl_lolcats_backward(&c.ctx, &l.sizes, view(dq, H, T, D), view(dk, G, T, D),
+                               view(dv, G, T, D), dw_q, dw_k, dfactor, view(dy, H, T, D), &l.tape,
+                               view(l.q, H, T, D), view(l.k, G, T, D), view(l.v, G, T, D), l.w_q,
+                               l.w_k, l.factor, NULL, none, scratch));
+    return xl_end(&c, c.status);
+}
+
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 PyMethodDef xl_methods_attention[] = {
     METHOD(attention_forward),   METHOD(attention_backward),   METHOD(attention_append),
     METHOD(attention_step),      METHOD(feature_map_forward),  METHOD(feature_map_backward),
     METHOD(output_gate_forward), METHOD(output_gate_backward), METHOD(mix_forward),
-    METHOD(mix_backward),        {NULL, NULL, 0, NULL},
+    METHOD(mix_backward),        METHOD(lolcats_forward),      METHOD(lolcats_backward),
+    {NULL, NULL, 0, NULL},
 };

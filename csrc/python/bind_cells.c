@@ -58,7 +58,8 @@ static PyObject *mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize
     }
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_mlstm_scratch(&c.ctx, &a));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_mlstm_forward(&c.ctx, &a, mapped ? &maps : NULL, view(h, H, T, E), last,
+    xl_heads none = {0};
+    XL_RUN(&c, xl_mlstm_forward(&c.ctx, &a, mapped ? &maps : NULL, view(h, H, T, E), none, last,
                                 view(q, H, T, D), view(k, maps.G, T, D), view(v, H, T, E),
                                 view(i, H, T, 1), view(f, H, T, 1), first, scratch));
     return xl_end(&c, c.status);
@@ -82,9 +83,10 @@ static PyObject *mlstm_backward(PyObject *module, PyObject *const *args, Py_ssiz
     ptrdiff_t H = a.H, T = a.T, D = a.D, E = a.E;
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_mlstm_scratch(&c.ctx, &a));
     if (c.failed) return xl_end(&c, XL_OK);
+    xl_heads none = {0};
     XL_RUN(&c,
            xl_mlstm_backward(&c.ctx, &a, view(dq, H, T, D), view(dk, H, T, D), view(dv, H, T, E),
-                             view(di, H, T, 1), view(df, H, T, 1), dfirst, view(dh, H, T, E),
+                             view(di, H, T, 1), view(df, H, T, 1), dfirst, view(dh, H, T, E), none,
                              view(q, H, T, D), view(k, H, T, D), view(v, H, T, E), view(i, H, T, 1),
                              view(f, H, T, 1), first, dlast, scratch));
     return xl_end(&c, c.status);

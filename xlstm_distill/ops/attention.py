@@ -1,8 +1,8 @@
-"""Softmax attention with window and sinks, feature maps, output gate and mix, on the C core.
+"""Attention with window and sinks, feature maps, output gate, mix and LoLCATs, on the C core.
 
 `xlstm_distill.reference` has the same functions in plain NumPy; it is the specification. Shapes:
 B batch, H query heads, G key/value heads (query head h reads h // (H/G)), T steps, D head width.
-The maths is in docs/math/attention.md, feature_map.md and gates.md.
+The maths is in docs/math/attention.md, feature_map.md, gates.md and lolcats.md.
 
 Arrays may be anything NumPy can convert. The work is done in float64 if any input is float64 and in
 float32 otherwise, and results have that dtype. Wrong dimensions and sizes that disagree raise
@@ -256,6 +256,97 @@ def mix_backward(
     dhm, dhs, da = np.zeros_like(hm), np.zeros_like(hs), np.zeros_like(a)
     core(dtype).mix_backward(dhm, dhs, da, dh, hm, hs, a)
     return dhm, dhs, da
+
+
+# ---- LoLCATs ------------------------------------------------------------------------------------
+
+
+class _Lolcats:
+    """Converted and checked arguments that forward and backward share."""
+
+    def __init__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike,
+        v: ArrayLike,
+        w_q: ArrayLike,
+        w_k: ArrayLike,
+        factor: ArrayLike,
+        window: int | None,
+        sinks: int,
+        reset: ArrayLike | None,
+        chunk: int,
+        mixed: bool,
+        *more: ArrayLike,
+    ) -> None:
+        a = _Attention(q, k, v, window, sinks, reset, mixed, w_q, w_k, factor, *more)
+        heads, width = a.q.shape[1], a.q.shape[3]
+        maps = [floats(name, w, 3, a.dtype) for name, w in (("w_q", w_q), ("w_k", w_k))]
+        for name, w in zip(("w_q", "w_k"), maps, strict=True):
+            same_shape(name, w, (heads, width, width))
+        factor = floats("factor", factor, 1, a.dtype)
+        same_shape("factor", factor, (heads,))
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}, expected at least 1")
+        self.dtype, self.y = a.dtype, a.o
+        self.inputs = (a.q, a.k, a.v, *maps, factor)
+        self.options = (*a.options, min(int(chunk), max(1, a.q.shape[2])), a.mixed)
+
+
+def lolcats_forward(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    w_q: ArrayLike,
+    w_k: ArrayLike,
+    factor: ArrayLike,
+    window: int | None = None,
+    sinks: int = 0,
+    reset: ArrayLike | None = None,
+    chunk: int = 64,
+    mixed: bool = False,
+) -> Array:
+    """y [B, H, T, D]: softmax attention over the last `window` tokens and the document's `sinks`,
+    linear attention over its other tokens, one normaliser for both.
+
+    q [B, H, T, D], k and v [B, G, T, D], q and k after RoPE; feature maps w_q, w_k [H, D, D] as in
+    `feature_map_forward`; factor [H]. The weight of a token that softmax sees is sigmoid(factor)
+    times exp(score - largest score), that of another phi(q) . phi(k). Window, sinks and reset as in
+    `attention_forward`. Time is linear in T; the linear part works on `chunk` steps at a time,
+    which changes rounding only. mixed: the operands of products are rounded to bf16 where the
+    processor gains by it. Source: arXiv:2410.10254, the form with a sliding window; the sinks are
+    this project's.
+    """
+    a = _Lolcats(q, k, v, w_q, w_k, factor, window, sinks, reset, chunk, mixed)
+    core(a.dtype).lolcats_forward(a.y, *a.inputs, *a.options)
+    return a.y
+
+
+def lolcats_backward(
+    dy: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    w_q: ArrayLike,
+    w_k: ArrayLike,
+    factor: ArrayLike,
+    window: int | None = None,
+    sinks: int = 0,
+    reset: ArrayLike | None = None,
+    chunk: int = 64,
+    mixed: bool = False,
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """(dq, dk, dv, dw_q, dw_k, dfactor) of `lolcats_forward`, each of the shape of its input, for
+    dy [B, H, T, D]. The gradient through the largest score is in them.
+
+    Runs the forward again.
+    """
+    a = _Lolcats(q, k, v, w_q, w_k, factor, window, sinks, reset, chunk, mixed, dy)
+    dy = floats("dy", dy, 4, a.dtype)
+    same_shape("dy", dy, a.y.shape)
+    dq, dk, dv, dw_q, dw_k, dfactor = gradients = tuple(np.zeros_like(x) for x in a.inputs)
+    core(a.dtype).lolcats_backward(*gradients, dy, a.y, *a.inputs, *a.options)
+    return dq, dk, dv, dw_q, dw_k, dfactor
 
 
 # ---- folding ------------------------------------------------------------------------------------

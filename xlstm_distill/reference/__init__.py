@@ -26,6 +26,7 @@ from xlstm_distill.reference.gates import (
     output_gate_backward,
     output_gate_forward,
 )
+from xlstm_distill.reference.lolcats import lolcats_backward, lolcats_forward
 from xlstm_distill.reference.losses import (
     divergence,
     head_divergence,
@@ -66,6 +67,8 @@ __all__ = [
     "head_topk",
     "linear_backward",
     "linear_forward",
+    "lolcats_backward",
+    "lolcats_forward",
     "mapped_mlstm_forward",
     "merge_linear",
     "mix_backward",
