@@ -35,6 +35,8 @@ MIXERS = {
     "hybrid": MixerConfig(mixer="hybrid", window=7, sinks=2),
     "hybrid without sinks": MixerConfig(mixer="hybrid", window=7),
     "hybrid fixed gate": MixerConfig(mixer="hybrid", window=7, sinks=2, gate="fixed"),
+    "lolcats": MixerConfig(mixer="lolcats", window=7),
+    "lolcats with sinks": MixerConfig(mixer="lolcats", window=7, sinks=2),
     "hybrid max": MixerConfig(mixer="hybrid", window=7, sinks=2, normalizer="max"),
 }
 

@@ -262,7 +262,7 @@ def test_damaged_gguf_header_is_a_user_error(tmp_path: Path) -> None:
 
 def student_config() -> ModelConfig:
     return make_config(
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         eos_token_ids=[257, 3],
         pad_token_id=0,
         mixers=[
@@ -271,6 +271,7 @@ def student_config() -> ModelConfig:
             MixerConfig(mixer="mlstm"),
             MixerConfig(mixer="linear"),
             MixerConfig(mixer="window", window=8, sinks=1),
+            MixerConfig(mixer="lolcats", window=8),
         ],
     )
 

@@ -249,6 +249,7 @@ def test_a_family_decides_its_biases() -> None:
         ({"window": 0}, "window must be at least 1"),
         ({"sinks": -1}, "sinks must be at least 0"),
         ({"mixer": "window"}, "needs a window"),
+        ({"mixer": "lolcats"}, "mixer 'lolcats' needs a window"),
         ({"mixer": "mamba"}, "mixer: "),
         ({"windw": 64}, "windw: unknown key"),
     ],
@@ -295,8 +296,9 @@ def test_rope_equals_transformers(scaling: Any) -> None:
 def test_tensor_table() -> None:
     hybrid = MixerConfig(mixer="hybrid", window=8)
     fixed = MixerConfig(mixer="hybrid", window=8, gate="fixed")
-    linear = MixerConfig(mixer="linear")
-    shapes = tensor_shapes(tiny(mixers=[hybrid, fixed, linear], **of_family("qwen2")))
+    linear, lolcats = MixerConfig(mixer="linear"), MixerConfig(mixer="lolcats", window=8)
+    mixers = [hybrid, fixed, linear, lolcats]
+    shapes = tensor_shapes(tiny(num_hidden_layers=4, mixers=mixers, **of_family("qwen2")))
     assert shapes["lm_head.weight"] == (300, 24)
     assert shapes["model.layers.0.self_attn.o_proj.weight"] == (24, 24)
     assert shapes["model.layers.0.self_attn.k_proj.bias"] == (12,)
@@ -319,6 +321,11 @@ def test_tensor_table() -> None:
     assert [n for n in shapes if "s.2.mixer" in n] == [
         "model.layers.2.mixer.map_q",
         "model.layers.2.mixer.map_k",
+    ]
+    assert [n.removeprefix("model.layers.3.mixer.") for n in shapes if "s.3.mixer" in n] == [
+        "map_q",
+        "map_k",
+        "window_factor",
     ]
     assert "lm_head.weight" not in tensor_shapes(tiny(tie_word_embeddings=True))
     assert gguf_name("model.layers.12.mlp.down_proj.weight") == "blk.12.ffn_down.weight"

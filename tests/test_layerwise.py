@@ -93,7 +93,10 @@ def assert_same_mixers(student, aligned):
 # ---- one model of one layer after another is the model ------------------------------------------
 
 
-KINDS = [(name, "llama") for name in ("hybrid", "mlstm", "linear", "window", "hybrid fixed gate")]
+KINDS = [
+    (name, "llama")
+    for name in ("hybrid", "mlstm", "linear", "window", "hybrid fixed gate", "lolcats")
+]
 KINDS += [("hybrid", family) for family in ("qwen2", "olmo2", "olmo3")]
 
 

@@ -74,6 +74,7 @@ def changed(path: str, value) -> dict:
         ),
         ("student.sinks", -1, "student.sinks"),
         ("student.mixer", "magic", "student.mixer"),
+        ("student", {"mixer": "lolcats", "window": None}, "student: mixer lolcats needs a window"),
         ("align.steps", 0, "align.steps"),
         ("align.steps", "many", "align.steps"),
         ("align.lr", float("nan"), "align.lr"),

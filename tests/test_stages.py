@@ -57,6 +57,19 @@ def test_linearize_with_a_full_window_and_closed_gate_is_the_teacher(teacher):
     assert np.abs(student.logits(ids, gate=0.0) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def test_linearize_to_lolcats(teacher):
+    ids = np.random.default_rng(0).integers(0, tiny_run.VOCAB, (2, 40))
+    student = student_of(teacher, mixer="lolcats")
+    p = "model.layers.1.mixer."
+    assert [n for n in student.params if n.startswith(p)] == [
+        p + name for name in ("map_q", "map_k", "window_factor")
+    ]
+    assert np.allclose(1 / (1 + np.exp(-student.params[p + "window_factor"])), 0.1)
+    wide = student_of(teacher, mixer="lolcats", window=40, sinks=0)
+    expected = teacher.logits(ids)
+    assert np.abs(wide.logits(ids) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_linearize_keeps_layers(teacher):
     student = student_of(teacher, keep_attention=[1])
     assert [m.mixer for m in student.config.mixers] == ["hybrid", "attention"]
@@ -186,8 +199,9 @@ def test_schedules():
 # ---- stage I ------------------------------------------------------------------------------------
 
 
-def test_align_lowers_the_error_of_every_layer_and_leaves_the_rest_alone(teacher, data):
-    student = student_of(teacher)
+@pytest.mark.parametrize("mixer", ["hybrid", "lolcats"])
+def test_align_lowers_the_error_of_every_layer_and_leaves_the_rest_alone(teacher, data, mixer):
+    student = student_of(teacher, mixer=mixer)
     probe = [Rows(data, 32, 9).batch("data", range(4))]
     before = relative_errors(student, probe)
     metrics = list(align(student, teacher, data, steps=30, **ROW))
@@ -196,7 +210,8 @@ def test_align_lowers_the_error_of_every_layer_and_leaves_the_rest_alone(teacher
     assert [m["step"] for m in metrics] == list(range(1, 31))
     assert metrics[-1]["relative_error"] == pytest.approx(np.mean(metrics[-1]["layers"]))
     assert all(np.array_equal(student.params[n], teacher.params[n]) for n in teacher.params)
-    assert not student.params["model.layers.0.mixer.i_proj.bias"].any()
+    if mixer == "hybrid":
+        assert not student.params["model.layers.0.mixer.i_proj.bias"].any()
 
 
 def test_align_needs_the_teachers_weights(teacher, data):
@@ -209,8 +224,9 @@ def test_align_needs_the_teachers_weights(teacher, data):
 # ---- stage II -----------------------------------------------------------------------------------
 
 
-def test_distill_lowers_the_kl_with_the_teacher_as_source(teacher, data):
-    student = student_of(teacher)
+@pytest.mark.parametrize("mixer", ["hybrid", "lolcats"])
+def test_distill_lowers_the_kl_with_the_teacher_as_source(teacher, data, mixer):
+    student = student_of(teacher, mixer=mixer)
     ids = Rows(data, 32, 9).batch("data", range(4))
 
     def kl():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 from models import MIXERS, random_batch, random_model
-from test_model import directional_errors, relative
+from test_model import directional_errors, relative, step_for
 from tolerances import DIRECTIONAL_F64, FORMS_F64, OP_F32, PREFILL_STEP_F32
 
 from xlstm_distill.data import Batches, Rows, TokenData
@@ -99,7 +99,7 @@ def test_gradient_with_the_state_held_fixed(mixer, steps):
 
     grads = model.params.zeros_like()
     loss(grads)
-    errors = directional_errors(model, loss, grads)
+    errors = directional_errors(model, loss, grads, step=step_for(mixer))
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= DIRECTIONAL_F64, (worst, errors[worst])
     assert np.array_equal(state.tensors.raw, before)

@@ -304,11 +304,11 @@ def model_flops(
     total = matrix * (tokens if logits is None else logits) * c.vocab_size * c.hidden_size
     for mixer in c.mixers:
         total += layer
-        if mixer.mixer in ("attention", "window", "hybrid"):
+        if mixer.mixer in ("attention", "window", "hybrid", "lolcats"):
             visible = visible_keys(steps, mixer.window, mixer.sinks, past)
             for back in passes:
                 total += attention_flops(tokens, heads, d, visible, backward=back)
-        if mixer.mixer in ("mlstm", "linear", "hybrid"):
+        if mixer.mixer in ("mlstm", "linear", "hybrid", "lolcats"):
             total += matrix * tokens * 2 * heads * d * d  # feature maps of q and k
             chunk = min(CHUNK, steps)
             for back in passes:
@@ -408,10 +408,10 @@ def state_bytes(config: ModelConfig, rows: int, context: int) -> float:
     heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     total = 0.0
     for mixer in config.mixers:
-        if mixer.mixer in ("attention", "window", "hybrid"):
+        if mixer.mixer in ("attention", "window", "hybrid", "lolcats"):
             keys = visible_keys(1, mixer.window, mixer.sinks, context)
             total += 2 * 4 * groups * d * keys
-        if mixer.mixer in ("mlstm", "linear", "hybrid"):
+        if mixer.mixer in ("mlstm", "linear", "hybrid", "lolcats"):
             total += 2 * 4 * heads * d * (d + 1)
     return rows * total
 

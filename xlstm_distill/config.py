@@ -47,6 +47,7 @@ _LAYER_TYPES = {
     "attention": _FULL,
     "window": _SLIDING,
     "hybrid": "hybrid",
+    "lolcats": "hybrid",
     "mlstm": "linear_attention",
     "linear": "linear_attention",
 }
@@ -57,12 +58,13 @@ class MixerConfig(BaseModel):
 
     `window` counts the current token (None: full attention) and, with `sinks` (the first tokens of
     a document, always visible), describes the attention branch; `mlstm` and `linear` have no such
-    branch and ignore both. `gate` and `normalizer` describe the mLSTM side.
+    branch and ignore both. `gate` and `normalizer` describe the mLSTM side. In `lolcats` the keys
+    that softmax attention does not see have linear attention, both under one normaliser.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mixer: Literal["attention", "hybrid", "mlstm", "linear", "window"] = "attention"
+    mixer: Literal["attention", "hybrid", "mlstm", "linear", "window", "lolcats"] = "attention"
     window: int | None = None
     sinks: int = 0
     gate: Literal["data", "fixed"] = "data"
@@ -75,8 +77,8 @@ class MixerConfig(BaseModel):
             raise ValueError(f"window must be at least 1 (or null for full), found {self.window}")
         if self.sinks < 0:
             raise ValueError(f"sinks must be at least 0, found {self.sinks}")
-        if self.mixer == "window" and self.window is None:
-            raise ValueError("mixer 'window' needs a window of at least 1")
+        if self.mixer in ("window", "lolcats") and self.window is None:
+            raise ValueError(f"mixer {self.mixer!r} needs a window of at least 1")
         return self
 
     def is_pretrained(self, window: int | None) -> bool:

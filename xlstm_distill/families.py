@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 # Mixers whose layers carry feature maps and mLSTM or linear-attention state.
-STATEFUL_MIXERS = ("hybrid", "mlstm", "linear")
+STATEFUL_MIXERS = ("hybrid", "mlstm", "linear", "lolcats")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ def mixer_shapes(c: ModelConfig, mixer: MixerConfig, prefix: str) -> dict[str, S
         return {}
     h, d, width = c.num_attention_heads, c.head_dim, c.hidden_size
     shapes: dict[str, Shape] = {prefix + "map_q": (h, d, d), prefix + "map_k": (h, d, d)}
-    if mixer.mixer != "linear":
+    if mixer.mixer == "lolcats":
+        shapes[prefix + "window_factor"] = (h,)
+    elif mixer.mixer != "linear":
         for gate in ("i_proj", "f_proj"):
             shapes[f"{prefix}{gate}.weight"] = (h, width)
             shapes[f"{prefix}{gate}.bias"] = (h,)

@@ -20,6 +20,8 @@ FORGET_BIAS = 6.0
 """b_f: sigmoid(6) = 0.9975, a memory of some 400 tokens; 5 to 8 trained equally well, 1 worse."""
 GATE_BIAS = -3.0
 """b_og: the student begins near window + sinks (o = 0.05); 0 was much worse, -5 slightly."""
+WINDOW_FACTOR = math.log(0.1 / 0.9)
+"""LoLCATs: sigmoid of it, 0.1, is what the window's weights begin with, as published."""
 
 
 Source = TypeVar("Source", Model, Checkpoint)
@@ -29,7 +31,7 @@ def linearize(
     model: Source,
     window: int | None = 64,
     sinks: int = 4,
-    mixer: Literal["hybrid", "mlstm", "linear", "window"] = "hybrid",
+    mixer: Literal["hybrid", "mlstm", "linear", "window", "lolcats"] = "hybrid",
     gate: Literal["data", "fixed"] = "data",
     normalizer: Literal["ratio", "max"] = "ratio",
     keep_attention: Collection[int] = (),
@@ -40,7 +42,8 @@ def linearize(
     visible; both describe the attention branch. Layers in `keep_attention` keep the teacher's
     attention. A layer that had a window of its own gets the smaller of the two. New parameters
     (paper.md 1.2): feature maps are the identity, gate weights 0, b_f = 6, b_og = -3, b_i = 0
-    (log D^1.5 under `max`, below which that normaliser's floor silences the branch).
+    (log D^1.5 under `max`, below which that normaliser's floor silences the branch). `lolcats`
+    needs a window; as published it has no sinks and a window's factor of 0.1 at the start.
 
     A checkpoint gives a checkpoint, whose tensors are read or made when they are asked for: memory
     for one tensor, where a model is held whole.
@@ -123,6 +126,8 @@ def _start(name: str, shape: Shape, head_dim: int, normalizer: str) -> NDArray[A
         value = FORGET_BIAS
     elif name.endswith(".o_gate.bias"):
         value = GATE_BIAS
+    elif name.endswith(".window_factor"):
+        value = WINDOW_FACTOR
     elif name.endswith(".i_proj.bias") and normalizer == "max":
         value = input_bias_for_max(head_dim)
     return np.full(shape, value)

@@ -32,7 +32,7 @@ _COMPUTE: tuple[Compute, ...] = ("f32", "mixed", "bf16", "int8")
 _TRAINS = ("f32", "mixed")
 KlForm = Literal["renormalised", "tail", "sampled"]
 
-_KINDS = {"attention": 0, "window": 1, "linear": 2, "mlstm": 3, "hybrid": 4}
+_KINDS = {"attention": 0, "window": 1, "linear": 2, "mlstm": 3, "hybrid": 4, "lolcats": 5}
 _KL_FORMS = {"renormalised": 0, "tail": 1, "sampled": 2}
 _FORWARD, _TRAIN, _TRAIN_RECOMPUTING, _ALIGN, _HEAD = range(5)
 _TOKENS_AT_ONCE = 8192

@@ -38,12 +38,18 @@ class _Section(BaseModel):
 class StudentSection(_Section):
     """The mixer that takes the place of attention (see linearize)."""
 
-    mixer: Literal["hybrid", "mlstm", "linear", "window"] = "hybrid"
+    mixer: Literal["hybrid", "mlstm", "linear", "window", "lolcats"] = "hybrid"
     window: int | None = Field(default=64, ge=1)
     sinks: int = Field(default=4, ge=0)
     gate: Literal["data", "fixed"] = "data"
     normalizer: Literal["ratio", "max"] = "ratio"
     keep_attention: list[int] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _check(self) -> StudentSection:
+        if self.mixer in ("window", "lolcats") and self.window is None:
+            raise ValueError(f"mixer {self.mixer} needs a window of at least 1, found null")
+        return self
 
 
 class SampledSource(_Section):

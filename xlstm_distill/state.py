@@ -27,7 +27,7 @@ STATE_CONVENTION = "q scaled, C and n scaled by exp(-m), keys after RoPE"
 
 def _windows(config: ModelConfig) -> dict[int, int | None]:
     """Layer -> the window of its attention, of those that have some."""
-    attends = ("attention", "window", "hybrid")
+    attends = ("attention", "window", "hybrid", "lolcats")
     return {n: m.window for n, m in enumerate(config.mixers) if m.mixer in attends}
 
 
