@@ -75,7 +75,7 @@ def changed(path: str, value) -> dict:
         ("student.sinks", -1, "student.sinks"),
         ("student.mixer", "magic", "student.mixer"),
         ("student", {"mixer": "lolcats", "window": None}, "student: mixer lolcats needs a window"),
-        ("align.steps", 0, "align.steps"),
+        ("align.steps", -1, "align.steps"),
         ("align.steps", "many", "align.steps"),
         ("align.lr", float("nan"), "align.lr"),
         ("distill.rates", {"mixr": 2}, "distill.rates.mixr"),
@@ -298,9 +298,27 @@ def test_validation_and_copies_of_the_weights_are_counted():
     assert found["memory_mib"] >= before["memory_mib"]
 
 
-@pytest.mark.parametrize("train", ["all", "mixer", "lora"])
-def test_every_kind_of_work_is_measured(tmp_path, train):
-    found = calibrate(tiny_run.teacher(), make_recipe(changed("distill.train", train)), tmp_path, 1)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("align.steps", 0), ("student.mixer", "window")],
+)
+def test_no_stage_one_takes_no_time(key, value):
+    with_it, without = make_recipe(values()), make_recipe(changed(key, value))
+    found = [estimate(r, TINY_CONFIG, SLOW, READING)["seconds"] for r in (with_it, without)]
+    tokens = with_it.align.steps * with_it.align.rows * with_it.data.length
+    assert found[0]["align"] - found[1]["align"] == pytest.approx(tokens / SLOW.align, abs=0.1)
+    assert found[0]["distill"] == found[1]["distill"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("distill.train", train) for train in ("all", "mixer", "lora")),
+        ("student.mixer", "window"),
+    ],
+)
+def test_every_kind_of_work_is_measured(tmp_path, key, value):
+    found = calibrate(tiny_run.teacher(), make_recipe(changed(key, value)), tmp_path, 1)
     assert all(0 < value < float("inf") for value in asdict(found).values())
     assert list(tmp_path.iterdir()) == []
 

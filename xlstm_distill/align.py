@@ -152,13 +152,18 @@ def align(
     )
 
 
+def alignable_layers(config: ModelConfig) -> list[int]:
+    """The layers whose mixers have tensors of their own, which stage I can train."""
+    return [i for i, mixer in enumerate(config.mixers) if mixer.mixer in STATEFUL_MIXERS]
+
+
 def trained_layers(config: ModelConfig, layers: Collection[int] | None = None) -> list[int]:
     """The layers that stage I trains: all whose mixers have parameters, or some of them.
 
     UserError for a layer that does not exist or has nothing to train.
     """
-    able = [i for i, mixer in enumerate(config.mixers) if mixer.mixer in STATEFUL_MIXERS]
-    if not able:
+    able = alignable_layers(config)
+    if layers is None and not able:
         raise UserError("nothing to train: the model has no mixer parameters; linearize it first")
     if layers is None:
         return able

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from .align import alignable_layers
 from .config import ModelConfig
 from .errors import UserError
 from .evaluate.tasks import ReadTokens
 from .layerwise import stream_bytes
-from .linearize import linearize
+from .linearize import linearize, student_config
 from .lora import Lora, sizes
 from .model import Model
-from .optim import AdamW, trainable_names
+from .optim import AdamW, in_mixer, trainable_names
 from .recipe import FidelitySection, Recipe, SampledSource
 from .sampling import sampler
 
@@ -88,7 +89,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
             scale=1.0 / n,
         )
 
-    mixer = trainable_names(student, "mixer")
+    mixer = {name for name in student.params.names() if in_mixer(name)}
     teacher.compute = student.compute = "f32"  # as all is measured
     teacher_rate = _rate(n, lambda: teacher.hidden(ids))
     student_rate = _rate(n, lambda: student.hidden(ids))
@@ -167,11 +168,13 @@ def estimate(
     )
     steps = sum(map(recipe.steps_of, trained))
     stage_two = steps * recipe.distill.rows * length
+    student = student_config(config, recipe.teacher, **recipe.student.model_dump())
+    stage_one = recipe.align.steps * recipe.align.rows * length if alignable_layers(student) else 0
     targets = _target_rows(recipe) * length
     moved = rates.save + rates.load
     seconds = {
         "sample": new / rates.sample,
-        "align": recipe.align.steps * recipe.align.rows * length / rates.align + 2 * moved,
+        "align": stage_one / rates.align + 2 * moved,
         "targets": targets / rates.targets,
         "distill": stage_two / rates.distill
         + steps * rates.update
@@ -187,8 +190,7 @@ def estimate(
     activations = 4 * rows * length * held * config.hidden_size / 2**20
     k = min(recipe.targets.k, config.vocab_size)
     if recipe.align.order == "layer":
-        stream = recipe.align.steps * recipe.align.rows * length
-        hidden = stream_bytes(config.hidden_size, stream, recipe.align.stream) / 2**20
+        hidden = stream_bytes(config.hidden_size, stage_one, recipe.align.stream) / 2**20
     else:
         hidden = 0.0
     token = k * ((2 if config.vocab_size <= 1 << 16 else 4) + 2) + 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -61,7 +61,7 @@ def linearize(
         raise UserError(
             f'linearize: the weights are {model.compute}; load the teacher with compute="f32"'
         )
-    config = student_config(model.config, model.source, choice, keep_attention)
+    config = student_config(model.config, model.source, keep_attention, **choice)
     fingerprint = model.fingerprint() if isinstance(model, Model) else fingerprint_of(model)
     provenance = {
         "teacher": {"source": model.source, "fingerprint": fingerprint},
@@ -94,13 +94,15 @@ def linearize(
 
 
 def student_config(
-    config: ModelConfig, source: str, choice: Mapping[str, Any], keep_attention: Collection[int]
+    config: ModelConfig, source: str, keep_attention: Collection[int], **choice: Any
 ) -> ModelConfig:
     """The configuration of a student: `choice` has the keys of `MixerConfig`, `source` names the
     model in errors."""
     layers = config.num_hidden_layers
     if outside := [i for i in keep_attention if not 0 <= i < layers]:
-        raise UserError(f"keep_attention: layer {outside[0]} is outside 0..{layers - 1}")
+        raise UserError(
+            f"student.keep_attention: layer {outside[0]} is outside 0..{layers - 1}", usage=True
+        )
     if config.is_student:
         raise UserError(f"linearize: {source or 'the model'} is a student already")
     wanted = validated(MixerConfig, choice, "student", usage=True)

@@ -135,11 +135,11 @@ GroupRates = dict[Group, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
 
 class AlignSection(_Section):
-    """Stage I. `weights`: share of each domain (default: all alike). `order` step holds the whole
-    teacher, layer reads a layer at a time and keeps the hidden states of all rows in type `stream`
-    in `stream_place`."""
+    """Stage I; without `steps` there is none. `weights`: share of each domain (default: all alike).
+    `order` step holds the whole teacher, layer reads a layer at a time and keeps the hidden states
+    of all rows in type `stream` in `stream_place`."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=0)
     rows: int = Field(default=8, ge=1)
     micro_rows: int | None = Field(default=None, ge=1)
     lr: float = Field(default=2e-2, gt=0)

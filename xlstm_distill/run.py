@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from . import checkpoints, runtime, sources
-from .align import MixerTraining, align, relative_errors, trained_layers
+from .align import MixerTraining, align, alignable_layers, relative_errors, trained_layers
 from .checkpoints import Checkpoint
 from .cleaning import Collection, Contamination, read_hashes
 from .communicator import Communicator, world
+from .config import ModelConfig
 from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joined
 from .distill import distill
 from .errors import UserError
@@ -96,7 +97,7 @@ class Run:
         check_installed(self.recipe.trackers)
         self._check_ranks()
         if self.comm.first and "align" in STAGES[: STAGES.index(until) + 1]:
-            self.check_align()
+            self.check_student()
         with closing(self.trackers):
             for stage in STAGES[: STAGES.index(until) + 1]:
                 if self.comm.first or stage in _SHARED:
@@ -355,6 +356,9 @@ class Run:
         if self.stands(place / "config.json"):
             self._remove(state)
             return
+        if not self._aligned_layers():
+            self._skip_align(place)
+            return
         weights = section.weights or dict.fromkeys(self.recipe.data.domains, 1.0)
         packed = {name: self.rows(name) for name, share in weights.items() if share > 0}
         seed = derived_seed(self.recipe.seed, "align")
@@ -366,6 +370,28 @@ class Run:
             tokens = section.steps * section.rows * self.recipe.data.length
             facts.update(errors, steps=section.steps, tokens=tokens)
         self._remove(state)
+
+    def _aligned_layers(self) -> list[int]:
+        """The layers that stage I trains; none: there is no stage I."""
+        section, config = self.recipe.align, self.student_config
+        nothing_of_their_own = section.layers is None and not alignable_layers(config)
+        if section.steps == 0 or nothing_of_their_own:
+            return []
+        return trained_layers(config, section.layers)
+
+    def _skip_align(self, place: Path) -> None:
+        """Without stage I aligned is student0."""
+        if self.comm.first:
+            steps = self.recipe.align.steps
+            why = "no layer has tensors of its own to align" if steps else "align.steps is 0"
+            self.reporter.note(f"stage I: none, {why}")
+            with self.timed("align", steps=0, tokens=0):
+                student = checkpoints.load(self.path / "student0")
+                provenance = {**student.provenance, "align": {"steps": 0}}
+                checkpoints.save(
+                    place, student.config, student.tensors, student.tokenizer, provenance
+                )
+        self.comm.barrier()
 
     def _mixer_training(self) -> dict[str, Any]:
         outside = {"rows", "weights", "layers", "order", "stream", "stream_place"}
@@ -426,16 +452,24 @@ class Run:
         errors: dict[str, Any] = aligned.provenance["relative_error"]
         return errors
 
-    def check_align(self) -> None:
+    @property
+    def student_config(self) -> ModelConfig:
+        """The configuration of the student that the recipe asks for."""
+        teacher = self.checkpoint
+        return student_config(teacher.config, teacher.source, **self.recipe.student.model_dump())
+
+    def check_student(self) -> None:
         """Refuse layers that cannot train, and hidden states without room, before any work."""
         section, state = self.recipe.align, self.path / "aligned.state"
         if state.exists() or (self.path / "aligned").exists():
             return
-        choice = self.recipe.student.model_dump()
-        kept, teacher = choice.pop("keep_attention"), self.checkpoint
-        config = student_config(teacher.config, teacher.source, choice, kept)
-        trained_layers(config, section.layers)
-        if section.order == "step":
+        layers, config = self._aligned_layers(), self.student_config
+        if self.recipe.distill.train == "mixer" and not alignable_layers(config):
+            raise UserError(
+                "distill.train: mixer has nothing to train: no layer of this student has tensors "
+                "of its own; choose all or lora"
+            )
+        if section.order == "step" or not layers:
             return
         rows = section.steps * section.rows + _PROBE_ROWS * len(self.recipe.data.domains)
         place = state if section.stream_place is None else Path(section.stream_place)

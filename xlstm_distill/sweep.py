@@ -32,6 +32,7 @@ from .assess import CONTROL, MERGED, read_piece
 from .atomic import atomic_directory, write_text
 from .errors import UserError
 from .evaluate import Fidelity, load_task
+from .linearize import student_config
 from .progress import Reporter
 from .recipe import Recipe, first_difference, make_recipe, read_values, set_key
 from .run import Run
@@ -297,13 +298,10 @@ def _check(recipes: dict[Path, Recipe]) -> None:
                     "--out"
                 )
     for teacher in dict.fromkeys(recipe.teacher for recipe in recipes.values()):
-        layers = checkpoints.load(teacher).config.num_hidden_layers
-        own = [recipe.student for recipe in recipes.values() if recipe.teacher == teacher]
-        outside = [i for student in own for i in student.keep_attention if not 0 <= i < layers]
-        if outside:
-            raise UserError(
-                f"student.keep_attention: layer {outside[0]} is outside 0..{layers - 1}", usage=True
-            )
+        config = checkpoints.load(teacher).config
+        for recipe in recipes.values():
+            if recipe.teacher == teacher:
+                student_config(config, teacher, **recipe.student.model_dump())
     for file in dict.fromkeys(f for recipe in recipes.values() for f in _files(recipe)):
         if not Path(file).exists():
             raise UserError(f"{file}: no such file or directory", usage=True)

@@ -1,0 +1,113 @@
+"""Students that are controls of others: without stage I, the window alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_run
+
+from xlstm_distill import sweep as sweeps
+from xlstm_distill.assess import CONTROL, MERGED
+from xlstm_distill.cli import main
+from xlstm_distill.linearize import linearize
+from xlstm_distill.model import load
+from xlstm_distill.recipe import make_recipe, recipe_text
+from xlstm_distill.run import run
+from xlstm_distill.rundir import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("controls")
+    tiny_run.teacher().save(place / "teacher")
+    tiny_run.write_text(place / "text")
+    return place
+
+
+def values(root: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+    """The tiny run on the text of files alone, with changed sections."""
+    found = tiny_run.recipe(root / "teacher", root / "text")
+    del found["data"]["domains"]["general"]
+    found.update(experts={"notes": {"notes": 1}}, merge={})
+    for section, keys in changes.items():
+        found[section] = {**found[section], **keys}
+    return found
+
+
+def facts(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report" / "report.json").read_text())
+
+
+def weights(place: Path) -> bytes:
+    return (place / "model.safetensors").read_bytes()
+
+
+# ---- without stage I ----------------------------------------------------------------------------
+
+
+def test_without_stage_one_aligned_is_student0(root, tmp_path):
+    out = run(make_recipe(values(root, align={"steps": 0})), tmp_path / "out")
+    assert weights(out / "aligned") == weights(out / "student0") != weights(out / "merged")
+    found = facts(out)
+    assert found["layer_errors"] is None
+    assert [c["stage"] for c in found["losses"]] == [
+        "stage II, KL to the targets",
+        "stage II, cross-entropy",
+    ]
+    (stage,) = (s for s in found["stages"] if s["name"] == "align")
+    assert (stage["steps"], stage["tokens"]) == (0, 0)
+    with RunDirectory(out) as directory:
+        assert directory.steps("align") == [] and directory.done("align")
+    # A run that is done is left alone.
+    before = weights(out / "merged")
+    run(make_recipe(values(root, align={"steps": 0})), out)
+    assert weights(out / "merged") == before
+
+
+def test_a_sweep_with_and_without_stage_one(root, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe_text(make_recipe(values(root))))
+    points = sweeps.grid(tmp_path / "recipe.yaml", ["align.steps=0,6"])
+    found = sweeps.sweep(points, tmp_path / "out")
+    assert found["failed"] == {} and [p["values"] for p in found["points"]] == [
+        {"align.steps": 0},
+        {"align.steps": 6},
+    ]
+    without, aligned = (tmp_path / "out" / f"steps={n},seed=3" for n in (0, 6))
+    for part in ("student0/model.safetensors", "targets/notes/manifest.json"):
+        assert (without / part).samefile(aligned / part)
+    assert weights(without / "aligned") != weights(aligned / "aligned")
+
+
+# ---- the window alone ---------------------------------------------------------------------------
+
+
+def test_the_window_alone_goes_through_stage_two(root, tmp_path, capsys):
+    out = run(make_recipe(values(root, student={"mixer": "window"})), tmp_path / "out")
+    assert "stage I: none, no layer has tensors of its own to align" in capsys.readouterr().err
+    assert weights(out / "aligned") == weights(out / "student0")
+    found = facts(out)
+    assert found["gates"] is None and found["student"]["added"] == 0
+    # Before it is trained it is the untrained control.
+    window = linearize(load(root / "teacher"), mixer="window", window=8, sinks=2)
+    assert np.array_equal(load(out / "student0").params.flat, window.params.flat)
+    ratio = found["fidelity"]["models"]
+    assert ratio[MERGED]["notes"]["windows"]["kl"] != ratio[CONTROL]["notes"]["windows"]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"align": {"layers": [0]}}, "align.layers: layer 0 has nothing to train: it is window"),
+        ({"distill": {"train": "mixer"}}, "distill.train: mixer has nothing to train"),
+    ],
+)
+def test_what_a_window_cannot_do_is_named_before_any_work(root, tmp_path, capsys, changes, message):
+    recipe = make_recipe(values(root, student={"mixer": "window"}, **changes))
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "data").exists()
