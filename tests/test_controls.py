@@ -1,4 +1,4 @@
-"""Students that are controls of others: without stage I, the window alone."""
+"""Students that are controls of others: without stage I, the window alone, the teacher itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tiny_run
 
+from xlstm_distill import checkpoints
 from xlstm_distill import sweep as sweeps
 from xlstm_distill.assess import CONTROL, MERGED
 from xlstm_distill.cli import main
+from xlstm_distill.distill import distill
 from xlstm_distill.linearize import linearize
 from xlstm_distill.model import load
 from xlstm_distill.recipe import make_recipe, recipe_text
@@ -111,3 +113,64 @@ def test_what_a_window_cannot_do_is_named_before_any_work(root, tmp_path, capsys
     assert main(["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "data").exists()
+
+
+# ---- the teacher, trained on the same text ------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["all", [0, 1]])
+def test_the_teacher_itself_is_trained(root, tmp_path, kept):
+    changes = values(root, student={"keep_attention": kept}, align={"steps": 0})
+    out = run(make_recipe(changes), tmp_path / "out")
+    teacher, start, end = (load(p) for p in (root / "teacher", out / "aligned", out / "merged"))
+    assert np.array_equal(start.params.flat, teacher.params.flat)
+    assert not end.config.is_student and not np.array_equal(end.params.flat, teacher.params.flat)
+    found = facts(out)
+    assert found["student"]["mixer"] == "attention" and found["gates"] is None
+    assert found["student"]["added"] == 0
+    # It is nearer to the teacher than the untrained control, which is that of other students.
+    models = found["fidelity"]["models"]
+    kl = {name: np.mean(models[name]["notes"]["windows"]["kl"]) for name in (MERGED, CONTROL)}
+    assert 0 < kl[MERGED] < kl[CONTROL]
+    page = (out / "report" / "report.html").read_text()
+    assert "the teacher&#39;s attention in every layer" in page
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.9])
+def test_its_expert_is_what_distill_makes_of_the_teacher(root, tmp_path, kl_weight):
+    keys = {"ce_weight": 1.0, "kl_weight": kl_weight}
+    changes = values(root, student={"keep_attention": "all"}, distill=keys)
+    out = run(make_recipe(changes), tmp_path / "out", until="distill")
+    with RunDirectory(out) as directory:
+        steps = directory.steps("distill notes")
+    # Its own targets, to the rounding of what is stored: relative error 2^-11 of a log-probability.
+    assert steps[0]["kl"] == 0 if not kl_weight else 0 <= steps[0]["kl"] < 1e-3
+    assert (out / "targets").is_dir() == bool(kl_weight)
+    assert checkpoints.load(out / "experts" / "notes").config == load(root / "teacher").config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate": {"branches": True}}, "evaluate.branches needs a hybrid layer"),
+        ({"distill": {"window_dropout": 0.5}}, "distill.window_dropout needs a hybrid layer"),
+        ({"distill": {"train": "mixer"}}, "distill.train: mixer has nothing to train"),
+    ],
+)
+def test_what_the_teacher_cannot_do_is_named_before_any_work(
+    root, tmp_path, capsys, changes, message
+):
+    recipe = make_recipe(values(root, student={"keep_attention": "all"}, **changes))
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe))
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_a_copy_of_the_teacher_trains_by_the_stage_alone(root):
+    teacher = load(root / "teacher")
+    student = linearize(teacher, keep_attention="all")
+    text = tiny_run.text(teacher)
+    metrics = list(distill(student, text, teacher, steps=2, rows=2, length=32, k=8))
+    assert len(metrics) == 2 and student.config == teacher.config
+    assert not np.array_equal(student.params.flat, teacher.params.flat)

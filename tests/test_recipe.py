@@ -75,6 +75,8 @@ def changed(path: str, value) -> dict:
         ("student.sinks", -1, "student.sinks"),
         ("student.mixer", "magic", "student.mixer"),
         ("student", {"mixer": "lolcats", "window": None}, "student: mixer lolcats needs a window"),
+        ("student.keep_attention", "none", "student.keep_attention: expected a list of layers, or"),
+        ("student.keep_attention", [0, "1"], "student.keep_attention: expected a list of layers"),
         ("align.steps", -1, "align.steps"),
         ("align.steps", "many", "align.steps"),
         ("align.lr", float("nan"), "align.lr"),
@@ -300,7 +302,7 @@ def test_validation_and_copies_of_the_weights_are_counted():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("align.steps", 0), ("student.mixer", "window")],
+    [("align.steps", 0), ("student.mixer", "window"), ("student.keep_attention", "all")],
 )
 def test_no_stage_one_takes_no_time(key, value):
     with_it, without = make_recipe(values()), make_recipe(changed(key, value))
@@ -315,6 +317,7 @@ def test_no_stage_one_takes_no_time(key, value):
     [
         *(("distill.train", train) for train in ("all", "mixer", "lora")),
         ("student.mixer", "window"),
+        ("student.keep_attention", "all"),
     ],
 )
 def test_every_kind_of_work_is_measured(tmp_path, key, value):

@@ -163,9 +163,11 @@ def trained_layers(config: ModelConfig, layers: Collection[int] | None = None) -
     UserError for a layer that does not exist or has nothing to train.
     """
     able = alignable_layers(config)
-    if layers is None and not able:
-        raise UserError("nothing to train: the model has no mixer parameters; linearize it first")
     if layers is None:
+        if not able:
+            raise UserError(
+                "nothing to train: the model has no mixer parameters; linearize it first"
+            )
         return able
     if not layers:
         raise UserError("align.layers: names no layer; null means all")

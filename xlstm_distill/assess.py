@@ -19,6 +19,7 @@ import numpy as np
 
 from . import checkpoints, runtime
 from .atomic import write_text
+from .config import ModelConfig
 from .data import Rows
 from .errors import UserError
 from .evaluate import (
@@ -63,15 +64,21 @@ class _Models:
     def _make(self, name: str) -> Model:
         if name == CONTROL:
             section = self.run.recipe.student
+            # Where the teacher itself was trained, the control is that of other students.
+            kept = () if _is_all_attention(self.run.student_config) else section.keep_attention
             # Without a window the control is full attention, the teacher itself.
             return linearize(
                 self.run.teacher,
                 window=section.window or self.run.teacher.config.max_position_embeddings,
                 sinks=section.sinks,
                 mixer="window",
-                keep_attention=section.keep_attention,
+                keep_attention=kept,
             )
         return load(self.run.path / MERGED if name == MERGED else self.run.trained_place(name))
+
+
+def _is_all_attention(config: ModelConfig) -> bool:
+    return all(mixer.mixer == "attention" for mixer in config.mixers)
 
 
 def student_names(run: Run) -> list[str]:
@@ -210,7 +217,7 @@ def assess(run: Run) -> None:
         for one in section.fidelity:
             work.piece(f"fidelity-{one.context}", partial(work.fidelity, one), shared=True)
         work.piece("memory", work.memory)
-        if section.gate_tokens and run.recipe.student.mixer == "hybrid":
+        if section.gate_tokens and run.student_config.has_gates:
             work.piece("gates", work.gates)
         prompts = [(p, False) for p in section.prompts] + [(p, True) for p in section.chats]
         for number, (prompt, chat) in enumerate(prompts):
@@ -345,7 +352,7 @@ def _model_facts(run: Run) -> dict[str, Any]:
             "heads": c.num_attention_heads,
         },
         "student": {
-            "mixer": section.mixer,
+            "mixer": "attention" if _is_all_attention(c) else section.mixer,
             "window": section.window,
             "sinks": section.sinks,
             "gate": section.gate,

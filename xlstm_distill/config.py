@@ -186,6 +186,11 @@ class ModelConfig(BaseModel):
         pairs = zip(self.mixers, self.windows, strict=True)
         return not all(mixer.is_pretrained(window) for mixer, window in pairs)
 
+    @property
+    def has_gates(self) -> bool:
+        """True if any layer has an output gate."""
+        return any(mixer.mixer == "hybrid" for mixer in self.mixers)
+
     def scales_rope(self, layer: int) -> bool:
         """Whether `rope_scaling` applies to a layer: not where the pretrained attention has a
         window, which meets no distance that it was not trained on (Olmo-3)."""

@@ -25,6 +25,7 @@ WINDOW_FACTOR = math.log(0.1 / 0.9)
 
 
 Source = TypeVar("Source", Model, Checkpoint)
+KeptLayers = Collection[int] | Literal["all"]
 
 
 def linearize(
@@ -34,13 +35,14 @@ def linearize(
     mixer: Literal["hybrid", "mlstm", "linear", "window", "lolcats"] = "hybrid",
     gate: Literal["data", "fixed"] = "data",
     normalizer: Literal["ratio", "max"] = "ratio",
-    keep_attention: Collection[int] = (),
+    keep_attention: KeptLayers = (),
 ) -> Source:
     """A student with `model`'s weights in which `mixer` takes the place of softmax attention.
 
     window counts the current token (None: full), sinks are the first tokens of a document that stay
     visible; both describe the attention branch. Layers in `keep_attention` keep the teacher's
-    attention. A layer that had a window of its own gets the smaller of the two. New parameters
+    attention; with "all" the student is a copy of the teacher, a control that can be trained as
+    students are. A layer that had a window of its own gets the smaller of the two. New parameters
     (paper.md 1.2): feature maps are the identity, gate weights 0, b_f = 6, b_og = -3, b_i = 0
     (log D^1.5 under `max`, below which that normaliser's floor silences the branch). `lolcats`
     needs a window; as published it has no sinks and a window's factor of 0.1 at the start.
@@ -65,7 +67,7 @@ def linearize(
     fingerprint = model.fingerprint() if isinstance(model, Model) else fingerprint_of(model)
     provenance = {
         "teacher": {"source": model.source, "fingerprint": fingerprint},
-        "linearize": {**choice, "keep_attention": sorted(keep_attention)},
+        "linearize": {**choice, "keep_attention": _kept(model.config, keep_attention)},
     }
     source = f"student of {model.source}" if model.source else ""
     start = partial(_start, head_dim=config.head_dim, normalizer=normalizer)
@@ -94,23 +96,29 @@ def linearize(
 
 
 def student_config(
-    config: ModelConfig, source: str, keep_attention: Collection[int], **choice: Any
+    config: ModelConfig, source: str, keep_attention: KeptLayers, **choice: Any
 ) -> ModelConfig:
     """The configuration of a student: `choice` has the keys of `MixerConfig`, `source` names the
     model in errors."""
-    layers = config.num_hidden_layers
-    if outside := [i for i in keep_attention if not 0 <= i < layers]:
-        raise UserError(
-            f"student.keep_attention: layer {outside[0]} is outside 0..{layers - 1}", usage=True
-        )
+    kept = _kept(config, keep_attention)
     if config.is_student:
         raise UserError(f"linearize: {source or 'the model'} is a student already")
     wanted = validated(MixerConfig, choice, "student", usage=True)
     mixers = [
-        old if i in keep_attention else _narrowed(wanted, old.window)
-        for i, old in enumerate(config.mixers)
+        old if i in kept else _narrowed(wanted, old.window) for i, old in enumerate(config.mixers)
     ]
     return ModelConfig(**{**config.model_dump(), "mixers": mixers})
+
+
+def _kept(config: ModelConfig, keep_attention: KeptLayers) -> list[int]:
+    layers = config.num_hidden_layers
+    if keep_attention == "all":
+        return list(range(layers))
+    if outside := [i for i in keep_attention if not 0 <= i < layers]:
+        raise UserError(
+            f"student.keep_attention: layer {outside[0]} is outside 0..{layers - 1}", usage=True
+        )
+    return sorted(keep_attention)
 
 
 def _narrowed(wanted: MixerConfig, own: int | None) -> MixerConfig:

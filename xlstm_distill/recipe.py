@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .accumulation import Order
 from .atomic import write_text
@@ -36,14 +43,24 @@ class _Section(BaseModel):
 
 
 class StudentSection(_Section):
-    """The mixer that takes the place of attention (see linearize)."""
+    """The mixer that takes the place of attention (see linearize). `keep_attention`: layers that
+    keep the teacher's, or all of them: then the student is the teacher, a control."""
 
     mixer: Literal["hybrid", "mlstm", "linear", "window", "lolcats"] = "hybrid"
     window: int | None = Field(default=64, ge=1)
     sinks: int = Field(default=4, ge=0)
     gate: Literal["data", "fixed"] = "data"
     normalizer: Literal["ratio", "max"] = "ratio"
-    keep_attention: list[int] = Field(default_factory=list)
+    keep_attention: list[int] | Literal["all"] = Field(default_factory=list)
+
+    @field_validator("keep_attention", mode="before")
+    @classmethod
+    def _check_layers(cls, value: Any) -> Any:
+        if value != "all" and not (
+            isinstance(value, list) and all(type(layer) is int for layer in value)
+        ):
+            raise ValueError(f"expected a list of layers, or all; found {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> StudentSection:

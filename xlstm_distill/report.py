@@ -56,6 +56,14 @@ class StudentFacts(_Part):
     parameters: int
     added: int
 
+    @property
+    def words(self) -> str:
+        """What the mixers are."""
+        if self.mixer == "attention":
+            return "the teacher's attention in every layer"
+        window = "full attention" if self.window is None else f"window {self.window}"
+        return f"{self.mixer}, {window}, {self.sinks} sinks, {self.gate} gate"
+
 
 class TextFacts(_Part):
     """A body of text. `use`: "training" or "evaluation"; `origin` in words."""
@@ -362,16 +370,11 @@ def _add(table: Table, *cells: str) -> None:
 def _overview(facts: ReportData) -> Table:
     teacher, student = facts.teacher, facts.student
     table = _table(facts.title, ("", "teacher", "student"))
-    _add(table, "what", f"{teacher.name}: {teacher.form}", _student_words(student))
+    _add(table, "what", f"{teacher.name}: {teacher.form}", student.words)
     _add(table, "file", teacher.file, facts.main)
     added = f"{_count(student.parameters)} ({_count(student.added)} new)"
     _add(table, "parameters", _count(teacher.parameters), added)
     return table
-
-
-def _student_words(student: StudentFacts) -> str:
-    window = "full attention" if student.window is None else f"window {student.window}"
-    return f"{student.mixer}, {window}, {student.sinks} sinks, {student.gate} gate"
 
 
 def _stage_table(facts: ReportData) -> Table:

@@ -469,6 +469,13 @@ class Run:
                 "distill.train: mixer has nothing to train: no layer of this student has tensors "
                 "of its own; choose all or lora"
             )
+        if not config.has_gates:
+            for key, asked in (
+                ("distill.window_dropout", self.recipe.distill.window_dropout),
+                ("evaluate.branches", self.recipe.evaluate.branches),
+            ):
+                if asked:
+                    raise UserError(f"{key} needs a hybrid layer; this student has none")
         if section.order == "step" or not layers:
             return
         rows = section.steps * section.rows + _PROBE_ROWS * len(self.recipe.data.domains)
