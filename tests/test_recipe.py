@@ -99,6 +99,9 @@ def changed(path: str, value) -> dict:
         ("data.domains.notes.held_out_tokens", 0, "evaluate.fidelity needs held_out_tokens"),
         ("evaluate.fidelity.0.expert_windows", 99, "expert_windows must be at most windows"),
         ("evaluate.tasks", {"squad": 0}, "evaluate.tasks.squad"),
+        ("evaluate.tasks", {"squda": 9}, "evaluate.tasks: task 'squda' is not known; did you mean"),
+        ("evaluate.tasks", {"riddles": 9}, "task 'riddles' is not known; there are arc_easy, arc_"),
+        ("data.contamination", {"tasks": ["arc_eazy"]}, "contamination.tasks: task 'arc_eazy' is"),
         ("seed", -1, "seed"),
     ],
 )

@@ -316,3 +316,24 @@ def test_bad_keys_are_named(root, tmp_path, capsys, section, keys, message):
     until = "align" if section == "align" else "data"
     assert run(root, tmp_path / "out", until, changes) in (1, 2)
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_request_sets_that_are_not_there_are_named_before_any_work(
+    root, tmp_path, capsys, monkeypatch
+):
+    task = [request(0, 0, "Q", " a", 0), request(0, 1, "Q", " b", 0)]
+    write_task(tmp_path / "requests", "arc_easy/rc_5shot", task)
+    monkeypatch.setattr(packages, "fetch", lambda _: tmp_path / "requests")
+    for name, message in (
+        ("arc_eezy", "evaluate.tasks: task 'arc_eezy' is not known; did you mean arc_easy?"),
+        ("arc_easy:rc_9", "evaluate.tasks: task 'arc_easy:rc_9': arc_easy has the variants rc_5s"),
+        ("arc_eezy:rc_5shot", "there is no request set 'arc_eezy' in"),
+    ):
+        changes = {"evaluate": {"tasks": {"arc_easy": 1, name: 1}}}
+        assert run(root, tmp_path / "out", "run", changes) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    # Stages before the evaluation do not ask.
+    monkeypatch.setattr(packages, "fetch", lambda _: pytest.fail("request sets are fetched"))
+    changes = {"evaluate": {"tasks": {"arc_easy": 1}}}
+    assert run(root, tmp_path / "early", "linearize", changes) == 0

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -28,6 +28,7 @@ from pydantic import (
 from .accumulation import Order
 from .atomic import write_text
 from .errors import UserError, first_problem
+from .evaluate.tasks import check_name
 from .lora import TARGETS, Target
 from .optim import Group, Schedule
 from .trackers import Name as TrackerName
@@ -36,6 +37,9 @@ GENERALIST = "generalist"
 RESERVED = ("teacher", "untrained", "merged", GENERALIST)
 """Names of the report's own models, which no expert may have."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+Tasks = TypeVar("Tasks", bound=Iterable[str])
 
 
 class _Section(BaseModel):
@@ -128,6 +132,12 @@ class DomainSection(_Section):
         return self
 
 
+def _known_tasks(names: Tasks) -> Tasks:
+    for name in names:
+        check_name(name)
+    return names
+
+
 class ContaminationSection(_Section):
     """Training documents that share a run of `words` words with a question of one of the request
     sets `tasks` are dropped, or only counted."""
@@ -135,6 +145,8 @@ class ContaminationSection(_Section):
     tasks: list[str] = Field(min_length=1)
     words: int = Field(default=13, ge=1)
     action: Literal["drop", "report"] = "drop"
+
+    _check_tasks = field_validator("tasks")(_known_tasks)
 
 
 class DataSection(_Section):
@@ -276,6 +288,8 @@ class EvaluateSection(_Section):
     chats: list[str] = Field(default_factory=list)
     max_new_tokens: int = Field(default=64, ge=1)
     wanted_ratio: float | None = Field(default=None, gt=0)
+
+    _check_tasks = field_validator("tasks")(_known_tasks)
 
 
 class Recipe(_Section):

@@ -33,6 +33,7 @@ from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joine
 from .distill import distill
 from .errors import UserError
 from .evaluate import passages, questions
+from .evaluate.tasks import find_task
 from .layerwise import align_layers, aligned_student, check_room, stream_bytes
 from .linearize import linearize, student_config
 from .lora import Lora
@@ -61,6 +62,15 @@ def derived_seed(seed: int, *names: object) -> int:
     """A seed of its own for each use, 31 bits."""
     text = "/".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """UserError that names the key if a request set of `evaluate` is not there."""
+    for task in recipe.evaluate.tasks:
+        try:
+            find_task(task)
+        except UserError as error:
+            raise UserError(f"evaluate.tasks: {error}", usage=error.usage) from None
 
 
 class Run:
@@ -680,6 +690,8 @@ def run(
     """
     check_installed(recipe.trackers)
     interrupt, comm = Interrupt(), world()
+    if comm.first and until in STAGES[STAGES.index("evaluate") :]:
+        check_tasks(recipe)
     with interrupt.listening(), RunDirectory(out, writes=comm.first) as directory:
         if comm.first:
             recipe = directory.begin(recipe)

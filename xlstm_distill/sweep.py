@@ -31,11 +31,11 @@ from . import checkpoints
 from .assess import CONTROL, MERGED, read_piece
 from .atomic import atomic_directory, write_text
 from .errors import UserError
-from .evaluate import Fidelity, load_task
+from .evaluate import Fidelity
 from .linearize import student_config
 from .progress import Reporter
 from .recipe import Recipe, first_difference, make_recipe, read_values, set_key
-from .run import Run
+from .run import Run, check_tasks
 from .rundir import Interrupt, RunDirectory
 from .trackers import check_installed
 
@@ -305,8 +305,8 @@ def _check(recipes: dict[Path, Recipe]) -> None:
     for file in dict.fromkeys(f for recipe in recipes.values() for f in _files(recipe)):
         if not Path(file).exists():
             raise UserError(f"{file}: no such file or directory", usage=True)
-    for task in dict.fromkeys(t for recipe in recipes.values() for t in recipe.evaluate.tasks):
-        load_task(task)
+    for recipe in recipes.values():
+        check_tasks(recipe)
 
 
 def _files(recipe: Recipe) -> Iterator[str]:

@@ -16,6 +16,7 @@ Metrics have the names of lm-evaluation-harness:
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import gzip
 import itertools
@@ -142,20 +143,35 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     return found
 
 
+def check_name(name: str) -> None:
+    """UserError, with the nearest names, unless `name` is one of a request set with a default
+    variant or names a variant; whether that is there is seen by `find_task` alone."""
+    if name not in _VARIANTS and ":" not in name:
+        near = difflib.get_close_matches(name, _VARIANTS, n=3)
+        known = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(_VARIANTS)}"
+        raise UserError(f"task {name!r} is not known; {known}", usage=True)
+
+
+def find_task(name: str, requests: str | Path | None = None) -> Path:
+    """The directory of a request set; errors and `requests` as for `load_task`."""
+    check_name(name)
+    root = Path(requests) if requests is not None else packages.fetch("olmes")
+    base, _, variant = name.partition(":")
+    folder = root / base / (variant or _VARIANTS.get(base, ""))
+    if not (folder / _REQUESTS).is_file():
+        raise UserError(_not_there(root, base, name), usage=True)
+    return folder
+
+
 def load_task(name: str, requests: str | Path | None = None) -> Task:
     """Read a request set: "squad" (its default variant) or "arc_easy:rc_0shot".
 
     `requests` is the directory of the request sets (default: `packages.fetch("olmes")`).
     Raises UserError for an unknown task or variant (with those that are there) or a damaged file.
     """
-    root = Path(requests) if requests is not None else packages.fetch("olmes")
-    base, _, variant = name.partition(":")
-    default = _VARIANTS.get(base)
-    variant = variant or default or ""
-    folder = root / base / variant
-    if not variant or not (folder / _REQUESTS).is_file():
-        raise UserError(_unknown(root, base, name), usage=True)
-    short = base if variant == default else f"{base}:{variant}"
+    folder = find_task(name, requests)
+    base, variant = folder.parent.name, folder.name
+    short = base if variant == _VARIANTS.get(base) else f"{base}:{variant}"
     rows = list(_read_rows(folder / _REQUESTS))
     config_file = folder / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
@@ -168,13 +184,15 @@ def load_task(name: str, requests: str | Path | None = None) -> Task:
     return Task(short, kind, documents, config)
 
 
-def _unknown(root: Path, base: str, name: str) -> str:
+def _not_there(root: Path, base: str, name: str) -> str:
     if not root.is_dir():
         return f"{root}: no such directory of request sets"
     if (root / base).is_dir() and base:
         variants = sorted(p.parent.name for p in (root / base).glob(f"*/{_REQUESTS}"))
         return f"task {name!r}: {base} has the variants {', '.join(variants)}"
-    return f"task {name!r} is not known; tasks with a default: {', '.join(_VARIANTS)}"
+    known = sorted(p.name for p in root.iterdir() if p.is_dir())
+    near = difflib.get_close_matches(base, known, n=3) or known
+    return f"task {name!r}: there is no request set {base!r} in {root}; there are {', '.join(near)}"
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
