@@ -307,7 +307,12 @@ def _head_divergence(m: ModuleType, a: Args) -> Values:
     return dict(zip(names, m.head_divergence(*a.values()), strict=True))
 
 
+def _head_draws(m: ModuleType, a: Args) -> Values:
+    return dict(zip(("ids", "counts"), m.head_draws(a["x"], a["w"], a["uniform"]), strict=True))
+
+
 TOPK = Op(("head_topk",), _head_topk)
+DRAWS = Op(("head_draws",), _head_draws)
 DIVERGENCE = Op(("head_divergence",), _head_divergence)
 
 
@@ -316,6 +321,10 @@ def head_cases() -> Iterator[Case]:
         rng = seeded("topk", n, v)
         x, w = rng.standard_normal((n, d)), rng.standard_normal((v, d))
         yield Case(f"topk {n}x{d} V{v} k{k}", TOPK, {"x": x, "w": w, "k": k})
+        # multiples of 1/8 have the same logits in both types
+        eighths = {"x": np.round(8 * x) / 8, "w": np.round(8 * w) / 8}
+        uniform = np.sort(rng.random((n, 3 * k)))
+        yield Case(f"draws {n}x{d} V{v} k{3 * k}", DRAWS, {**eighths, "uniform": uniform})
         pair: Args = {"x": x, "w": w, "teacher_x": rng.standard_normal((n, d))}
         pair |= {"teacher_w": rng.standard_normal((v, d)), "labels": rng.integers(-1, v, n)}
         yield Case(f"divergence {n}x{d} V{v}", DIVERGENCE, pair)

@@ -316,17 +316,33 @@ def test_no_stage_one_takes_no_time(key, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "changes",
     [
-        *(("distill.train", train) for train in ("all", "mixer", "lora")),
-        ("student.mixer", "window"),
-        ("student.keep_attention", "all"),
+        *({"distill": {"train": train}} for train in ("all", "mixer", "lora")),
+        {"student": {"mixer": "window"}},
+        {"student": {"keep_attention": "all"}},
+        {"targets": {"k": 999}},
+        {"targets": {"form": "sampled"}, "distill": {"kl_form": "sampled"}},
     ],
+    ids=str,
 )
-def test_every_kind_of_work_is_measured(tmp_path, key, value):
-    found = calibrate(tiny_run.teacher(), make_recipe(changed(key, value)), tmp_path, 1)
+def test_every_kind_of_work_is_measured(tmp_path, changes):
+    recipe = values()
+    recipe.update({section: {**recipe[section], **keys} for section, keys in changes.items()})
+    found = calibrate(tiny_run.teacher(), make_recipe(recipe), tmp_path, 1)
     assert all(0 < value < float("inf") for value in asdict(found).values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_online_targets_take_time_in_every_step_and_no_disk():
+    shared = make_recipe(values())  # two experts: stored targets of a row serve both
+    online = make_recipe(changed("targets", {"k": 12, "online": True}))
+    found = [estimate(r, TINY_CONFIG, SLOW, READING) for r in (shared, online)]
+    tokens = 2 * shared.distill.steps * shared.distill.rows * shared.data.length
+    more = found[1]["seconds"]["distill"] - found[0]["seconds"]["distill"]
+    assert more == pytest.approx(tokens / SLOW.targets, abs=0.1)
+    assert found[1]["seconds"]["targets"] == 0 < found[0]["seconds"]["targets"]
+    assert found[1]["disk_mib"] <= found[0]["disk_mib"]
 
 
 @pytest.mark.parametrize("extra", [{}, {"keep": "best", "validate_every": 5, "average": 0.9}])

@@ -337,3 +337,30 @@ def test_request_sets_that_are_not_there_are_named_before_any_work(
     monkeypatch.setattr(packages, "fetch", lambda _: pytest.fail("request sets are fetched"))
     changes = {"evaluate": {"tasks": {"arc_easy": 1}}}
     assert run(root, tmp_path / "early", "linearize", changes) == 0
+
+
+# ---- targets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["topk", "sampled"])
+def test_online_targets_train_the_same_experts_and_store_nothing(root, tmp_path, form):
+    distill = {**PLAIN, "kl_form": {"topk": "tail", "sampled": "sampled"}[form]}
+    found = []
+    for online in (False, True):
+        out = tmp_path / f"online-{online}"
+        targets = {"form": form, "online": online}
+        assert run(root, out, "distill", {"distill": distill, "targets": targets}) == 0
+        assert (out / "targets").is_dir() != online
+        experts = [out / "experts" / name / "model.safetensors" for name in ("general", "notes")]
+        keys = ("loss", "kl", "validation")
+        lines = [[m.get(key) for key in keys] for m in steps(out, "distill notes")]
+        found.append(([file.read_bytes() for file in experts], lines))
+    assert found[0] == found[1]
+    statistic = {"topk": "mass", "sampled": "distinct"}[form]
+    assert all(m[statistic] > 0 for m in steps(tmp_path / "online-False", "targets notes"))
+
+
+def test_a_form_of_targets_that_the_loss_does_not_take_is_named(root, tmp_path, capsys):
+    for changes in ({"targets": {"form": "sampled"}}, {"distill": {"kl_form": "sampled"}}):
+        assert run(root, tmp_path / "out", "data", changes) == 2
+        assert "does not fit targets.form" in capsys.readouterr().err.splitlines()[-1]

@@ -404,7 +404,7 @@ def _stage_facts(run: Run) -> list[dict[str, Any]]:
         "data": "text sampled, read and encoded",
         "linearize": "weights copied, mixers exchanged",
         "align": "stage I: each mixer learns its layer's attention",
-        "targets": "the teacher's most probable tokens",
+        "targets": "the teacher's targets of every position",
         "distill": "stage II: next tokens and the teacher's targets",
         "merge": "stage III: weighted sum of the experts",
         "evaluate": "fidelity, benchmarks, samples",

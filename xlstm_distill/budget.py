@@ -73,7 +73,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
     labels[:, :-1] = ids[:, 1:]
     student = linearize(teacher, **recipe.student.model_dump())
     grads = student.params.zeros_like()
-    k, d = recipe.targets.k, recipe.distill
+    k, d = min(recipe.targets.k, teacher.config.vocab_size), recipe.distill
     targets = teacher.topk(ids, k)[:2]
     n = ids.size
 
@@ -88,6 +88,11 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
             grads=grads,
             scale=1.0 / n,
         )
+
+    def of_teacher() -> Any:
+        if recipe.targets.form == "sampled":
+            return teacher.draws(ids, np.sort(np.random.default_rng(0).random((*ids.shape, k))))
+        return teacher.topk(ids, k)
 
     mixer = {name for name in student.params.names() if in_mixer(name)}
     teacher.compute = student.compute = "f32"  # as all is measured
@@ -121,7 +126,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         # Later tokens are dearer than these first ones (a longer cache), and a batch thins out.
         sample=0.55 * SAMPLE_BATCH / float(np.median(np.diff(times))),
         align=_rate(n, lambda: student.align_and_grad(ids, grads=grads, trainable=mixer)),
-        targets=_rate(n, lambda: teacher.topk(ids, k)),
+        targets=_rate(n, of_teacher),
         distill=_rate(n, distil),
         teacher=teacher_rate,
         student=student_rate,
@@ -170,13 +175,15 @@ def estimate(
     stage_two = steps * recipe.distill.rows * length
     student = student_config(config, recipe.teacher, **recipe.student.model_dump())
     stage_one = recipe.align.steps * recipe.align.rows * length if alignable_layers(student) else 0
-    targets = _target_rows(recipe) * length
+    stored = _target_rows(recipe) * length
+    online = stage_two if recipe.distill.kl_weight and recipe.targets.online else 0
     moved = rates.save + rates.load
     seconds = {
         "sample": new / rates.sample,
         "align": stage_one / rates.align + 2 * moved,
-        "targets": targets / rates.targets,
+        "targets": stored / rates.targets,
         "distill": stage_two / rates.distill
+        + online / rates.targets
         + steps * rates.update
         + len(trained) * moved
         + sum(_validation_seconds(recipe, rates, name) for name in trained),
@@ -188,17 +195,18 @@ def estimate(
     layers = config.num_hidden_layers
     held = layers + 24 if recipe.distill.recompute else 24 * layers  # reals a token, times width
     activations = 4 * rows * length * held * config.hidden_size / 2**20
-    k = min(recipe.targets.k, config.vocab_size)
     if recipe.align.order == "layer":
         hidden = stream_bytes(config.hidden_size, stage_one, recipe.align.stream) / 2**20
     else:
         hidden = 0.0
+    # ids with float16 or, of draws, with counts: no more tokens than draws, and mostly far fewer
+    k = min(recipe.targets.k, config.vocab_size)
     token = k * ((2 if config.vocab_size <= 1 << 16 else 4) + 2) + 4
     return {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
         "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations),
-        "disk_mib": round((3 + 2 * len(trained)) * weights + max(hidden, targets * token / 2**20)),
+        "disk_mib": round((3 + 2 * len(trained)) * weights + max(hidden, stored * token / 2**20)),
     }
 
 
@@ -219,13 +227,14 @@ def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:
 
 
 def _target_rows(recipe: Recipe) -> float:
-    """Rows of which targets are wanted; experts and the generalist share those of a domain."""
+    """Rows of which targets are stored; experts and the generalist share those of a domain."""
     wanted = dict.fromkeys(recipe.data.domains, 0.0)
     for name, shares in recipe.trained.items():
         rows = recipe.steps_of(name) * recipe.distill.rows / sum(shares.values())
         for domain, share in shares.items():
             wanted[domain] = max(wanted[domain], rows * share)
-    return sum(wanted.values()) if recipe.distill.kl_weight else 0.0
+    stored = recipe.distill.kl_weight > 0 and not recipe.targets.online
+    return sum(wanted.values()) if stored else 0.0
 
 
 def _validation_seconds(recipe: Recipe, rates: Rates, name: str) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from .accumulation import Accumulation, Order, Sums
 from .align import saver_of
 from .communicator import ALONE, Communicator
-from .data import Batch, Data, as_batches
+from .data import Batch, Batches, Data, as_batches
 from .errors import UserError
 from .lora import Lora
 from .model import KlForm, Model
@@ -24,10 +24,11 @@ from .optim import AdamW, Group, Schedule, Train, learning_rate, trainable_names
 from .parameters import Parameters
 from .state import DecodeState
 from .streams import StreamStates
-from .targets import TargetCache, Targets
+from .targets import Form, OnlineTargets, TargetCache, Targets
 from .training import Metrics, Validation, train
 
-TargetSource = TargetCache | Mapping[str, TargetCache] | Model | None
+OfRows = TargetCache | OnlineTargets
+TargetSource = OfRows | Mapping[str, OfRows] | Model | None
 
 
 def distill(
@@ -68,9 +69,11 @@ def distill(
     """Train the student in place; yields metrics a step.
 
     targets: a cache made of the same rows (one, or one per domain of `data`), the teacher itself
-    (its `k` best tokens are then computed on the way), or None for cross-entropy alone. A step
-    takes `rows` rows of `length` tokens, `micro_rows` at a time. The learning rate rises over the
-    share `warmup` of the steps to `lr` and goes on as `schedule` says (`optim.learning_rate`).
+    (its `k` targets of a position are then computed on the way, the same bits as from a cache), or
+    None for cross-entropy alone. With kl_form "sampled" they are draws, else the most probable
+    tokens. A step takes `rows` rows of `length` tokens, `micro_rows` at a time. The learning rate
+    rises over the share `warmup` of the steps to `lr` and goes on as `schedule` says
+    (`optim.learning_rate`).
     rates: factors of it for groups of tensors (`optim.Group`), {"mixer": 60} say: few steps move
     the mixers too little at a rate that the teacher's weights bear. average: the student ends as
     the running mean of its values, which keeps this share in a step (None: as the last ones).
@@ -109,6 +112,7 @@ def distill(
         raise UserError("distill: the adapter belongs to another model than the student")
     batches = as_batches(data, rows, length, seed, streams=rows if state_passing else 0)
     streams = StreamStates(student, batches) if state_passing else None
+    of_domains = _of_domains(targets, batches, k, kl_form)
     if isinstance(train_what, Lora):
         names, params = train_what.wanted, train_what.params
     else:
@@ -128,7 +132,7 @@ def distill(
         "ce_weight": ce_weight,
         "kl_weight": kl_weight,
         "kl_form": kl_form,
-        "k": _k_of(targets, k),
+        "k": next((source.k for source in (of_domains or {}).values()), None),
         "lr": lr,
         "rates": optimiser.rates,
         "warmup": warmup,
@@ -186,7 +190,7 @@ def distill(
 
         def one(part: Batch, into: Parameters) -> Sums:
             around = None if streams is None else streams.around(part)
-            return sums_of(part, _targets_of(part, targets, k), into, scale, gate, around)
+            return sums_of(part, _targets_of(part, of_domains), into, scale, gate, around)
 
         into = grads if of_student is None else of_student
         sums = accumulate(list(batch.parts(micro_rows)), one, into)
@@ -234,24 +238,32 @@ def _parts_of(targets: Targets | None, batch: Batch, rows: int) -> Iterator[Targ
         yield None if targets is None else (targets[0][s], targets[1][s])
 
 
-def _k_of(targets: TargetSource, k: int) -> int | None:
-    if isinstance(targets, TargetCache):
-        return targets.k
-    if isinstance(targets, Mapping):
-        return next(iter(targets.values())).k
-    return None if targets is None else k
-
-
-def _targets_of(batch: Batch, targets: TargetSource, k: int) -> Targets | None:
+def _of_domains(
+    targets: TargetSource, batches: Batches, k: int, kl_form: KlForm
+) -> Mapping[str, OfRows] | None:
+    """The targets of each domain, of the form that `kl_form` needs; None without targets."""
     if targets is None:
         return None
+    form: Form = "sampled" if kl_form == "sampled" else "topk"
     if isinstance(targets, Model):
-        ids, logp, _ = targets.topk(batch.ids, k, reset=batch.reset)
-        return ids, np.asarray(logp, dtype=np.float32)
-    parts = []
-    for domain, row in batch.rows:
-        if isinstance(targets, Mapping) and domain not in targets:
+        rows = batches.sources.items()
+        return {name: OnlineTargets(targets, own, k, form) for name, own in rows}
+    if not isinstance(targets, Mapping):
+        targets = dict.fromkeys(batches.sources, targets)
+    for source in targets.values():
+        if source.form != form:
+            raise UserError(
+                f"distill: kl_form {kl_form} needs targets of the form {form}, these are "
+                f"{source.form}"
+            )
+    return targets
+
+
+def _targets_of(batch: Batch, targets: Mapping[str, OfRows] | None) -> Targets | None:
+    if targets is None:
+        return None
+    for domain, _ in batch.rows:
+        if domain not in targets:
             raise UserError(f"distill: there are no targets of domain {domain!r}")
-        cache = targets if isinstance(targets, TargetCache) else targets[domain]
-        parts.append(cache.get([row]))
+    parts = [targets[domain].get([row]) for domain, row in batch.rows]
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])

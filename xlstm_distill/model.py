@@ -499,6 +499,20 @@ class Model:
         shape = hidden.shape[:2]
         return tid.reshape(*shape, k), logp.reshape(*shape, k), mass.reshape(shape)
 
+    def draws(
+        self, ids: ArrayLike, uniform: NDArray[np.float64], reset: ArrayLike | None = None
+    ) -> tuple[IntArray, IntArray]:
+        """Draws from the next tokens of every position: those that were drawn, ids [B, T, k] by
+        rising id, and how often each was, counts [B, T, k] (0 behind the last one). uniform
+        [B, T, k] in [0, 1), rising in the last axis, decides them (ops.head_draws)."""
+        hidden = self.hidden(ids, None, reset)
+        flat, u = hidden.reshape(-1, hidden.shape[-1]), uniform.reshape(-1, uniform.shape[-1])
+        tid, counts = np.empty(u.shape, dtype=np.int32), np.empty(u.shape, dtype=np.int32)
+        with self._lock:
+            work = self._workspace(self._need(_HEAD, 1, *u.shape))
+            self.core.model_draws(self.capsule, self.params.raw, flat, u, tid, counts, work)
+        return tid.reshape(uniform.shape), counts.reshape(uniform.shape)
+
     def divergence(
         self, students: Sequence[Model], ids: ArrayLike, reset: ArrayLike | None = None
     ) -> dict[str, NDArray[Any]]:

@@ -30,7 +30,9 @@ from .atomic import write_text
 from .errors import UserError, first_problem
 from .evaluate.tasks import check_name
 from .lora import TARGETS, Target
+from .model import KlForm
 from .optim import Group, Schedule
+from .targets import Form
 from .trackers import Name as TrackerName
 
 GENERALIST = "generalist"
@@ -194,9 +196,12 @@ class AlignSection(_Section):
 
 
 class TargetsSection(_Section):
-    """The teacher's targets: the k most probable tokens of a position."""
+    """The teacher's targets of a position: its k most probable tokens, or k draws. `online`: they
+    are computed when stage II asks for them, and not stored."""
 
+    form: Form = "topk"
     k: int = Field(default=256, ge=1)
+    online: bool = False
 
 
 class LoraSection(_Section):
@@ -218,7 +223,7 @@ class DistillSection(_Section):
     micro_rows: int = Field(default=1, ge=1)
     ce_weight: float = Field(default=0.1, ge=0)
     kl_weight: float = Field(default=0.9, ge=0)
-    kl_form: Literal["renormalised", "tail"] = "renormalised"
+    kl_form: KlForm = "renormalised"
     lr: float = Field(default=1e-4, gt=0)
     rates: GroupRates = Field(default_factory=dict)
     warmup: float = Field(default=0.1, ge=0, le=1)
@@ -344,6 +349,11 @@ class Recipe(_Section):
             raise ValueError(
                 "distill.state_passing needs a student.window and no student.keep_attention: full "
                 "attention would keep the keys of whole documents"
+            )
+        if (self.distill.kl_form == "sampled") != (self.targets.form == "sampled"):
+            raise ValueError(
+                f"distill.kl_form {self.distill.kl_form} does not fit targets.form "
+                f"{self.targets.form}: sampled is for sampled, the others for topk"
             )
         hybrid = self.student.mixer == "hybrid" and self.student.window is not None
         if self.evaluate.branches and not hybrid:

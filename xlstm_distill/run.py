@@ -30,7 +30,7 @@ from .cleaning import Collection, Contamination, read_hashes
 from .communicator import Communicator, world
 from .config import ModelConfig
 from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joined
-from .distill import distill
+from .distill import OfRows, distill
 from .errors import UserError
 from .evaluate import passages, questions
 from .evaluate.tasks import find_task
@@ -44,7 +44,7 @@ from .recipe import GENERALIST, DomainSection, Recipe, SampledSource
 from .rundir import Interrupt, RunDirectory
 from .sampling import read_documents, sample_documents
 from .sources import Document
-from .targets import TargetCache, Targets, identity_of, write_targets
+from .targets import OnlineTargets, TargetCache, Targets, identity_of, write_targets
 from .texts import Malformed
 from .tokenizer import Tokenizer
 from .trackers import Trackers, check_installed
@@ -515,12 +515,16 @@ class Run:
 
     @property
     def _k(self) -> int:
-        """Targets of a position: those of the recipe, or the whole vocabulary."""
-        return min(self.recipe.targets.k, self.teacher.config.vocab_size)
+        """Targets of a position: those of the recipe; of most probable tokens all there are."""
+        section = self.recipe.targets
+        if section.form == "sampled":
+            return section.k
+        return min(section.k, self.teacher.config.vocab_size)
 
     def run_targets(self) -> None:
-        """The teacher's targets of every row that stage II will see."""
-        if self.recipe.distill.kl_weight == 0 or self.comm.broadcast(self._all_trained()):
+        """The teacher's targets of every row that stage II will see, unless they are online."""
+        wanted_here = self.recipe.distill.kl_weight > 0 and not self.recipe.targets.online
+        if not wanted_here or self.comm.broadcast(self._all_trained()):
             return
         wanted: dict[str, int] = {}
         for student in self.recipe.trained:
@@ -537,7 +541,13 @@ class Run:
                 place = self.path / "targets" / name
                 packed = self.rows(name, self._streams)
                 metrics = write_targets(
-                    self.teacher, packed, place, count=count, k=self._k, comm=self.comm
+                    self.teacher,
+                    packed,
+                    place,
+                    count=count,
+                    k=self._k,
+                    form=self.recipe.targets.form,
+                    comm=self.comm,
                 )
                 self.follow(metrics, stage, f"targets: {name}")
 
@@ -609,17 +619,30 @@ class Run:
         batch = joined(parts)
         if section.kl_weight == 0:
             return batch, None
-        found = self.comm.map(
-            lambda p: self.teacher.topk(p.ids, self._k, reset=p.reset)[:2], batch.parts(1)
-        )
+
+        def of_row(p: Batch) -> Targets:
+            if self.recipe.targets.form == "topk":  # exact, not rounded as those that are stored
+                return self.teacher.topk(p.ids, self._k, reset=p.reset)[:2]
+            ((domain, row),) = p.rows
+            return self._online(batches.sources[domain]).get([row])
+
+        found = self.comm.map(of_row, batch.parts(1))
         ids, logp = (np.concatenate(x) for x in zip(*found, strict=True))
         return batch, (ids, logp)
 
-    def _targets(self, batches: Batches, steps: int) -> dict[str, TargetCache]:
-        found = {}
+    def _online(self, rows: Rows) -> OnlineTargets:
+        return OnlineTargets(self.teacher, rows, self._k, self.recipe.targets.form)
+
+    def _targets(self, batches: Batches, steps: int) -> dict[str, OfRows]:
+        """Targets of each domain that the steps reach."""
+        found: dict[str, OfRows] = {}
         for name, rows in batches.sources.items():
-            if batches.first_rows(steps)[name]:
-                expect = identity_of(self.teacher, rows, self._k)
+            if not batches.first_rows(steps)[name]:
+                continue
+            if self.recipe.targets.online:
+                found[name] = self._online(rows)
+            else:
+                expect = identity_of(self.teacher, rows, self._k, self.recipe.targets.form)
                 found[name] = TargetCache(self.path / "targets" / name, expect)
         return found
 

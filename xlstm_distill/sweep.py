@@ -200,7 +200,7 @@ def _parts(recipe: Recipe) -> Iterator[_Part]:
     yield _Part("student0", ("linearize",), student)
     stage_one = {key: values[key] for key in ("align", "accumulation")}
     yield _Part("aligned", ("align",), {**student, **rows, **stage_one})
-    if section.kl_weight:
+    if section.kl_weight and not recipe.targets.online:
         reached = {key: values[key] for key in ("targets", "experts", "generalist")}
         reached.update(steps=section.steps, rows_a_step=section.rows)
         reached["state_passing"] = section.state_passing  # it numbers rows in another way

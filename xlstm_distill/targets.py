@@ -1,9 +1,14 @@
-"""The teacher's targets on disk: the k most probable tokens of every position of packed rows.
+"""The teacher's targets of every position of packed rows: its k most probable tokens, or k draws.
 
 A cache is a directory of shards with a manifest that names the teacher, the tokenizer and the rows
-it belongs to. Ids are uint16 where the vocabulary has at most 65,536 tokens and int32 otherwise;
-log-probabilities are float16 (relative error at most 2^-11, so 0.005 at log p = -10); the captured
-mass is float32. Every shard has a sha256 in the manifest that is verified when it is read.
+it belongs to. Ids are uint16 where the vocabulary has at most 65,536 tokens and int32 otherwise.
+Of the form topk log-probabilities are float16 (relative error at most 2^-11, so 0.005 at
+log p = -10) and the captured mass is float32; of the form sampled the tokens that were drawn are
+kept with how often each was. The draws of a row follow from the seed and the number of the row.
+Every shard has a sha256 in the manifest that is verified when it is read.
+
+`OnlineTargets` has the teacher beside the student and stores nothing; what a student sees are the
+same bits.
 """
 
 from __future__ import annotations
@@ -12,9 +17,9 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,19 +31,138 @@ from .errors import UserError
 from .model import Model
 
 Targets = tuple[NDArray[np.int32], NDArray[np.float32]]
+Form = Literal["topk", "sampled"]
 ROWS_PER_SHARD = 8
 _SHARDS_IN_MEMORY = 4
 
+_UNSAID = {"form": "topk"}
+"""What a manifest of the first form leaves out."""
 
-def identity_of(teacher: Model, rows: Rows, k: int) -> dict[str, Any]:
+_Arrays = dict[str, NDArray[Any]]
+
+
+# ---- what is kept of a row ----------------------------------------------------------------------
+
+
+class _TopK:
+    """The k most probable tokens and their log-probabilities [T, k]; `mass` [T], what they
+    capture."""
+
+    statistic = "mass"
+
+    def compute(self, teacher: Model, rows: Rows, index: int, k: int) -> _Arrays:
+        """What is kept of one row."""
+        ids, _, reset = rows.row(index)
+        tid, logp, mass = teacher.topk(ids[None], k, reset=reset[None])
+        return {
+            "ids": tid[0].astype(_id_type(teacher)),
+            "logp": np.maximum(logp[0], np.finfo(np.float16).min).astype(np.float16),
+            "mass": mass[0].astype(np.float32),
+        }
+
+    def pack(self, parts: Sequence[_Arrays]) -> _Arrays:
+        """A shard: what is kept of several rows."""
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def unpack(self, shard: _Arrays, number: int) -> _Arrays:
+        """What `pack` was given of one row."""
+        return {name: values[number] for name, values in shard.items()}
+
+    def targets(self, row: _Arrays, k: int) -> Targets:
+        """Ids and log-probabilities [T, k] of a row."""
+        return row["ids"].astype(np.int32), row["logp"].astype(np.float32)
+
+
+class _Sampled:
+    """The tokens that k draws gave, by rising id, and their counts, position after position;
+    `distinct` [T], how many tokens a position has."""
+
+    statistic = "distinct"
+
+    def compute(self, teacher: Model, rows: Rows, index: int, k: int) -> _Arrays:
+        """What is kept of one row."""
+        ids, _, reset = rows.row(index)
+        # Key (seed, 0) is that of the order of documents.
+        random = np.random.Generator(np.random.Philox(key=[rows.seed, 1 + index]))
+        uniform = np.sort(random.random((1, rows.length, k)), axis=-1)
+        tid, counts = teacher.draws(ids[None], uniform, reset[None])
+        drawn = counts[0] > 0
+        small = np.min_scalar_type(k)
+        return {
+            "ids": tid[0][drawn].astype(_id_type(teacher)),
+            "counts": counts[0][drawn].astype(small),
+            "distinct": drawn.sum(axis=1).astype(small),
+        }
+
+    def pack(self, parts: Sequence[_Arrays]) -> _Arrays:
+        """A shard: what is kept of several rows, end to end."""
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {**joined, "distinct": joined["distinct"].reshape(len(parts), -1)}
+
+    def unpack(self, shard: _Arrays, number: int) -> _Arrays:
+        """What `pack` was given of one row."""
+        ends = np.cumsum(shard["distinct"].sum(axis=1, dtype=np.int64))
+        own = slice(ends[number - 1] if number else 0, ends[number])
+        return {
+            "ids": shard["ids"][own],
+            "counts": shard["counts"][own],
+            "distinct": shard["distinct"][number],
+        }
+
+    def targets(self, row: _Arrays, k: int) -> Targets:
+        """Ids and log(count / k) [T, k] of a row; -inf behind the last token."""
+        there = np.arange(k) < row["distinct"][:, None]
+        ids, logp = np.zeros(there.shape, np.int32), np.full(there.shape, -np.inf, np.float32)
+        ids[there], logp[there] = row["ids"], np.log(row["counts"] / k)
+        return ids, logp
+
+
+_FORMS: dict[str, _TopK | _Sampled] = {"topk": _TopK(), "sampled": _Sampled()}
+
+
+def _id_type(teacher: Model) -> type[np.integer[Any]]:
+    return np.uint16 if teacher.config.vocab_size <= 1 << 16 else np.int32
+
+
+def _check_k(k: int, form: Form, vocab: int) -> None:
+    if form == "topk" and not 1 <= k <= vocab:
+        raise UserError(f"k is {k}, expected 1 to {vocab}")
+    if k < 1:
+        raise UserError(f"k is {k}, expected at least 1 draw")
+
+
+def identity_of(teacher: Model, rows: Rows, k: int, form: Form = "topk") -> dict[str, Any]:
     """What a cache must agree on with those who use it."""
     tokenizer = teacher.tokenizer
-    return {
+    identity = {
         "teacher": teacher.fingerprint(),
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
         **rows.identity,
         "k": k,
     }
+    return identity if form == "topk" else {**identity, "form": form}
+
+
+class OnlineTargets:
+    """Targets that the teacher computes when they are asked for: those that a cache would hold."""
+
+    def __init__(self, teacher: Model, rows: Rows, k: int = 256, form: Form = "topk") -> None:
+        _check_k(k, form, teacher.config.vocab_size)
+        self.teacher, self.rows, self.k, self.form = teacher, rows, k, form
+
+    def get(self, indices: Sequence[int]) -> Targets:
+        """As `TargetCache.get`."""
+        form = _FORMS[self.form]
+        kept = (form.compute(self.teacher, self.rows, index, self.k) for index in indices)
+        return _stacked(form.targets(row, self.k) for row in kept)
+
+
+def _stacked(rows: Iterable[Targets]) -> Targets:
+    ids, logp = zip(*rows, strict=True)
+    return np.stack(ids), np.stack(logp)
+
+
+# ---- on disk ------------------------------------------------------------------------------------
 
 
 def write_targets(
@@ -48,23 +172,25 @@ def write_targets(
     *,
     count: int | None = None,
     k: int = 256,
+    form: Form = "topk",
     comm: Communicator = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Compute targets of the first `count` rows (None: all); yields metrics a shard.
 
-    Finished shards of an earlier run are kept. The ranks of `comm` take shards in turns; the first
-    one writes them, the same bytes for any number of ranks. A directory made for another teacher,
-    tokenizer, text, length, seed or k is refused with a UserError that names the field and both
-    values.
+    form: the k most probable tokens of a position, or k draws. Finished shards of an earlier run
+    are kept. The ranks of `comm` take shards in turns; the first one writes them, the same bytes
+    for any number of ranks. A directory made for another teacher, tokenizer, text, length, seed, k
+    or form is refused with a UserError that names the field and both values.
+
+    Metrics: mass, the mean probability that the k tokens capture, or distinct, the mean number of
+    tokens that were drawn; tokens, seconds.
     """
-    vocab = teacher.config.vocab_size
-    if not 1 <= k <= vocab:
-        raise UserError(f"k is {k}, expected 1 to {vocab}")
+    _check_k(k, form, teacher.config.vocab_size)
     folder = Path(directory)
     total = len(rows) if count is None else count
     if not 0 < total <= len(rows):
         raise UserError(f"targets of {total} rows were asked for, the text has {len(rows)}")
-    wanted = identity_of(teacher, rows, k)
+    wanted = identity_of(teacher, rows, k, form)
     done = comm.broadcast(_finished(folder, wanted) if comm.first else [])
     steps = -(-total // ROWS_PER_SHARD)
 
@@ -73,12 +199,12 @@ def write_targets(
 
     def make(step: int) -> tuple[bytes, float, float]:
         started = time.perf_counter()
-        shard, mass = _shard(teacher, rows, indices_of(step), k)
-        return shard, mass, (time.perf_counter() - started) / comm.size
+        shard, mean = _shard(teacher, rows, indices_of(step), k, form)
+        return shard, mean, (time.perf_counter() - started) / comm.size
 
     enough = {s["file"]: s["rows"] for s in done}
     missing = [n for n in range(steps) if enough.get(_name(n), 0) < len(indices_of(n))]
-    for step, (shard, mass, seconds) in zip(missing, comm.map(make, missing), strict=True):
+    for step, (shard, mean, seconds) in zip(missing, comm.map(make, missing), strict=True):
         name, indices = _name(step), indices_of(step)
         entry = {"file": name, "rows": len(indices), "sha256": hashlib.sha256(shard).hexdigest()}
         done = sorted([*(s for s in done if s["file"] != name), entry], key=lambda s: s["file"])
@@ -91,7 +217,7 @@ def write_targets(
             "step": step + 1,
             "steps": steps,
             "tokens": len(indices) * rows.length,
-            "mass": mass,
+            _FORMS[form].statistic: mean,
             "seconds": seconds,
             "tokens_per_second": len(indices) * rows.length / seconds,
         }
@@ -110,22 +236,15 @@ def _finished(folder: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [s for s in manifest["shards"] if (folder / s["file"]).is_file()]
 
 
-def _shard(teacher: Model, rows: Rows, indices: range, k: int) -> tuple[bytes, float]:
-    """The bytes of one shard, and its mean captured mass."""
-    small = teacher.config.vocab_size <= 1 << 16
-    parts = []
-    for i in indices:  # one row at a time: the bits do not depend on how shards are cut
-        ids, _, reset = rows.row(i)
-        parts.append(teacher.topk(ids[None], k, reset=reset[None]))
-    tid, logp, mass = (np.concatenate(column) for column in zip(*parts, strict=True))
+def _shard(teacher: Model, rows: Rows, indices: range, k: int, form: Form) -> tuple[bytes, float]:
+    """The bytes of one shard, and the mean of its statistic."""
+    how = _FORMS[form]
+    # One row at a time: the bits do not depend on how shards are cut.
+    shard = how.pack([how.compute(teacher, rows, index, k) for index in indices])
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        ids=tid.astype(np.uint16 if small else np.int32),
-        logp=np.maximum(logp, np.finfo(np.float16).min).astype(np.float16),
-        mass=mass.astype(np.float32),
-    )
-    return buffer.getvalue(), float(mass.mean())
+    arrays: dict[str, Any] = shard
+    np.savez(buffer, **arrays)
+    return buffer.getvalue(), float(shard[how.statistic].mean())
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -140,6 +259,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    found, wanted = {**_UNSAID, **found}, {**_UNSAID, **wanted}
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(
@@ -155,36 +275,44 @@ class TargetCache:
         """Open `directory`; `expect` holds fields that must agree (`identity_of`, or a part)."""
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
-        _check_identity(self.directory, self.manifest, expect or {})
+        if expect is not None:
+            _check_identity(self.directory, self.manifest, expect)
         self.rows = sum(shard["rows"] for shard in self.manifest["shards"])
-        self._loaded: dict[int, dict[str, NDArray[Any]]] = {}
+        self._loaded: dict[int, _Arrays] = {}
 
     @property
     def k(self) -> int:
         """Targets of a position."""
         return int(self.manifest["k"])
 
-    def get(self, indices: Sequence[int]) -> Targets:
-        """Targets of rows: ids int32 [B, T, k] and log-probabilities float32 [B, T, k]."""
-        picked = [self._row(index) for index in indices]
-        ids = np.stack([p["ids"] for p in picked]).astype(np.int32)
-        return ids, np.stack([p["logp"] for p in picked]).astype(np.float32)
+    @property
+    def form(self) -> Form:
+        """The k most probable tokens, or k draws."""
+        form: Form = self.manifest.get("form", "topk")
+        return form
 
-    def mass(self) -> float:
-        """The mean probability that the targets capture."""
-        numbers = range(len(self.manifest["shards"]))
-        values = np.concatenate([self._shard(n)["mass"].reshape(-1) for n in numbers])
+    def get(self, indices: Sequence[int]) -> Targets:
+        """Targets of rows: ids int32 [B, T, k] and log-probabilities float32 [B, T, k]; of draws
+        the logarithms of their shares, -inf behind the last token that was drawn."""
+        form = _FORMS[self.form]
+        return _stacked(form.targets(self._row(index), self.k) for index in indices)
+
+    def mean(self) -> float:
+        """Of the form topk the mean probability that the targets capture, of draws the mean number
+        of tokens that were drawn."""
+        numbers, name = range(len(self.manifest["shards"])), _FORMS[self.form].statistic
+        values = np.concatenate([self._shard(n)[name].reshape(-1) for n in numbers])
         return float(values.mean(dtype=np.float64))
 
-    def _row(self, index: int) -> dict[str, NDArray[Any]]:
+    def _row(self, index: int) -> _Arrays:
         if not 0 <= index < self.rows:
             raise UserError(
                 f"{self.directory}: has targets of {self.rows} rows, not of row {index}"
             )
         shard = self._shard(index // ROWS_PER_SHARD)
-        return {name: values[index % ROWS_PER_SHARD] for name, values in shard.items()}
+        return _FORMS[self.form].unpack(shard, index % ROWS_PER_SHARD)
 
-    def _shard(self, number: int) -> dict[str, NDArray[Any]]:
+    def _shard(self, number: int) -> _Arrays:
         if number not in self._loaded:
             entry = self.manifest["shards"][number]
             path = self.directory / entry["file"]

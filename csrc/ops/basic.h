@@ -123,6 +123,12 @@ xl_status xl_head_loss(xl_ctx *ctx, const xl_head *a, double *sums, real *row_ce
  * softmax) [N, k] and their summed probability mass [N]. */
 xl_status xl_head_topk(xl_ctx *ctx, const xl_head *a, int32_t *ids, real *logp, real *mass,
                        const real *x, xl_mat w, void *scratch);
+/* k draws from each row's softmax, by the inverse of its distribution function at uniform [N, k] in
+ * [0, 1), which rise within a row: the tokens that were drawn by rising id, and how often each was,
+ * [N, k]; behind them id 0 with count 0. XL_FLOATING names a row whose largest logit is not
+ * finite. */
+xl_status xl_head_draws(xl_ctx *ctx, const xl_head *a, int32_t *ids, int32_t *counts, const real *x,
+                        xl_mat w, const double *uniform, void *scratch);
 /* Per row, over the whole vocabulary, for one or more students of one teacher: kl = KL(teacher ||
  * student), agree = 1 where both have the same most probable token, nll of the labels, [students,
  * N], and the teacher's nll [N] (nll 0 where the label is -1). The teacher's logits are made once.

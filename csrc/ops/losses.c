@@ -256,6 +256,70 @@ xl_status xl_head_topk(xl_ctx *ctx, const xl_head *a, int32_t *ids, real *logp, 
     return XL_OK;
 }
 
+/* ---- draws -------------------------------------------------------------------------------- */
+
+/* e = exp(z - max z) of a row */
+static void draw(ptrdiff_t V, ptrdiff_t k, const real *e, const double *uniform, int32_t *ids,
+                 int32_t *counts) {
+    double total = 0, sum = 0;
+    ptrdiff_t last = 0, drawn = 0, distinct = 0;
+    for (ptrdiff_t v = 0; v < V; v++) {
+        total += (double)e[v];
+        if (e[v] > 0) last = v;
+    }
+    memset(ids, 0, (size_t)k * sizeof *ids);
+    memset(counts, 0, (size_t)k * sizeof *counts);
+    for (ptrdiff_t v = 0; drawn < k; v++) {
+        sum += (double)e[v];
+        ptrdiff_t before = drawn;
+        /* at the last one the product may have been rounded up to the total */
+        while (drawn < k && (v == last || uniform[drawn] * total < sum)) drawn++;
+        if (drawn == before) continue;
+        ids[distinct] = (int32_t)v;
+        counts[distinct++] = (int32_t)(drawn - before);
+    }
+}
+
+static xl_status check_uniform(xl_ctx *ctx, const xl_head *a, const double *uniform) {
+    for (ptrdiff_t n = 0; n < a->N; n++)
+        for (ptrdiff_t j = 0; j < a->k; j++) {
+            double u = uniform[n * a->k + j], before = j ? uniform[n * a->k + j - 1] : 0;
+            if (!(u >= before && u < 1))
+                return xl_fail(ctx, XL_VALUE,
+                               "uniform[%td] of row %td is %g behind %g, expected a rising row in "
+                               "[0, 1)",
+                               j, n, u, before);
+        }
+    return XL_OK;
+}
+
+xl_status xl_head_draws(xl_ctx *ctx, const xl_head *a, int32_t *ids, int32_t *counts, const real *x,
+                        xl_mat w, const double *uniform, void *scratch) {
+    if (a->V < 1) return xl_fail(ctx, XL_VALUE, "the vocabulary is empty");
+    XL_TRY(check_uniform(ctx, a, uniform));
+    workspace s;
+    plan(ctx, a, scratch, &s);
+    ptrdiff_t bad = a->N; /* the first row that cannot be drawn from */
+    for (ptrdiff_t n0 = 0; n0 < a->N; n0 += ROWS) {
+        ptrdiff_t rows = xl_min(ROWS, a->N - n0);
+        XL_TRY(make_logits(ctx, a, s.logits, x, w, n0, rows, s.matmul));
+#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) reduction(min : bad)
+        for (ptrdiff_t i = 0; i < rows; i++) {
+            const real *z = s.logits + i * a->V;
+            real *e = s.row + omp_get_thread_num() * a->V, top = ctx->k->max(a->V, z);
+            ptrdiff_t at = (n0 + i) * a->k;
+            if (!isfinite(top)) {
+                bad = xl_min(bad, n0 + i);
+                continue;
+            }
+            ctx->k->exp_sum(a->V, z, top, e);
+            draw(a->V, a->k, e, uniform + at, ids + at, counts + at);
+        }
+    }
+    if (bad < a->N) return xl_fail(ctx, XL_FLOATING, "logits of row %td are not finite", bad);
+    return XL_OK;
+}
+
 /* ---- divergence --------------------------------------------------------------------------- */
 
 static ptrdiff_t arg_max(ptrdiff_t n, const real *z) {

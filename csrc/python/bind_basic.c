@@ -293,6 +293,21 @@ static PyObject *head_topk(PyObject *module, PyObject *const *args, Py_ssize_t n
     return xl_end(&c, c.status);
 }
 
+/* head_draws(ids i32 [N, K], counts i32 [N, K], x [N, D], w [V, D], uniform f64 [N, K]) */
+static PyObject *head_draws(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 5)) return NULL;
+    int32_t *ids = xl_inout_i32(&c, args[0], "ids", "NK");
+    int32_t *counts = xl_inout_i32(&c, args[1], "counts", "NK");
+    const real *x = xl_in(&c, args[2], "x", "ND"), *w = xl_in(&c, args[3], "w", "VD");
+    const double *uniform = xl_in_f64(&c, args[4], "uniform", "NK");
+    xl_head head = head_sizes(&c);
+    void *scratch = xl_scratch(&c, xl_head_scratch(&c.ctx, &head));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_head_draws(&c.ctx, &head, ids, counts, x, xl_real_mat(w), uniform, scratch));
+    return xl_end(&c, c.status);
+}
+
 /* head_divergence(kl [N], agree [N], nll [N], teacher_nll [N], x [N, D], w [V, D],
  *                 teacher_x [N, D], teacher_w [V, D], labels [N]) */
 static PyObject *head_divergence(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
@@ -458,6 +473,7 @@ PyMethodDef xl_methods_basic[] = {
     METHOD(swiglu_backward),
     METHOD(head_loss),
     METHOD(head_topk),
+    METHOD(head_draws),
     METHOD(head_divergence),
     METHOD(sample),
     METHOD(mse_forward),

@@ -406,6 +406,27 @@ static PyObject *model_topk(PyObject *module, PyObject *const *args, Py_ssize_t 
     return xl_end(&c, c.status);
 }
 
+/* model_draws(config, params, x [N, d], uniform f64 [N, k], ids [N, k], counts [N, k], work) */
+static PyObject *model_draws(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 7)) return NULL;
+    const xl_config *config = take_config(&c, args[0]);
+    if (c.failed) return xl_end(&c, XL_OK);
+    xl_params params;
+    place_params(&c, config, args[1], "params", 0, NULL, &params);
+    xl_set_dim(&c, 'D', config->d);
+    const real *x = xl_in(&c, args[2], "x", "ND");
+    const double *uniform = xl_in_f64(&c, args[3], "uniform", "NK");
+    int32_t *ids = xl_inout_i32(&c, args[4], "ids", "NK");
+    int32_t *counts = xl_inout_i32(&c, args[5], "counts", "NK");
+    if (c.failed) return xl_end(&c, XL_OK);
+    xl_head head = head_args(config, xl_dim(&c, 'N'), xl_dim(&c, 'K'));
+    void *work = take_work(&c, args[6], xl_head_scratch(&c.ctx, &head));
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_head_draws(&c.ctx, &head, ids, counts, x, params.head, uniform, work));
+    return xl_end(&c, c.status);
+}
+
 #define MAX_STUDENTS 64
 
 /* model_divergence(config, params, x [N, d] of the teacher, [(config, params, x)] of the students,
@@ -460,7 +481,7 @@ static PyObject *model_divergence(PyObject *module, PyObject *const *args, Py_ss
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 PyMethodDef xl_methods_model[] = {
-    METHOD(config_new),  METHOD(plan_list),        METHOD(work_bytes),    METHOD(model_forward),
-    METHOD(model_train), METHOD(model_align),      METHOD(model_logits),  METHOD(model_score),
-    METHOD(model_topk),  METHOD(model_divergence), {NULL, NULL, 0, NULL},
+    METHOD(config_new),  METHOD(plan_list),   METHOD(work_bytes),       METHOD(model_forward),
+    METHOD(model_train), METHOD(model_align), METHOD(model_logits),     METHOD(model_score),
+    METHOD(model_topk),  METHOD(model_draws), METHOD(model_divergence), {NULL, NULL, 0, NULL},
 };

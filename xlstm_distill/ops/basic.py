@@ -199,6 +199,24 @@ def head_topk(x: ArrayLike, w: ArrayLike, k: int) -> tuple[Array, Array, Array]:
     return ids, logp, mass
 
 
+def head_draws(
+    x: ArrayLike, w: ArrayLike, uniform: ArrayLike
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """k draws from softmax(x wᵀ) of each row; x [N, d], w [V, d], uniform [N, k] float64.
+
+    A draw is the first token at which the distribution function exceeds `uniform`, in [0, 1) and
+    rising within a row (ValueError otherwise). Returns (ids [N, k], counts [N, k]), both int32: the
+    tokens that were drawn by rising id and how often each was; behind them id 0 with count 0.
+    Raises FloatingPointError for a row whose largest logit is not finite.
+    """
+    dtype = common_dtype(x, w)
+    x, w = floats("x", x, 2, dtype), floats("w", w, 2, dtype)
+    u = floats("uniform", uniform, 2, np.float64)
+    ids, counts = np.empty(u.shape, np.int32), np.empty(u.shape, np.int32)
+    core(dtype).head_draws(ids, counts, x, w, u)
+    return ids, counts
+
+
 def head_divergence(
     x: ArrayLike, w: ArrayLike, teacher_x: ArrayLike, teacher_w: ArrayLike, labels: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:

@@ -30,6 +30,7 @@ from xlstm_distill.reference.lolcats import lolcats_backward, lolcats_forward
 from xlstm_distill.reference.losses import (
     divergence,
     head_divergence,
+    head_draws,
     head_loss,
     head_topk,
     mse_backward,
@@ -63,6 +64,7 @@ __all__ = [
     "feature_map_forward",
     "fold_output_gate",
     "head_divergence",
+    "head_draws",
     "head_loss",
     "head_topk",
     "linear_backward",

@@ -92,6 +92,23 @@ def head_topk(x: Array, w: Array, k: int) -> tuple[Array, Array, Array]:
     return ids, logp, np.sum(np.exp(logp), axis=1)
 
 
+def head_draws(x: Array, w: Array, uniform: Array) -> tuple[Array, Array]:
+    """(ids [N, k], counts [N, k], both int32): k draws from softmax(x wᵀ), row by row.
+
+    A draw is the first token at which the distribution function exceeds uniform [N, k] in [0, 1),
+    which rises within a row. Drawn tokens stand by rising id with how often they were drawn; behind
+    them id 0 with count 0. x [N, d], w [V, d].
+    """
+    ids, counts = np.zeros(uniform.shape, np.int32), np.zeros(uniform.shape, np.int32)
+    for n, z in enumerate(x @ w.T):
+        below = np.cumsum(np.exp(z - z.max()).astype(np.float64))
+        drawn = np.searchsorted(below, uniform[n] * below[-1], side="right")
+        last = np.flatnonzero(z > -np.inf)[-1]  # the product may be rounded up to the total
+        found, times = np.unique(np.minimum(drawn, last), return_counts=True)
+        ids[n, : len(found)], counts[n, : len(found)] = found, times
+    return ids, counts
+
+
 def divergence(zt: Array, zs: Array, labels: Array) -> tuple[Array, Array, Array, Array]:
     """(kl, agree, nll_s, nll_t), each [N], of logits zt (teacher) and zs (student), both [N, V].
 
