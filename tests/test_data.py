@@ -120,7 +120,7 @@ def test_stdlib_skips_what_is_no_library(tmp_path, tokenizer):
 
 
 def test_own_stdlib_is_text_enough(tokenizer):
-    some = sources.up_to(sources.read_stdlib(tokenizer), 200_000)
+    some = list(sources.up_to(sources.read_stdlib(tokenizer), 200_000))
     assert sum(len(d.ids) for d in some) >= 200_000
     names = [d.name for d in some]
     assert names == sorted(names, key=sources.hash_order)

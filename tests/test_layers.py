@@ -100,6 +100,7 @@ LEAVES = [
     "families",
     "atomic",
     "communicator",
+    "spool",
     "errors",
 ]
 # They check everything else and depend on nothing.

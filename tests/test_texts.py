@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import tempfile
+import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_run
 
-from xlstm_distill import sources
+from xlstm_distill import runtime, sources
 from xlstm_distill.data import Rows, TokenData
 from xlstm_distill.errors import UserError
 from xlstm_distill.sampling import read_prompts
@@ -82,11 +88,16 @@ def test_a_ten_megabyte_line_is_refused_by_its_key(tmp_path, tokenizer):
     assert len(list(read_texts(paths, tokenizer, Malformed()))) == 2
 
 
-def test_a_byte_that_the_vocabulary_lacks_is_counted(tmp_path):
+@pytest.fixture(scope="module")
+def lacking():
+    """A tokenizer without a token for z."""
     core = tiny_run.tokenizer()
     layout = json.loads(core._core.to_str())
     del layout["model"]["vocab"]["z"]
-    lacking = type(core)(type(core._core).from_str(json.dumps(layout)))
+    return type(core)(type(core._core).from_str(json.dumps(layout)), chat_template=tiny_run.CHAT)
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_counted(tmp_path, lacking):
     write(tmp_path / "a.jsonl", {"text": "ab"}, {"text": "xyz"}, {"text": "cd"})
     malformed = Malformed(skip=True)
     found = sources.read_files([tmp_path / "a.jsonl"], lacking, malformed)
@@ -102,6 +113,127 @@ def test_what_is_no_document_is_refused_with_skip_too(tmp_path, tokenizer):
     for name, message in (("a.parquet", "cannot read"), ("b.txt", "no such file")):
         with pytest.raises(UserError, match=message):
             list(read_texts([tmp_path / name], tokenizer, Malformed(skip=True)))
+
+
+# ---- several threads, and the disk --------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; it is set back."""
+    before = runtime.threads()
+    yield runtime.set_threads
+    runtime.set_threads(before)
+
+
+def mixed_records(count: int) -> list[Any]:
+    """Documents of every kind, some of which cannot be used."""
+    records: list[Any] = []
+    for n in range(count):
+        records += [{"text": f"{n} " * (1 + n % 50)}, {"prompt": f"{n}+1=", "completion": "2"}]
+        if n % 9 == 4:
+            records.append({"messages": CHAT})
+        if n % 31 == 5:
+            records += [BAD["not JSON"], {"text": f"{n} z"}, {"text": " "}]
+    return records
+
+
+def test_nothing_depends_on_the_number_of_threads(tmp_path, lacking, threads):
+    write(tmp_path / "a.jsonl", *mixed_records(200))
+    found = []
+    for n in (1, 2, 5):
+        threads(n)
+        malformed = Malformed(skip=True)
+        read = list(sources.read_files([tmp_path / "a.jsonl"], lacking, malformed, answers=True))
+        counted = [None if d.counted is None else d.counted.tolist() for d in read]
+        facts = (dict(malformed.counts), malformed.places)
+        found.append(([d[:2] for d in read], counted, facts))
+    assert found[0] == found[1] == found[2]
+    _, _, (counts, places) = found[0]
+    assert set(counts) == {"not JSON", "empty", "byte without a token"} and len(places) == 20
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_first_text_that_cannot_be_used_ends_the_reading(tmp_path, lacking, threads, n):
+    threads(n)
+    good = [{"text": "ab"}] * 100
+    # The byte comes first, though the broken line is read before the byte is encoded.
+    write(tmp_path / "a.jsonl", *good, {"text": "z"}, *good, BAD["not JSON"])
+    read = sources.read_files([tmp_path / "a.jsonl"], lacking)
+    with pytest.raises(UserError, match=r"a\.jsonl:101: .*0x7a"):
+        list(read)
+    write(tmp_path / "a.jsonl", *good, *good, BAD["not JSON"])
+    read = sources.read_files([tmp_path / "a.jsonl"], lacking)
+    assert [next(read).name for _ in range(64 * 3)][-1] == "a.jsonl:192"
+    with pytest.raises(UserError, match=r"a\.jsonl:201: not valid JSON"):
+        next(read)
+
+
+def test_a_reader_that_stops_early_reads_little_further(tmp_path, tokenizer, threads):
+    threads(2)
+    write(tmp_path / "a.jsonl", *[{"text": f"{n}"} for n in range(2000)])
+    malformed = Malformed(skip=True)
+    read = sources.read_files([tmp_path / "a.jsonl"], tokenizer, malformed)
+    some = list(sources.up_to(read, 100))
+    assert 20 < len(some) < 64 and sum(len(d.ids) for d in some) >= 100
+
+
+def test_spooled_documents_are_the_same_and_on_disk(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", *mixed_records(40)[:60])
+    (tmp_path / "place").mkdir()
+
+    def read():
+        malformed = Malformed(skip=True)
+        return sources.read_files([tmp_path / "a.jsonl"], tokenizer, malformed, answers=True)
+
+    plain, kept = list(read()), sources.spooled(read(), tmp_path / "place")
+    assert list((tmp_path / "place").iterdir()) == []
+    for a, b in zip(plain, kept, strict=True):
+        assert a.name == b.name and a.ids == b.ids.tolist()
+        assert (a.counted is None) == (b.counted is None)
+        assert a.counted is None or np.array_equal(a.counted, b.counted)
+        assert isinstance(b.ids.base.base, np.memmap)  # a view of all of them, which is a map
+    assert sources.spooled([], tmp_path / "place") == []
+    data = TokenData.from_documents([d.ids for d in kept], tokenizer.vocab_size)
+    there = TokenData.from_documents(
+        [d.ids for d in kept], tokenizer.vocab_size, place=tmp_path / "place"
+    )
+    assert there.fingerprint == data.fingerprint and isinstance(there.ids.base, np.memmap)
+    for one in (data, there):
+        one.save(tmp_path / "saved" / str(len(list(tmp_path.glob("saved/*")))))
+    files = [(tmp_path / "saved" / n / "ids.bin").read_bytes() for n in "01"]
+    assert files[0] == files[1]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer):
+    def peak(count: int) -> int:
+        file = tmp_path / f"{count}.jsonl"
+        write(file, *[{"text": "a river " * 400}] * count)
+        tracemalloc.start()
+        try:
+            kept = sources.spooled(sources.read_files([file], tokenizer), tmp_path)
+            TokenData.from_documents((d.ids for d in kept), 259, place=tmp_path)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(500), peak(4000)
+    # 3,500 documents more have 11 million tokens, 90 MB as lists of ints; memory holds their names.
+    assert many - few < 3_500 * 1000
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    document = sources.Document("a", [1, 2, 3])
+    with pytest.raises(UserError, match="cannot write: No space left"):
+        sources.spooled([document], tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="nowhere: cannot write: No such file"):
+        sources.spooled([document], tmp_path / "nowhere")
 
 
 # ---- Parquet and Arrow --------------------------------------------------------------------------

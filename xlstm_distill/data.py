@@ -23,10 +23,14 @@ from numpy.typing import NDArray
 from .atomic import atomic_directory
 from .errors import UserError
 from .sources import Document, document_end, read_files
+from .spool import Spool
 from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 _IDS, _OFFSETS, _COUNTED = "ids.bin", "offsets.npy", "counted.bin"
+
+_PIECE = 1 << 20
+"""Tokens that are widened at a time."""
 
 IntArray = NDArray[np.int32]
 
@@ -76,36 +80,37 @@ class TokenData:
     @classmethod
     def from_documents(
         cls,
-        documents: Iterable[Sequence[int]],
+        documents: Iterable[Sequence[int] | NDArray[np.integer[Any]]],
         vocab_size: int,
         manifest: Mapping[str, Any] | None = None,
         where: str = "data",
         counted: Iterable[NDArray[np.bool_] | None] | None = None,
+        place: Path | None = None,
     ) -> TokenData:
-        """Documents (lists of token ids) in memory. UserError names an id that is out of range.
+        """Documents (lists of token ids) in memory, or in files without names in the directory
+        `place`. UserError names an id that is out of range.
 
         `counted`: of each document, the tokens to be learnt (None: all).
         """
-        dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        parts, lengths, masks = [], [], []
+        ids = Spool(np.uint16 if vocab_size <= 1 << 16 else np.uint32, place)
+        learnt, lengths, all_learnt = Spool(np.bool_, place), [], True
         given = itertools.repeat(None) if counted is None else counted
         for number, (document, mask) in enumerate(zip(documents, given, strict=False)):
             values = np.asarray(document, dtype=np.int64)
             if values.size == 0:
                 continue
-            masks.append(np.ones(values.size, np.bool_) if mask is None else mask)
+            learnt.append(np.ones(values.size, np.bool_) if mask is None else mask)
+            all_learnt = all_learnt and (mask is None or bool(mask.all()))
             if values.min() < 0 or values.max() >= vocab_size:
                 bad = int(values.min()) if values.min() < 0 else int(values.max())
                 raise UserError(
                     f"{where}: document {number} holds token id {bad}, outside 0..{vocab_size - 1}"
                 )
-            parts.append(values.astype(dtype))
+            ids.append(values)
             lengths.append(values.size)
-        ids = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        joined = np.concatenate(masks) if masks else np.ones(0, np.bool_)
-        learnt = None if joined.all() else joined
-        return cls(ids, offsets, {**(manifest or {}), "vocab_size": vocab_size}, where, learnt)
+        facts = {**(manifest or {}), "vocab_size": vocab_size}
+        return cls(ids.array(), offsets, facts, where, None if all_learnt else learnt.array())
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], tokenizer: Tokenizer) -> TokenData:
@@ -165,7 +170,8 @@ def _digest(
     ids: NDArray[Any], offsets: NDArray[np.int64], counted: NDArray[np.bool_] | None
 ) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(offsets, dtype="<i8").tobytes())
-    digest.update(np.ascontiguousarray(ids, dtype="<u4").data)
+    for start in range(0, len(ids), _PIECE):
+        digest.update(np.ascontiguousarray(ids[start : start + _PIECE], dtype="<u4").data)
     if counted is not None:
         digest.update(np.ascontiguousarray(counted).data)
     return digest.hexdigest()
@@ -178,9 +184,10 @@ def from_sources(
     where: str,
     vocab_size: int | None = None,
     facts: Mapping[str, Any] | None = None,
+    place: Path | None = None,
 ) -> TokenData:
     """Token data of read documents; the manifest says which tokenizer and sources made it, and
-    `facts`.
+    `facts`. `place` as for `from_documents`.
 
     `vocab_size`: the model's, where sampled text may hold ids that the tokenizer has no text for.
     """
@@ -193,7 +200,7 @@ def from_sources(
     }
     ids, counted = (d.ids for d in documents), (d.counted for d in documents)
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
-    return TokenData.from_documents(ids, size, manifest, where, counted)
+    return TokenData.from_documents(ids, size, manifest, where, counted, place)
 
 
 @dataclass(frozen=True)

@@ -238,6 +238,7 @@ class Run:
                 self.comm.barrier()
                 continue
             with self.timed(f"data {name}") as facts:
+                place.mkdir(parents=True, exist_ok=True)
                 found = self._collect(name, domain)
                 described = [source.model_dump() for source in domain.sources]
                 if domain.held_out_tokens:
@@ -246,7 +247,7 @@ class Run:
                     text.save(place / "evaluation")
                 where, vocab = f"text of {name}", self.checkpoint.config.vocab_size
                 data = from_sources(
-                    found.train, self.tokenizer, described, where, vocab, found.facts
+                    found.train, self.tokenizer, described, where, vocab, found.facts, place
                 )
                 self._packed(name, data, self._streams)  # refuses too little text now, not later
                 data.save(place / "train")
@@ -254,7 +255,8 @@ class Run:
             self.comm.barrier()
 
     def _collect(self, name: str, domain: DomainSection) -> Collection:
-        """The documents of a domain, cleaned and divided."""
+        """The documents of a domain, cleaned and divided; their tokens are on disk."""
+        disk = self.path / "data" / name
         sampled: list[Document] = []
         read: list[Document] = []
         malformed = Malformed()  # of all sources together
@@ -262,19 +264,19 @@ class Run:
         for number, source in enumerate(domain.sources):
             if isinstance(source, SampledSource):
                 place = self._sample(name, number, source)
-                sampled += read_documents(self.teacher, place, source.style, answers=answers)
+                found = iter(read_documents(self.teacher, place, source.style, answers=answers))
+                sampled += sources.spooled(found, disk)
             elif source.kind == "stdlib":
                 found = sources.read_stdlib(self.tokenizer)
-                read += sources.up_to(found, source.max_tokens)
+                read += sources.spooled(sources.up_to(found, source.max_tokens), disk)
             else:
                 rules = replace(
                     malformed,
                     skip=source.malformed == "skip",
                     max_bytes=source.max_document_bytes,
                 )
-                files = list(
-                    sources.read_files(source.paths, self.tokenizer, rules, answers=answers)
-                )
+                found = sources.read_files(source.paths, self.tokenizer, rules, answers=answers)
+                files = sources.spooled(found, disk)
                 files.sort(key=lambda d: sources.hash_order(d.name))
                 read += sources.up_to(files, source.max_tokens)
         collection = Collection(sampled, read, malformed)

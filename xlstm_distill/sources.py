@@ -1,23 +1,32 @@
 """Documents as token ids: of the user's files (texts.py reads them), and of the Python standard
 library.
+
+Texts are read in order and encoded by several threads; what comes out, and what is said of texts
+that cannot be used, does not depend on how many there are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import runtime
 from .errors import UserError
+from .spool import Spool
 from .texts import Malformed, MalformedError, Text, read_texts
 from .tokenizer import Tokenizer
 
-_AT_ONCE = 64  # documents that are encoded together
+_AT_ONCE = 64  # documents that a thread takes at a time
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 # Parts of the library that are tests, programs, copies of other projects or tables of numbers.
 _NOT_LIBRARY = {
@@ -40,7 +49,7 @@ class Document(NamedTuple):
     to be learnt (bool [ids]; None: all)."""
 
     name: str
-    ids: list[int]
+    ids: Sequence[int] | NDArray[np.int32]
     counted: NDArray[np.bool_] | None = None
 
     def cut(self, most: int) -> Document:
@@ -54,15 +63,33 @@ def hash_order(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def up_to(documents: Iterable[Document], max_tokens: int | None) -> list[Document]:
+def up_to(documents: Iterable[Document], max_tokens: int | None) -> Iterator[Document]:
     """The first documents, up to the one with which they have `max_tokens` tokens (None: all)."""
-    kept, total = [], 0
+    total = 0
     for document in documents:
-        kept.append(document)
+        yield document
         total += len(document.ids)
         if max_tokens is not None and total >= max_tokens:
             break
-    return kept
+
+
+def spooled(documents: Iterable[Document], place: Path) -> list[Document]:
+    """The documents with their token ids on disk: int32 views of a memory map of a file without a
+    name in the directory `place`. UserError if it cannot be written."""
+    ids, counted = Spool(np.int32, place), Spool(np.bool_, place)
+    marks: list[tuple[str, slice, slice | None]] = []
+    for document in documents:
+        starts = ids.size, counted.size
+        ids.append(document.ids)
+        if document.counted is not None:
+            counted.append(document.counted)
+        own = None if document.counted is None else slice(starts[1], counted.size)
+        marks.append((document.name, slice(starts[0], ids.size), own))
+    all_ids, all_counted = ids.array(), counted.array()
+    return [
+        Document(name, all_ids[there], None if own is None else all_counted[own])
+        for name, there, own in marks
+    ]
 
 
 def document_end(tokenizer: Tokenizer) -> list[int]:
@@ -94,46 +121,92 @@ def read_files(
     Raises UserError naming the file and the line, unless `malformed` leaves such documents out.
     """
     rules = malformed or Malformed()
-    yield from _encode(read_texts(paths, tokenizer, rules), tokenizer, rules, answers=answers)
+    reading = rules.record()
+    texts = read_texts(paths, tokenizer, reading)
+    yield from _encode(texts, tokenizer, rules, reading, answers=answers)
+
+
+class _Chunk(NamedTuple):
+    """Texts that follow each other, what was wrong with others between them, and the error with
+    which the reading ended."""
+
+    texts: list[Text]
+    malformed: Malformed
+    error: UserError | None = None
+
+
+def _chunks(texts: Iterable[Text], reading: Malformed) -> Iterator[_Chunk]:
+    batch: list[Text] = []
+    try:
+        for text in texts:
+            batch.append(text)
+            if len(batch) == _AT_ONCE:
+                yield _Chunk(batch, reading.taken())
+                batch = []
+    except UserError as error:
+        yield _Chunk([], reading.taken(), error)
+        return
+    yield _Chunk(batch, reading.taken())
 
 
 def _encode(
-    texts: Iterable[Text], tokenizer: Tokenizer, malformed: Malformed, *, answers: bool = False
+    texts: Iterable[Text],
+    tokenizer: Tokenizer,
+    malformed: Malformed,
+    reading: Malformed,
+    *,
+    answers: bool = False,
 ) -> Iterator[Document]:
-    """Documents of texts, several encoded at a time."""
-    batch: list[Text] = []
-    for text in texts:
-        batch.append(text if answers else text._replace(answers=None))
-        if len(batch) == _AT_ONCE:
-            yield from _encode_batch(batch, tokenizer, malformed)
-            batch = []
-    yield from _encode_batch(batch, tokenizer, malformed)
+    """Documents of texts; what is wrong with others comes to `malformed`, in the order of the
+    texts, from `reading`, to which `texts` reports it."""
+
+    def encode(chunk: _Chunk) -> tuple[_Chunk, list[MalformedError], list[Document]]:
+        own = chunk.texts if answers else [text._replace(answers=None) for text in chunk.texts]
+        return chunk, *_encode_chunk(own, tokenizer)
+
+    for chunk, errors, documents in _in_order(encode, _chunks(texts, reading)):
+        malformed.add(chunk.malformed)
+        if chunk.error is not None:
+            raise chunk.error
+        for error in errors:
+            with malformed.tolerated():
+                raise error
+        yield from documents
 
 
-def _encode_batch(
-    batch: list[Text], tokenizer: Tokenizer, malformed: Malformed
-) -> Iterator[Document]:
-    for marked in (False, True):
-        chosen = [text for text in batch if text.marked == marked]
+def _in_order(work: Callable[[_Item], _Result], items: Iterator[_Item]) -> Iterator[_Result]:
+    """`work` of every item, in order, done by as many threads as the core has."""
+    threads = runtime.threads()
+    pending: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            encoded = tokenizer.encode_batch([text.text for text in chosen], special=marked)
-        except UserError:  # which of them is it?
-            good = []
-            for text in chosen:
-                with malformed.tolerated():
-                    _check_bytes(text, tokenizer)
-                    good.append(text)
-            chosen = good
-            encoded = tokenizer.encode_batch([text.text for text in chosen], special=marked)
-        for text, ids in zip(chosen, encoded, strict=True):
-            yield _document(text, ids, tokenizer)
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
-def _check_bytes(text: Text, tokenizer: Tokenizer) -> None:
-    try:
-        tokenizer.encode(text.text, special=text.marked)
-    except UserError as error:
-        raise MalformedError("byte without a token", f"{text.name}: {error}") from None
+def _encode_chunk(
+    texts: list[Text], tokenizer: Tokenizer
+) -> tuple[list[MalformedError], list[Document]]:
+    """What is wrong with some of the texts, and the documents of the others: first those of plain
+    texts, then those with control tokens."""
+    errors: list[MalformedError] = []
+    documents: list[Document] = []
+    for text in sorted(texts, key=lambda text: text.marked):
+        try:
+            # A batch of one: the library encodes it without holding the interpreter's lock.
+            (ids,) = tokenizer.encode_batch([text.text], special=text.marked)
+        except UserError as error:
+            errors.append(MalformedError("byte without a token", f"{text.name}: {error}"))
+        else:
+            documents.append(_document(text, ids, tokenizer))
+    return errors, documents
 
 
 def _document(text: Text, ids: list[int], tokenizer: Tokenizer) -> Document:
@@ -167,7 +240,8 @@ def read_stdlib(tokenizer: Tokenizer, root: str | Path | None = None) -> Iterato
     files.sort(key=lambda file: hash_order(file.relative_to(folder).as_posix()))
     if not files:
         raise UserError(f"{folder}: holds no Python sources of the standard library")
-    yield from _encode(_readable(files, folder), tokenizer, Malformed(skip=True))
+    rules = Malformed(skip=True)
+    yield from _encode(_readable(files, folder), tokenizer, rules, rules.record())
 
 
 def _readable(files: Iterable[Path], folder: Path) -> Iterator[Text]:

@@ -51,6 +51,21 @@ class Malformed:
     counts: Counter[str] = field(default_factory=Counter)
     places: list[str] = field(default_factory=list)
 
+    def record(self) -> Malformed:
+        """An empty record with the same rules."""
+        return Malformed(self.skip, self.max_bytes)
+
+    def taken(self) -> Malformed:
+        """What is in the record, which is empty afterwards."""
+        found = Malformed(self.skip, self.max_bytes, self.counts, self.places)
+        self.counts, self.places = Counter(), []
+        return found
+
+    def add(self, other: Malformed) -> None:
+        """Note what another record has."""
+        self.counts.update(other.counts)
+        self.places += other.places[: _PLACES - len(self.places)]
+
     @contextmanager
     def tolerated(self) -> Iterator[None]:
         """A block that reads one document."""
