@@ -197,10 +197,11 @@ def test_disk_full_is_one_line_that_names_the_file(tmp_path, teacher, data, monk
 
 def test_saving_costs_a_small_share_of_the_time(tmp_path):
     saver = Saver(tmp_path / "s", {}, seconds=10)
-    saver._cost, saver._last = 3.0, time.monotonic() - 20
-    assert not saver.due()
-    saver._last -= 60
-    assert saver.due()
+    for cost, seconds in ((0.1, 10), (3.0, 150)):  # a fiftieth of the time at most
+        saver._cost, saver._last = cost, time.monotonic() - seconds + 5
+        assert not saver.due()
+        saver._last -= 6
+        assert saver.due()
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path):

@@ -31,7 +31,7 @@ from .streams import StreamStates
 
 Metrics = dict[str, Any]
 
-_SAVING_SHARE = 0.04
+_SAVING_SHARE = 0.02
 """Saving is put off until it costs at most this share of the time."""
 
 
