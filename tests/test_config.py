@@ -188,11 +188,11 @@ def test_olmo3_as_published() -> None:
         assert written[key] == OLMO3_7B[key]
     assert ModelConfig.from_hf(written) == config
     choice = load_recipe("olmo-3-7b").student.model_dump(exclude={"keep_attention"})
-    student = student_config(config, "Olmo-3-7B", choice, [31])
+    student = student_config(config, "Olmo-3-7B", [31], **choice)
     assert [m.window for m in student.mixers] == [512] * 31 + [None]
     assert {m.mixer for m in student.mixers[:31]} == {"hybrid"}
     assert ModelConfig.from_hf(student.to_hf()) == student
-    wide = student_config(config, "Olmo-3-7B", {**choice, "window": None}, [])
+    wide = student_config(config, "Olmo-3-7B", [], **{**choice, "window": None})
     assert [m.window for m in wide.mixers] == config.windows
     # A key that other families do not have stays out of what their fingerprints are made of.
     assert "teacher_windows" in student.model_dump()
