@@ -66,7 +66,7 @@ def test_wrong_use_is_status_2_and_one_line(capsys, root):
     fails(capsys, 2, "expected DIR=WEIGHT", "merge", "--expert", "a", "--out", "b")
     fails(capsys, 2, "named twice", "merge", "--expert", "a=1", "--expert", "a=0", "--out", "b")
     fails(capsys, 2, "add up to 2", "merge", "--expert", "a=1", "--expert", "b=1", "--out", "c")
-    fails(capsys, 2, "NAME=FILE.json", "compare", "--teacher", "a", "--student", "b", "--out", "c")
+    fails(capsys, 2, "NAME=FILE", "compare", "--teacher", "a", "--student", "b", "--out", "c")
     fails(capsys, 2, "no such file or directory", "inspect", root / "nothing")
     fails(capsys, 2, "--minutes -1", "quickstart", "--minutes", "-1", "--out", root / "q")
     fails(capsys, 2, "unknown name", "fetch", "gpt5")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from xlstm_distill import plots
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate.compare import compare
+from xlstm_distill.evaluate import compare
 from xlstm_distill.report import ReportData, report, report_data, terminal_table
 
 LAYERS, HEADS = 6, 4
@@ -55,7 +55,9 @@ def results(acc: float, bits: float) -> dict[str, Any]:
             "arc_easy": {"acc_norm,none": acc, "acc_norm_stderr,none": 0.01},
             "squad": {"bits_per_byte,none": bits, "bits_per_byte_stderr,none": 0.02},
         },
-        "n-samples": {t: {"original": 9, "effective": 9} for t in ("piqa", "arc_easy", "squad")},
+        "n-samples": {
+            t: {"original": 900, "effective": 900} for t in ("piqa", "arc_easy", "squad")
+        },
     }
 
 
@@ -64,7 +66,7 @@ def data() -> dict[str, Any]:
     comparison = compare(
         results(0.5, 1.0),
         {"merged": results(0.48, 1.2), "control": results(0.4, 2.0)},
-        control="control",
+        controls=["control"],
     )
     gates: list[list[float | None]] = [
         [float(x) for x in row] for row in np.random.default_rng(1).uniform(size=(LAYERS, HEADS))

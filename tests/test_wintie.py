@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,44 +16,84 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate.wintie import exact, split_groups, win_and_tie
+from xlstm_distill.evaluate import compare
+from xlstm_distill.evaluate.scores import exact
+from xlstm_distill.evaluate.wintie import split_groups, win_and_tie
 
-UNDERSTANDING = ("PIQA", "ARC-e", "ARC-c", "HellaSwag", "Winogrande", "MMLU")
-GENERATION = ("GPQA-D", "GPQA", "GSM8K", "HumanEval", "HumanEval+", "MBPP", "MBPP+")
-QWEN = (78.7, 80.3, 63.7, 80.2, 76.4, 75.3, 32.3, 30.8, 80.8, 65.9, 47.6, 62.6, 80.4)
-QRWKV = (79.4, 80.6, 60.2, 77.9, 73.9, 65.4, 9.60, 13.2, 23.8, 20.7, 33.5, 0.0, 27.0)
-LLAMA = (80.1, 81.6, 57.8, 81.9, 76.9, 65.9, 10.6, 13.8, 48.4, 35.4, 29.9, 48.4, 61.9)
-LOLCATS = (79.5, 83.2, 54.6, 75.3, 74.0, 52.9, 1.77, 2.23, 3.87, 2.13, 3.35, 0.0, 0.0)
-XLSTM_LLAMA = (80.0, 82.9, 55.9, 82.3, 79.0, 66.1, 17.7, 15.8, 57.8, 39.0, 23.8, 42.8, 56.9)
-OLMO = (78.1, 80.7, 58.4, 56.7, 73.4, 66.4, 20.7, 19.0, 67.5, 32.9, 28.7, 50.6, 71.7)
-XLSTM_OLMO = (77.9, 81.1, 57.8, 56.9, 72.8, 65.7, 17.7, 19.4, 56.6, 32.3, 27.4, 36.8, 52.4)
+TABLE = Path(__file__).parent.parent / "docs" / "published_scores.csv"
+with TABLE.open(encoding="utf-8") as lines:
+    ROWS = list(csv.DictReader(lines))
+GENERATION = [row["task"] for row in ROWS if row["group"] == "generation"]
 
 # Teacher, student, alpha* over all 13 benchmarks and over the 7 generation benchmarks, as printed
 # to three digits.
 PAPER = [
-    (LLAMA, XLSTM_LLAMA, 0.0, 0.0),
-    (OLMO, XLSTM_OLMO, 0.0105, 0.145),
-    (LLAMA, LOLCATS, 0.833, 0.920),
-    (QWEN, QRWKV, 0.296, 0.686),
+    ("Llama3.1-8B", "xLSTM-Llama3.1-8B", 0.0, 0.0),
+    ("Olmo3-7B", "xLSTM-Olmo3-7B", 0.0105, 0.145),
+    ("Llama3.1-8B", "LoLCATs", 0.833, 0.920),
+    ("Qwen2.5-7B", "QRWKV6-7B", 0.296, 0.686),
 ]
 
 
-def tasks(scores: tuple[float, ...]) -> dict[str, float]:
-    return dict(zip(UNDERSTANDING + GENERATION, scores, strict=True))
+def tasks(model: str) -> dict[str, float]:
+    return {row["task"]: float(row[model]) for row in ROWS}
 
 
+def harness(model: str) -> dict[str, Any]:
+    """The same as lm-evaluation-harness writes it, in 0..1."""
+    generated = {row["task"]: row["group"] == "generation" for row in ROWS}
+    metric = {True: "exact_match,strict-match", False: "acc,none"}
+    kind = {True: "generate_until", False: "multiple_choice"}
+    return {
+        "results": {
+            row["task"]: {
+                "alias": row["task"],
+                metric[generated[row["task"]]]: float(Decimal(row[model]) / 100),
+                metric[generated[row["task"]]].replace(",", "_stderr,"): "N/A",
+            }
+            for row in ROWS
+        },
+        "configs": {t: {"task": t, "output_type": kind[g]} for t, g in generated.items()},
+        "higher_is_better": {t: {metric[g].split(",")[0]: True} for t, g in generated.items()},
+    }
+
+
+def write(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize("form", ["mapping", "table", "results", "results file"])
 @pytest.mark.parametrize(("teacher", "student", "over_all", "over_generation"), PAPER)
-def test_figures_of_the_paper(teacher, student, over_all, over_generation):
-    t, s = tasks(teacher), tasks(student)
-    assert win_and_tie(t, {"s": s}).alpha_star["s"] == pytest.approx(over_all, abs=5e-4)
-    generation = win_and_tie(
-        {b: t[b] for b in GENERATION}, {"s": {b: s[b] for b in GENERATION}}
-    ).alpha_star["s"]
-    assert generation == pytest.approx(over_generation, abs=5e-4)
+def test_figures_of_the_paper(tmp_path, form, teacher, student, over_all, over_generation):
+    make = {
+        "mapping": tasks,
+        "table": lambda model: f"{TABLE}:{model}",
+        "results": harness,
+        "results file": lambda model: write(tmp_path / f"{model}.json", harness(model)),
+    }[form]
+    t, s = make(teacher), make(student)
+    star = win_and_tie(t, {"s": s}).alpha_star_exact["s"]
+    assert float(star) == pytest.approx(over_all, abs=5e-4)
+    groups = {"generation": GENERATION} if form == "mapping" else None
+    found = compare(t, {"s": s}, groups=groups)
+    assert found.groups[0].students["s"].alpha_star_exact == str(star)
+    assert found.alpha_star(name="generation")["s"] == pytest.approx(over_generation, abs=5e-4)
+    # To the last digit the same from every form: in per cent, as text or as floats.
+    assert star == win_and_tie(tasks(teacher), {"s": tasks(student)}).alpha_star_exact["s"]
+
+
+def test_a_column_of_a_table_is_named_or_has_the_models_name():
+    named = win_and_tie(f"{TABLE}:Llama3.1-8B", {"LoLCATs": TABLE})
+    assert named.alpha_star["LoLCATs"] == pytest.approx(0.833, abs=5e-4)
+    with pytest.raises(UserError, match=r"has no scores of 'teacher' \(FILE.csv:COLUMN; there: Qw"):
+        win_and_tie(TABLE, {"LoLCATs": TABLE})
 
 
 def test_several_students_and_what_they_win():
-    r = win_and_tie(tasks(LLAMA), {"xlstm": tasks(XLSTM_LLAMA), "lolcats": tasks(LOLCATS)})
+    r = win_and_tie(
+        tasks("Llama3.1-8B"), {"xlstm": tasks("xLSTM-Llama3.1-8B"), "lolcats": tasks("LoLCATs")}
+    )
     assert r.lossless("xlstm") and not r.lossless("lolcats")
     assert r.dominates("xlstm", "lolcats") and not r.dominates("lolcats", "xlstm")
     assert r.coverage(0)["xlstm"] == 8 / 13
@@ -107,6 +150,33 @@ def test_alpha_star_is_the_infimum_of_the_definition(pairs, lower):
     assert reached / len(pairs) == r.coverage(star)["s"]
 
 
+@given(scores, st.lists(st.booleans(), min_size=12, max_size=12), st.integers(1, 20))
+def test_alpha_star_is_brute_force_over_all_breakpoints(pairs, directions, twentieths):
+    """Mixed directions: one result for each kind, each the least breakpoint with coverage 1/2 (or
+    any other coverage) by the definition, on numbers read as decimals."""
+    teacher, student = by_name(t for t, _ in pairs), by_name(s for _, s in pairs)
+    lower = {f"b{i}": directions[i] for i in range(len(pairs))}
+    wanted = Fraction(twentieths, 20)
+    for kind, r in split_groups(teacher, {"s": student}, lower).items():
+        sides = [(Fraction(str(student[b])), Fraction(str(teacher[b]))) for b in r.tasks]
+        if kind == "likelihood":
+            sides = [(t, s) for s, t in sides]
+
+        def share(alpha, sides=sides):
+            return Fraction(sum(s >= (1 - alpha) * t for s, t in sides), len(sides))
+
+        points = {Fraction(0), Fraction(1), *(1 - s / t for s, t in sides if t and s < t)}
+        assert r.alpha_star_exact["s"] == min(a for a in points if share(a) >= Fraction(1, 2))
+        assert share(r.alpha_star_exact["s"]) >= Fraction(1, 2)
+        assert r.tolerance("s", wanted) == min(a for a in points if share(a) >= wanted)
+
+
+@given(scores, st.integers(1, 1000), st.integers(0, 1000))
+def test_a_benchmark_that_the_student_wins_never_raises_alpha_star(pairs, score, more):
+    longer = [*pairs, (score / 10, (score + more) / 10)]
+    assert run(longer).alpha_star_exact["s"] <= run(pairs).alpha_star_exact["s"]
+
+
 @given(scores)
 def test_curve_is_a_monotone_step_function_that_agrees_with_coverage(pairs):
     r = run(pairs)
@@ -150,7 +220,7 @@ def test_less_is_better():
 
 def test_accuracy_and_likelihood_are_never_mixed():
     teacher, student = {"arc": 0.5, "squad": 0.7}, {"arc": 0.4, "squad": 1.0}
-    with pytest.raises(UserError, match="arc is an accuracy and squad a likelihood"):
+    with pytest.raises(UserError, match="arc is of the kind accuracy and squad of the kind like"):
         win_and_tie(teacher, {"s": student}, {"squad": True, "arc": False})
     groups = split_groups(teacher, {"s": student}, {"squad"})
     assert groups["accuracy"].tasks == ["arc"] and groups["likelihood"].tasks == ["squad"]
@@ -194,47 +264,20 @@ def test_numbers_of_all_kinds_mean_their_decimal_form():
     assert exact(1e-7) == Fraction(1, 10**7)
 
 
-def harness_file(path: Path, accuracy: float, bits: float) -> Path:
-    results = {
-        "results": {
-            "arc_easy": {
-                "alias": "arc_easy",
-                "acc,none": 0.9,
-                "acc_stderr,none": 0.01,
-                "acc_norm,none": accuracy,
-                "acc_norm_stderr,none": 0.01,
-            },
-            "squad": {"alias": "squad", "bits_per_byte,none": bits},
-        },
-        "higher_is_better": {
-            "arc_easy": {"acc": True, "acc_norm": True},
-            "squad": {"bits_per_byte": False},
-        },
-    }
-    path.write_text(json.dumps(results))
-    return path
-
-
-def test_result_files(tmp_path):
-    teacher = harness_file(tmp_path / "t.json", 0.5, 1.0)
-    student = harness_file(tmp_path / "s.json", 0.45, 1.25)
-    groups = split_groups(teacher, {"s": student})
-    assert groups["accuracy"].alpha_star_exact["s"] == Fraction(1, 10)
-    assert groups["likelihood"].alpha_star_exact["s"] == Fraction(1, 5)
-    with pytest.raises(UserError, match="s lacks squad"):
-        split_groups(teacher, {"s": {"arc_easy": 0.3}})
-    (tmp_path / "broken.json").write_text('{"results": ')
-    with pytest.raises(UserError, match=r"broken\.json: not valid JSON"):
-        win_and_tie(teacher, {"s": tmp_path / "broken.json"})
-    with pytest.raises(UserError, match=r"none\.json: No such file"):
-        win_and_tie(teacher, {"s": str(tmp_path / "none.json")})
-    unclear = {"results": {"x": {"alias": "x", "one,none": 1.0, "two,none": 2.0}}}
-    with pytest.raises(UserError, match="task x: cannot tell which metric"):
-        win_and_tie(unclear, {"s": unclear})
+def test_the_worst_benchmark_and_the_tolerance_of_more():
+    r = win_and_tie(f"{TABLE}:Olmo3-7B", {"x": f"{TABLE}:xLSTM-Olmo3-7B"})
+    assert r.worst("x") == "MBPP"
+    assert r.tolerance("x", 1) == 1 - Fraction(368, 506)
+    # The 12th of 13: ceil(.9 * 13).
+    assert r.tolerance("x", "0.9") == 1 - Fraction(524, 717)
+    assert win_and_tie({"a": 0}, {"s": {"a": 0}}).worst("s") is None
+    for wrong in (0, 1.1):
+        with pytest.raises(UserError, match=f"coverage is {wrong}"):
+            r.tolerance("x", wrong)
 
 
 def test_table_dict_and_plot(tmp_path):
-    r = win_and_tie(tasks(OLMO), {"xlstm": tasks(XLSTM_OLMO)})
+    r = win_and_tie(tasks("Olmo3-7B"), {"xlstm": tasks("xLSTM-Olmo3-7B")})
     table = r.table()
     assert "alpha*" in table and "0.0105" in table and "HumanEval+" in table
     plain = json.loads(json.dumps(r.to_dict()))

@@ -242,7 +242,7 @@ def compare_results(run: Run) -> Comparison:
     place = run.path / "evaluation"
     students = {name: place / f"results_{name}.json" for name in reversed(student_names(run))}
     return compare(
-        place / "results_teacher.json", students, control=CONTROL, out=place / "comparison"
+        place / "results_teacher.json", students, controls=[CONTROL], out=place / "comparison"
     )
 
 

@@ -150,10 +150,29 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument("--data", nargs="+", required=True, metavar="FILE")
     p.add_argument("--context", type=int, default=1024, help="tokens of a window (%(default)s)")
     p.add_argument("--windows", type=int, default=20, help="at most so many (%(default)s)")
-    p = add("compare", "Win-and-Tie, recovery and plots of result files", commands.compare)
-    p.add_argument("--teacher", required=True, metavar="FILE.json")
-    p.add_argument("--student", action="append", required=True, metavar="NAME=FILE.json")
-    p.add_argument("--control", help="the name of the student that learnt nothing")
+    p = add("compare", "Win-and-Tie, recovery and plots of scores", commands.compare)
+    file = "results file (JSON) or table (FILE.csv, FILE.csv:COLUMN)"
+    p.add_argument("--teacher", required=True, metavar="FILE", help=file)
+    p.add_argument(
+        "--student", action="append", required=True, metavar="NAME=FILE", help="one or several"
+    )
+
+    def several(option: str, metavar: str, help_: str) -> None:
+        p.add_argument(option, action="append", default=[], metavar=metavar, help=help_)
+
+    several("--control", "NAME", "a student that is a control; the first decides what separates")
+    p.add_argument("--tasks", help="only these; comma-separated, patterns with *")
+    several("--metric", "[TASK=]METRIC[,FILTER]", "which of several metrics counts")
+    several("--group", "NAME=A,B", "benchmarks with an alpha* of their own")
+    several("--chance", "TASK=LEVEL", "score of guessing, in the unit of the scores")
+    p.add_argument(
+        "--drop-chance", action="store_true", help="leave out where the teacher is at chance"
+    )
+    p.add_argument("--margin", help="tolerance of non-inferiority, chosen before looking")
+    p.add_argument(
+        "--strict", action="store_true", help="fail where something was measured otherwise"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
     p.add_argument("--out", required=True, help="directory to write")
     p = add("bench", "speed of the core on this machine", commands.bench)
     p.add_argument("suite", nargs="*", help="any of " + ", ".join(SUITES) + " (all)")

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -424,18 +424,39 @@ def _progress(update: Callable[[Mapping[str, Any]], None]) -> Callable[[str, int
 
 
 def compare(arguments: Arguments) -> Result:
-    """Win-and-Tie, recovery and plots of result files."""
-    students = {}
-    for text in arguments.student:
-        name, equals, file = text.partition("=")
-        if not equals or not name or not file:
-            raise UserError(f"--student {text}: expected NAME=FILE.json", usage=True)
-        students[name] = file
+    """Win-and-Tie, recovery and plots of scores."""
+    groups = {
+        name: tasks.split(",") for name, tasks in _named(arguments.group, "--group", "NAME=A,B")
+    }
     found = compare_results(
-        arguments.teacher, students, control=arguments.control, out=arguments.out
+        arguments.teacher,
+        dict(_named(arguments.student, "--student", "NAME=FILE")),
+        controls=arguments.control,
+        tasks=arguments.tasks.split(",") if arguments.tasks else None,
+        metrics=arguments.metric,
+        groups=groups or None,
+        chance=dict(_named(arguments.chance, "--chance", "TASK=LEVEL")),
+        drop_chance=arguments.drop_chance,
+        margin=arguments.margin,
+        strict=arguments.strict,
+        seed=arguments.seed,
+        out=arguments.out,
     )
     _say(arguments, found.table())
     return {"out": arguments.out, **found.model_dump(mode="json")}
+
+
+def _named(texts: Sequence[str], option: str, form: str) -> list[tuple[str, str]]:
+    """Pairs of `NAME=VALUE` arguments."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise UserError(f"{option} {text}: expected {form}", usage=True)
+        if name in found:
+            raise UserError(f"{option} {text}: {name} is named twice", usage=True)
+        found[name] = value
+    return list(found.items())
 
 
 def bench(arguments: Arguments) -> Result:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
+    from .evaluate.comparison import Comparison
     from .evaluate.fidelity import Fidelity
     from .evaluate.wintie import WinTie
 
@@ -170,17 +171,20 @@ def win_tie_curves(result: WinTie) -> Figure:
     )
 
 
-def recovery_bars(
-    benchmarks: Sequence[str], recovery: Mapping[str, Sequence[float | None]]
-) -> Figure:
-    """Recovery rate of each benchmark, a group of bars per benchmark; None has no bar."""
-    figure, axes = _axes(6.4, 1.4 + 0.17 * len(benchmarks) * max(1, len(recovery)))
-    height = 0.8 / max(1, len(recovery))
-    rows = np.arange(len(benchmarks))
-    for i, (name, rates) in enumerate(recovery.items()):
+def recovery_bars(comparison: Comparison) -> Figure:
+    """Recovery rate of each benchmark with its interval, a bar for each student; what does not
+    exist has no bar."""
+    students, benchmarks = comparison.students, comparison.benchmarks
+    figure, axes = _axes(6.4, 1.4 + 0.17 * len(benchmarks) * len(students))
+    height = 0.8 / len(students)
+    for i, name in enumerate(students):
+        rows = np.arange(len(benchmarks)) + (i - (len(students) - 1) / 2) * height
+        of = [b.students[name] for b in benchmarks]
+        rates = np.array([np.nan if s.recovery is None else s.recovery for s in of])
+        ends = np.array([s.recovery_interval or (np.nan, np.nan) for s in of])
         axes.barh(
-            rows + (i - (len(recovery) - 1) / 2) * height,
-            [np.nan if rate is None else rate for rate in rates],
+            rows,
+            rates,
             height,
             label=name,
             color=COLOURS[i % len(COLOURS)],
@@ -188,12 +192,13 @@ def recovery_bars(
             edgecolor="white",
             linewidth=0.5,
         )
+        axes.hlines(rows, ends[:, 0], ends[:, 1], color="#000000", linewidth=0.9)
     axes.axvline(1, color="#000000", linewidth=0.8)
-    axes.set_yticks(rows, benchmarks)
+    axes.set_yticks(range(len(benchmarks)), [b.name for b in benchmarks])
     axes.set_ylim(len(benchmarks) - 0.5, -0.5)
     axes.grid(False, axis="y")
-    axes.set(title="Recovery (1 = teacher)", xlabel="student / teacher")
-    figure.legend(loc="outside lower center", ncols=min(4, max(1, len(recovery))))
+    axes.set(title="Recovery (1 = teacher), 95 % intervals", xlabel="student / teacher")
+    figure.legend(loc="outside lower center", ncols=min(4, len(students)))
     return figure
 
 

@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import UserError, validated
-from .evaluate.compare import Comparison
-from .evaluate.fidelity import Fidelity, Interval
+from .evaluate.comparison import Comparison
+from .evaluate.fidelity import Fidelity
+from .evaluate.uncertainty import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,7 +146,7 @@ class ReportData(_Part):
 
     fidelity: result of `evaluate.fidelity`, whose `models` name every student and control;
     control: the name of the untrained control in it; main: the name of the student the report is
-    about (the merged one). benchmarks: result of `evaluate.compare.compare`. recipe: the recipe as
+    about (the merged one). benchmarks: result of `evaluate.compare`. recipe: the recipe as
     nested plain values. machine: facts such as cpu, cores, instruction set, versions.
     """
 
@@ -217,7 +218,7 @@ def _page(facts: ReportData) -> str:
         figures=_figures(facts),
         fidelity=_fidelity_rows(facts),
         positions=_position_rows(facts),
-        benchmarks=_benchmark_rows(facts),
+        benchmarks=facts.benchmarks.listings() if facts.benchmarks is not None else [],
     )
     return page
 
@@ -253,11 +254,9 @@ def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
         add("gates", "Output gates", plots.gate_map(facts.gates.values, "Median output gate"))
     if facts.benchmarks is not None:
         for group in facts.benchmarks.groups:
-            curve_set = {n: (c.alphas, c.coverage) for n, c in group.students.items()}
-            figure = plots.coverage_curves(curve_set, group.title)
+            figure = plots.coverage_curves(group.curves(), group.title)
             add("benchmarks", f"Win-and-Tie, {group.title}", figure)
-        bars = plots.recovery_bars(*facts.benchmarks.recovery())
-        add("benchmarks", "Recovery rates", bars)
+        add("benchmarks", "Recovery rates", plots.recovery_bars(facts.benchmarks))
     return found
 
 
@@ -305,23 +304,6 @@ def _position_rows(facts: ReportData) -> list[dict[str, Any]]:
     ]
 
 
-def _benchmark_rows(facts: ReportData) -> list[dict[str, Any]]:
-    if facts.benchmarks is None:
-        return []
-    students = facts.benchmarks.students
-    return [
-        {
-            "task": b.task,
-            "metric": b.metric.partition(",")[0] + (" ↓" if b.lower_is_better else ""),
-            "samples": b.samples,
-            "teacher": b.scores["teacher"],
-            "students": [(b.scores[name], b.recovery[name]) for name in students],
-            "silent": b.separates is False,
-        }
-        for b in facts.benchmarks.benchmarks
-    ]
-
-
 # ---- the terminal -------------------------------------------------------------------------------
 
 
@@ -349,7 +331,8 @@ def terminal_table(data: ReportData | Mapping[str, Any], console: Console | None
         table.title = None
         out.print(table)
         out.print()
-    for note in facts.notes:
+    remarks = facts.benchmarks.remarks() if facts.benchmarks is not None else []
+    for note in [*remarks, *facts.notes]:
         out.print(Text(note))
 
 

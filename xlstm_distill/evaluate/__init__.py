@@ -1,24 +1,24 @@
 """Evaluation: benchmarks, fidelity to the teacher, Win-and-Tie.
 
-wintie    alpha*, coverage, recovery, exact
-tasks     request sets: multiple choice, bits per byte
-fidelity  KL, agreement and perplexity by position, with paired intervals
-branches  students of which a part is silenced, for fidelity
-compare   result files of teacher, students and control, side by side
+results      result files, read and written
+scores       scores from mappings, tables and result files
+comparable   which scores may stand side by side
+uncertainty  bootstrap draws, intervals, McNemar's test
+wintie       alpha*, coverage, recovery, exact
+compare      teacher, students and controls side by side; comparison.py is what it finds
+tasks        request sets: multiple choice, bits per byte
+fidelity     KL, agreement and perplexity by position, with paired intervals
+branches     students of which a part is silenced, for fidelity
 """
 
 from .branches import branches
-from .compare import Comparison, compare
-from .fidelity import Fidelity, Interval, fidelity, paired_bootstrap
-from .tasks import (
-    DEFAULT_TASKS,
-    evaluate,
-    load_task,
-    passages,
-    questions,
-    read_results,
-    write_results,
-)
+from .compare import compare
+from .comparison import Comparison
+from .fidelity import Fidelity, fidelity
+from .results import read_results, write_results
+from .scores import scores_of
+from .tasks import DEFAULT_TASKS, evaluate, load_task, passages, questions
+from .uncertainty import Interval, paired_bootstrap
 from .wintie import WinTie, split_groups, win_and_tie
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "passages",
     "questions",
     "read_results",
+    "scores_of",
     "split_groups",
     "win_and_tie",
     "write_results",

@@ -1,304 +1,366 @@
-"""Teacher, students and control side by side: Win-and-Tie that knows which benchmarks say nothing.
+"""Teacher, students and controls side by side: Win-and-Tie that knows what the samples can show.
 
 A benchmark on which a student that learnt nothing (the untrained window + sinks control) does as
-well as the teacher cannot show what distillation gave. It is marked, and alpha* is also given over
-the benchmarks that separate the two.
+well as the teacher cannot show what distillation gave. It is marked, alpha* is also given over the
+benchmarks that separate the two, and on these the primary figure is the share of the teacher's lead
+over the control that a student recovers. Definitions are in docs/math/wintie.md.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import math
-from collections.abc import Mapping, Sequence
+import fnmatch
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from ..errors import UserError
-from .tasks import read_results
-from .wintie import WinTie, preferred_metric, split_groups
-
-Results = Mapping[str, Any] | str | Path
-"""Results of `evaluate` or of lm-evaluation-harness, or a file of them."""
-
-
-class Benchmark(BaseModel):
-    """One benchmark. `scores` and `recovery` go by model name ("teacher" in scores only).
-
-    advantage: the teacher's lead over the control (positive: the teacher is better), with its
-    paired standard error `advantage_stderr`; None without a control. separates: False where the
-    control ties the teacher, so that the benchmark says nothing; None without a control.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    task: str
-    metric: str
-    lower_is_better: bool
-    samples: int | None = None
-    scores: dict[str, float]
-    recovery: dict[str, float | None]
-    advantage: float | None = None
-    advantage_stderr: float | None = None
-    paired: bool | None = None
-    separates: bool | None = None
-
-
-class Curve(BaseModel):
-    """alpha* and coverage of one student over one group of benchmarks."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    alpha_star: float
-    alphas: list[float]
-    coverage: list[float]
-
-
-class Group(BaseModel):
-    """Win-and-Tie over some benchmarks. kind: "accuracy" or "likelihood"; separating: whether only
-    benchmarks on which the control loses are in it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    kind: str
-    separating: bool
-    tasks: list[str]
-    students: dict[str, Curve]
-
-    @property
-    def title(self) -> str:
-        """For figures and tables: which benchmarks these are."""
-        return f"{self.kind}, {'separating' if self.separating else 'all'} {len(self.tasks)}"
-
-
-class Comparison(BaseModel):
-    """All benchmarks and Win-and-Tie over all of them and over the separating ones."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    control: str | None
-    students: list[str]
-    benchmarks: list[Benchmark]
-    groups: list[Group]
-
-    def alpha_star(self, kind: str = "accuracy", separating: bool = False) -> dict[str, float]:
-        """alpha* by student; empty where there are no such benchmarks."""
-        for group in self.groups:
-            if group.kind == kind and group.separating == separating:
-                return {name: curve.alpha_star for name, curve in group.students.items()}
-        return {}
-
-    def write(self, directory: str | Path) -> list[Path]:
-        """Write comparison.json, comparison.csv, and curves and recovery as SVG."""
-        from .. import plots  # slow to import
-
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / "comparison.json", folder / "comparison.csv"]
-        text = json.dumps(self.model_dump(), indent=1, allow_nan=False)
-        files[0].write_text(text + "\n", encoding="utf-8")
-        with files[1].open("w", newline="", encoding="utf-8") as handle:
-            rows = self.rows()
-            writer = csv.DictWriter(handle, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        for group in self.groups:
-            suffix = "_separating" if group.separating else ""
-            target = folder / f"win_and_tie_{group.kind}{suffix}.svg"
-            files.append(plots.save(plots.coverage_curves(_curves(group), group.title), target))
-        files.append(plots.save(plots.recovery_bars(*self.recovery()), folder / "recovery.svg"))
-        return files
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One flat mapping per benchmark, for CSV and tables; None is an empty cell."""
-        return [
-            {
-                "task": b.task,
-                "metric": b.metric,
-                "samples": b.samples,
-                "teacher": b.scores["teacher"],
-                **{name: b.scores[name] for name in self.students},
-                **{f"{name} recovery": b.recovery[name] for name in self.students},
-                "teacher over control": b.advantage,
-                "standard error": b.advantage_stderr,
-                "says nothing": None if b.separates is None else not b.separates,
-            }
-            for b in self.benchmarks
-        ]
-
-    def recovery(self) -> tuple[list[str], dict[str, list[float | None]]]:
-        """(benchmarks, student -> recovery rates); those that say nothing have an asterisk."""
-        names = [b.task + ("" if b.separates is not False else " *") for b in self.benchmarks]
-        return names, {s: [b.recovery[s] for b in self.benchmarks] for s in self.students}
-
-    def table(self) -> str:
-        """Scores, recovery and alpha* as text."""
-        from rich.console import Console
-
-        console = Console(width=60 + 30 * len(self.students))
-        with console.capture() as text:
-            for table in self.tables():
-                console.print(table)
-        return text.get()
-
-    def tables(self) -> list[Any]:
-        """The same as two `rich` tables."""
-        from rich.table import Table
-
-        scores = Table(
-            title="Benchmarks (* says nothing: the control ties the teacher)", title_justify="left"
-        )
-        scores.add_column("benchmark")
-        scores.add_column("metric")
-        scores.add_column("teacher", justify="right")
-        for name in self.students:
-            scores.add_column(name, justify="right")
-            scores.add_column("recovery", justify="right")
-        for b in self.benchmarks:
-            cells = [b.task + (" *" if b.separates is False else ""), b.metric.partition(",")[0]]
-            cells.append(f"{b.scores['teacher']:.4f}")
-            for name in self.students:
-                recovery = b.recovery[name]
-                cells += [f"{b.scores[name]:.4f}", "n/a" if recovery is None else f"{recovery:.3f}"]
-            scores.add_row(*cells)
-        stars = Table(title="Win-and-Tie: alpha*", title_justify="left")
-        stars.add_column("benchmarks")
-        for name in self.students:
-            stars.add_column(name, justify="right")
-        for group in self.groups:
-            values = [f"{curve.alpha_star:.4f}" for curve in group.students.values()]
-            stars.add_row(group.title, *values)
-        return [scores, stars]
-
-
-def _curves(group: Group) -> dict[str, tuple[list[float], list[float]]]:
-    return {name: (c.alphas, c.coverage) for name, c in group.students.items()}
+from . import uncertainty
+from .comparable import check_pair, differences
+from .comparison import Benchmark, Comparison, Curve, Group, Range, Standing
+from .scores import ModelScores, Number, Score, Source, exact, scores_of
+from .uncertainty import FloatArray
+from .wintie import COVERAGES, WinTie, float_not_below, judge
 
 
 def compare(
-    teacher: Results,
-    students: Mapping[str, Results],
+    teacher: Source,
+    students: Mapping[str, Source],
     *,
-    control: str | None = None,
+    controls: Sequence[str] = (),
     tasks: Sequence[str] | None = None,
+    metrics: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+    chance: Mapping[str, Number] | None = None,
+    drop_chance: bool = False,
+    margin: Number | None = None,
+    strict: bool = False,
+    draws: int = 4000,
+    seed: int = 0,
     out: str | Path | None = None,
 ) -> Comparison:
-    """Compare results of students with the teacher's.
+    """Compare students with their teacher.
 
-    control: the name (among `students`) of the untrained control. A benchmark says nothing where
-    the control's score reaches the teacher's or lies within one standard error of their difference
-    (paired over documents where both have samples of the same documents, else from the two standard
-    errors; without either, only reaching counts). tasks: only these. out: a directory that gets
-    JSON, CSV and plots. Raises UserError for other task sets, metrics or an unknown control.
+    teacher, students: scores of any form (`scores_of`, which takes `tasks` and `metrics`).
+    controls: names among the students. A benchmark says nothing where the first control's score
+    reaches the teacher's or its lead is within the noise (95 %; where no noise is known, only
+    reaching counts). groups: name -> tasks or patterns that have an alpha* of their own (default:
+    the groups that the sources tell, such as understanding and generation). chance: task or pattern
+    -> score of guessing, before what the sources tell. drop_chance: leave benchmarks out on which
+    the teacher is at chance. margin: the tolerance within which a student counts as not inferior.
+    strict: raise where something was measured otherwise, rather than warn. draws, seed: of the
+    bootstrap. out: a directory that gets JSON, CSV and plots.
+
+    Raises UserError for other task sets or metrics, damaged sources and unknown names.
     """
-    if control is not None and control not in students:
-        raise UserError(f"control {control!r} is not among the students", usage=True)
+    if not students:
+        raise UserError("compare: no students", usage=True)
     if "teacher" in students:
         raise UserError("a student cannot be named 'teacher'", usage=True)
-    reference = _loaded(teacher, "teacher", tasks)
-    others = {name: _loaded(results, name, tasks) for name, results in students.items()}
-    groups = split_groups(reference, others)
-    benchmarks = []
-    for kind, result in groups.items():
-        for task in result.tasks:
-            benchmarks.append(
-                _benchmark(task, kind, result, reference, others.get(control or ""), control)
-            )
-    order = {task: i for i, task in enumerate(reference["results"])}
-    benchmarks.sort(key=lambda b: order[b.task])
-    found = [_group(kind, False, result) for kind, result in groups.items()]
-    if control is not None:
-        kept = [b.task for b in benchmarks if b.separates]
-        if kept:
-            inside = split_groups(
-                _only(reference, kept, "teacher"),
-                {name: _only(results, kept, name) for name, results in others.items()},
-            )
-            found += [_group(kind, True, result) for kind, result in inside.items()]
+    for control in controls:
+        if control not in students:
+            raise UserError(f"control {control!r} is not among the students", usage=True)
+    tolerance = None if margin is None else exact(margin, "margin")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise UserError(f"margin is {margin}, expected 0 or more and less than 1", usage=True)
+    sets = {
+        name: scores_of(source, name, tasks=tasks, metrics=metrics)
+        for name, source in {"teacher": teacher, **students}.items()
+    }
+    reference = sets["teacher"] = _with_chance(sets["teacher"], chance or {})
+    if not reference.tasks:
+        raise UserError(f"{reference.where}: no tasks")
+    warnings: list[str] = []
+    for name in students:
+        check_pair(reference, sets[name])
+        warnings += differences(reference, sets[name])
+    if strict and warnings:
+        more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+        raise UserError(f"not comparable: {warnings[0]}{more}")
+    judges = _Judges(sets, controls, tolerance, draws, seed)
+    benchmarks = [judges.benchmark(task, drop_chance) for task in reference.tasks]
     comparison = Comparison(
-        control=control, students=list(students), benchmarks=benchmarks, groups=found
+        controls=list(controls),
+        students=list(students),
+        margin=None if tolerance is None else float(tolerance),
+        benchmarks=benchmarks,
+        groups=list(judges.groups(benchmarks, groups)),
+        warnings=warnings,
+        notes=list(dict.fromkeys(note for scores in sets.values() for note in scores.notes)),
     )
     if out is not None:
         comparison.write(out)
     return comparison
 
 
-def _loaded(results: Results, name: str, tasks: Sequence[str] | None) -> dict[str, Any]:
-    if isinstance(results, str | Path):
-        results = read_results(results)
-    if not isinstance(results.get("results"), Mapping):
-        raise UserError(f"{name}: has no 'results'")
-    return _only(results, tasks, name) if tasks is not None else dict(results)
+def _with_chance(scores: ModelScores, chance: Mapping[str, Number]) -> ModelScores:
+    tasks = dict(scores.tasks)
+    for pattern, level in chance.items():
+        named = [t for t in tasks if fnmatch.fnmatchcase(t, pattern)]
+        named = [t for t in named if not tasks[t].lower_is_better]
+        if not named:
+            raise UserError(f"chance: {pattern} is not a task where more is better", usage=True)
+        for task in named:
+            tasks[task] = replace(tasks[task], chance=exact(level, f"the chance level of {task}"))
+    return replace(scores, tasks=tasks)
 
 
-def _only(results: Mapping[str, Any], tasks: Sequence[str], name: str) -> dict[str, Any]:
-    for task in tasks:
-        if task not in results["results"]:
-            raise UserError(f"{name}: has no results for task {task}")
-    return {**results, "results": {task: results["results"][task] for task in tasks}}
+# ---- noise --------------------------------------------------------------------------------------
 
 
-def _group(kind: str, separating: bool, result: WinTie) -> Group:
-    curves = {}
-    for name in result.students:
-        alphas, coverage = result.curve(name)
-        curves[name] = Curve(alpha_star=result.alpha_star[name], alphas=alphas, coverage=coverage)
-    return Group(kind=kind, separating=separating, tasks=result.tasks, students=curves)
+@dataclass
+class _Noise:
+    """Draws of the scores on one benchmark, by model, and where they come from. units: passages or
+    documents that were drawn, None where nothing was drawn from samples."""
+
+    draws: dict[str, FloatArray] = field(default_factory=dict)
+    basis: dict[str, str] = field(default_factory=dict)
+    units: int | None = None
 
 
-def _benchmark(
-    task: str,
-    kind: str,
-    result: WinTie,
-    teacher: Mapping[str, Any],
-    control: Mapping[str, Any] | None,
-    control_name: str | None,
-) -> Benchmark:
-    metric = preferred_metric(teacher["results"][task], f"teacher, task {task}")
-    lower = kind == "likelihood"
-    scores = {name: float(result.scores[name][task]) for name in result.students}
-    scores = {"teacher": float(result.teacher_scores[task]), **scores}
-    found = Benchmark(
-        task=task,
-        metric=metric,
-        lower_is_better=lower,
-        samples=teacher.get("n-samples", {}).get(task, {}).get("effective"),
-        scores=scores,
-        recovery={name: result.recovery[name][task] for name in result.students},
-    )
-    if control is None or control_name is None:
-        return found
-    sign = -1 if lower else 1
-    found.advantage = sign * (scores["teacher"] - scores[control_name])
-    error, found.paired = _difference_stderr(teacher, control, task, metric)
-    found.advantage_stderr = error
-    found.separates = found.advantage > (error or 0.0)
+def _noise(task: str, scores: Mapping[str, Score], n: int, seed: int) -> _Noise:
+    """Draws of all models' scores on a task. Those of the teacher's documents are drawn together,
+    the others apart; a task's draws do not depend on which other tasks there are."""
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    found = _Noise()
+    if (reference := scores["teacher"].outcomes) is not None:
+        documents = set(reference.documents)
+        same = {
+            name: score.outcomes
+            for name, score in scores.items()
+            if score.outcomes is not None and set(score.outcomes.documents) == documents
+        }
+        drawn = uncertainty.paired_draws(list(same.values()), n, rng)
+        found.draws = dict(zip(same, drawn, strict=True))
+        found.basis = dict.fromkeys(same, "paired")
+        found.units = reference.units
+    for name, score in scores.items():
+        value = float(score.value)
+        if name in found.draws:
+            continue
+        if score.samples is not None and not score.lower_is_better:
+            found.basis[name] = "binomial"
+            draws = uncertainty.binomial_draws(value, score.samples, score.unit, n, rng)
+            found.draws[name] = draws
+        elif score.stderr is not None:
+            found.basis[name] = "standard error"
+            found.draws[name] = uncertainty.normal_draws(value, score.stderr, n, rng)
     return found
 
 
-def _difference_stderr(
-    first: Mapping[str, Any], second: Mapping[str, Any], task: str, metric: str
-) -> tuple[float | None, bool]:
-    """(standard error of the difference of two models' scores, whether it is paired)."""
-    a = {s["doc_id"]: s for s in first.get("samples", {}).get(task, [])}
-    b = {s["doc_id"]: s for s in second.get("samples", {}).get(task, [])}
-    name = metric.partition(",")[0]
-    if len(a) > 1 and a.keys() == b.keys():
-        pairs = [(a[key], b[key]) for key in a]
-        if all("loglikelihood" in x and "bytes" in x for pair in pairs for x in pair):
-            nll = np.array([y["loglikelihood"] - x["loglikelihood"] for x, y in pairs])
-            size = np.array([x["bytes"] for x, _ in pairs], dtype=np.float64)
-            bits = nll / math.log(2)
-            deviations = (bits - bits.sum() / size.sum() * size) / size.mean()
-            return float(deviations.std(ddof=1) / math.sqrt(len(pairs))), True
-        if all(name in x for pair in pairs for x in pair):
-            difference = np.array([x[name] - y[name] for x, y in pairs], dtype=np.float64)
-            return float(difference.std(ddof=1) / math.sqrt(len(pairs))), True
-    key = metric.replace(",", "_stderr,", 1)
-    errors = [r["results"][task].get(key) for r in (first, second)]
-    if all(isinstance(e, int | float) for e in errors):
-        return math.hypot(*errors), False
-    return None, False
+def _interval(value: float, draws: FloatArray, units: int | None) -> Range | None:
+    """None where the interval has no end, because a ratio's denominator may be 0."""
+    with np.errstate(invalid="ignore"):
+        _, low, high = uncertainty.interval(value, draws, units)
+    return (low, high) if np.isfinite([low, high]).all() else None
+
+
+def _quotient(above: FloatArray, below: FloatArray) -> FloatArray:
+    """above / below; beyond all bounds where `below` is not positive."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below > 0, above / below, np.inf)
+
+
+# ---- judging ------------------------------------------------------------------------------------
+
+
+class _Judges:
+    """What can be said of the benchmarks, one by one and in groups. `sets` has the scores of the
+    teacher and of all students."""
+
+    def __init__(
+        self,
+        sets: Mapping[str, ModelScores],
+        controls: Sequence[str],
+        margin: Fraction | None,
+        draws: int,
+        seed: int,
+    ) -> None:
+        self.teacher = sets["teacher"]
+        self.students = {name: scores for name, scores in sets.items() if name != "teacher"}
+        self.controls, self.margin = controls, margin
+        self.scores = {
+            task: {name: scores.tasks[task] for name, scores in sets.items()}
+            for task in self.teacher.tasks
+        }
+        self.noise = {task: _noise(task, of, draws, seed) for task, of in self.scores.items()}
+
+    def lead(self, task: str, of: str, over: str) -> tuple[float, FloatArray | None]:
+        """By how much one model is better than another, with draws where the noise is known."""
+        scores, drawn = self.scores[task], self.noise[task].draws
+        sign = -1 if scores[of].lower_is_better else 1
+        value = sign * float(scores[of].value - scores[over].value)
+        if of not in drawn or over not in drawn:
+            return value, None
+        return value, sign * (drawn[of] - drawn[over])
+
+    def separates(self, task: str, control: str) -> bool:
+        """Whether the teacher's lead over a control is beyond its noise."""
+        value, draws = self.lead(task, "teacher", control)
+        if draws is None:
+            return value > 0
+        return uncertainty.interval(value, draws, self.noise[task].units).low > 0
+
+    def sides(self, task: str, student: str) -> tuple[FloatArray, FloatArray] | None:
+        """Draws of what is reached and what is wanted in (15)."""
+        drawn = self.noise[task].draws
+        if student not in drawn or "teacher" not in drawn:
+            return None
+        lower = self.scores[task][student].lower_is_better
+        reached, wanted = ("teacher", student) if lower else (student, "teacher")
+        return drawn[reached], drawn[wanted]
+
+    def recovered(self, tasks: Sequence[str], student: str, found: Standing | Curve) -> None:
+        """Fill in (control - student) / (control - teacher) for each control, over the sums of the
+        tasks that separate it from the teacher."""
+        for control in self.controls:
+            separated = [task for task in tasks if self.separates(task, control)]
+            if control == student or not separated:
+                continue
+            above = [self.lead(task, student, control) for task in separated]
+            below = [self.lead(task, "teacher", control) for task in separated]
+            value = sum(lead for lead, _ in above) / sum(lead for lead, _ in below)
+            found.recovered[control] = value
+            drawn = [[d for _, d in side if d is not None] for side in (above, below)]
+            if all(len(side) == len(separated) for side in drawn):
+                draws = _quotient(*(np.sum(side, axis=0) for side in drawn))
+                if (ends := _interval(value, draws, self.units(separated))) is not None:
+                    found.recovered_interval[control] = ends
+
+    def units(self, tasks: Iterable[str]) -> int | None:
+        """The fewest units of any task that is drawn from samples."""
+        known = [u for task in tasks if (u := self.noise[task].units) is not None]
+        return min(known, default=None)
+
+    # -- one benchmark --
+
+    def benchmark(self, task: str, drop_chance: bool) -> Benchmark:
+        """All there is to say of one task."""
+        score, noise = self.teacher.tasks[task], self.noise[task]
+        at_chance = None
+        if score.chance is not None:
+            least = float(score.value)
+            if "teacher" in noise.draws:
+                least = uncertainty.interval(least, noise.draws["teacher"], noise.units).low
+            at_chance = least <= float(score.chance)
+        found = Benchmark(
+            task=task,
+            metric=score.metric,
+            kind=score.kind,
+            samples=score.samples,
+            available=score.available,
+            units=noise.units,
+            chance=None if score.chance is None else float(score.chance),
+            at_chance=at_chance,
+            dropped=drop_chance and at_chance is True,
+            teacher=float(score.value),
+            students={name: self.standing(task, name) for name in self.students},
+        )
+        if self.controls:
+            found.lead, draws = self.lead(task, "teacher", self.controls[0])
+            if draws is not None:
+                found.lead_interval = _interval(found.lead, draws, noise.units)
+            found.separates = self.separates(task, self.controls[0])
+        return found
+
+    def standing(self, task: str, student: str) -> Standing:
+        """One student on one task."""
+        scores, noise = self.scores[task], self.noise[task]
+        judged = judge(self.teacher, self.students, [task])
+        found = Standing(
+            score=float(scores[student].value),
+            recovery=judged.recovery[student][task],
+            corrected=judged.corrected[student][task],
+        )
+        if (sides := self.sides(task, student)) is not None:
+            found.basis = noise.basis[student]
+            least = 0.0
+            mine, theirs = scores[student].outcomes, scores["teacher"].outcomes
+            if found.basis == "paired" and mine is not None and theirs is not None:
+                found.mcnemar = uncertainty.mcnemar(theirs, mine)
+                if not scores[student].lower_is_better:
+                    least = 1 / len(mine.documents)
+            found.detectable = uncertainty.detectable(*sides, least)
+            if found.recovery is not None:
+                draws = _quotient(*sides)
+                found.recovery_interval = _interval(found.recovery, draws, noise.units)
+            if self.margin is not None and found.recovery_interval is not None:
+                found.non_inferior = found.recovery_interval[0] >= 1 - self.margin
+        self.recovered([task], student, found)
+        return found
+
+    # -- groups --
+
+    def groups(
+        self, benchmarks: Sequence[Benchmark], named: Mapping[str, Sequence[str]] | None
+    ) -> Iterator[Group]:
+        """All of a kind, then by group; each also over the separating benchmarks."""
+        members = self.members(named)
+        kept = [b for b in benchmarks if not b.dropped]
+        for kind in dict.fromkeys(b.kind for b in kept):
+            of_kind = [b for b in kept if b.kind == kind]
+            for name in ("", *members):
+                inside = [b for b in of_kind if not name or b.task in members[name]]
+                if not inside or (name and len(inside) == len(of_kind)):
+                    continue
+                yield self.group(kind, name, False, [b.task for b in inside])
+                if separating := [b.task for b in inside if b.separates]:
+                    yield self.group(kind, name, True, separating)
+
+    def members(self, named: Mapping[str, Sequence[str]] | None) -> dict[str, set[str]]:
+        """Group -> its tasks: as named, or as the teacher's source tells."""
+        found: dict[str, set[str]] = {}
+        if named is None:
+            for task, score in self.teacher.tasks.items():
+                if score.group is not None:
+                    found.setdefault(score.group, set()).add(task)
+            return found
+        for name, patterns in named.items():
+            for pattern in patterns:
+                tasks = [t for t in self.teacher.tasks if fnmatch.fnmatchcase(t, pattern)]
+                if not tasks:
+                    raise UserError(f"group {name}: {pattern} is not a task", usage=True)
+                found.setdefault(name, set()).update(tasks)
+        return found
+
+    def group(self, kind: str, name: str, separating: bool, tasks: list[str]) -> Group:
+        """Win-and-Tie over some tasks."""
+        judged = judge(self.teacher, self.students, tasks)
+        return Group(
+            kind=kind,
+            name=name,
+            separating=separating,
+            tasks=tasks,
+            students={student: self.curve(judged, student) for student in self.students},
+            dominance=[
+                (a, b)
+                for a in self.students
+                for b in self.students
+                if a != b and judged.dominates(a, b)
+            ],
+        )
+
+    def curve(self, judged: WinTie, student: str) -> Curve:
+        """Win-and-Tie of one student."""
+        alphas, coverage = judged.curve(student)
+        found = Curve(
+            alpha_star=judged.alpha_star[student],
+            alpha_star_exact=str(judged.alpha_star_exact[student]),
+            tolerance={c: float_not_below(judged.tolerance(student, c)) for c in COVERAGES},
+            worst=judged.worst(student),
+            alphas=alphas,
+            coverage=coverage,
+        )
+        sides = [pair for task in judged.tasks if (pair := self.sides(task, student)) is not None]
+        if len(sides) == len(judged.tasks):
+            draws, lossless = uncertainty.alpha_star_draws(sides)
+            units = self.units(judged.tasks)
+            found.alpha_star_interval = _interval(found.alpha_star, draws, units)
+            found.lossless_probability = lossless
+            if self.margin is not None and found.alpha_star_interval is not None:
+                found.non_inferior = found.alpha_star_interval[1] <= self.margin
+        self.recovered(judged.tasks, student, found)
+        return found

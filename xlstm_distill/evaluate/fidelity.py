@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
+from .uncertainty import FloatArray, Interval, paired_bootstrap
 
 BUCKETS = ((0, 32), *((32 << n, 64 << n) for n in range(12)))
 """Ranges of the position in the window over which measures are also given, end excluded: each twice
@@ -29,7 +30,6 @@ as far as the one before, as many as the window reaches."""
 _METRICS = ("kl", "agree", "nll")
 _TOKENS_AT_ONCE = 4096
 
-FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 
 
@@ -39,14 +39,6 @@ class FidelityTeacher(Protocol):
     def divergence(self, students: Any, ids: Any, /) -> dict[str, NDArray[Any]]:
         """kl, agree and nll [students, B, T], teacher_nll [B, T] of int ids [B, T] (nll 0 at the
         last position)."""
-
-
-class Interval(NamedTuple):
-    """A value and the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Measure(BaseModel):
@@ -285,46 +277,3 @@ def _summarise(
         windows={m: w.tolist() for m, w in windows.items()},
         windows_by_position={m: [w.tolist() for w in rows] for m, rows in by_bucket.items()},
     )
-
-
-def paired_bootstrap(
-    a: Sequence[float] | Sequence[Sequence[float]],
-    b: Sequence[float] | Sequence[Sequence[float]],
-    ratio: bool = True,
-    n: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """mean(a) / mean(b), or mean(a) - mean(b), with its 95 % percentile interval.
-
-    a, b: values of the same units (windows, documents), drawn together with replacement `n` times.
-    Lists of lists are strata (domains): units are drawn within each, and the mean is the mean of
-    the strata's means. Deterministic by `seed`. Raises ValueError where the units do not pair.
-    """
-    strata_a, strata_b = _strata(a), _strata(b)
-    if [len(x) for x in strata_a] != [len(x) for x in strata_b]:
-        raise ValueError("paired_bootstrap: a and b have different numbers of units")
-    if not strata_a or not all(len(x) for x in strata_a):
-        raise ValueError("paired_bootstrap: no units")
-    rng = np.random.default_rng(seed)
-    drawn_a, drawn_b = np.zeros(n), np.zeros(n)
-    for x, y in zip(strata_a, strata_b, strict=True):
-        # Counts of each unit in a draw; the same for both sides, which pairs them.
-        counts = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=n) / len(x)
-        drawn_a += counts @ x / len(strata_a)
-        drawn_b += counts @ y / len(strata_b)
-    mean_a = float(np.mean([x.mean() for x in strata_a]))
-    mean_b = float(np.mean([y.mean() for y in strata_b]))
-    if ratio:
-        if mean_b == 0 or (drawn_b == 0).any():
-            raise ValueError("paired_bootstrap: b is zero, the ratio does not exist")
-        value, draws = mean_a / mean_b, drawn_a / drawn_b
-    else:
-        value, draws = mean_a - mean_b, drawn_a - drawn_b
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
-
-
-def _strata(values: Sequence[float] | Sequence[Sequence[float]]) -> list[FloatArray]:
-    if len(values) and isinstance(values[0], Sequence | np.ndarray):
-        return [np.asarray(v, dtype=np.float64) for v in values]
-    return [np.asarray(values, dtype=np.float64)]

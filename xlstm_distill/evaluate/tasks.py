@@ -22,7 +22,6 @@ import gzip
 import itertools
 import json
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from numpy.typing import NDArray
 from .. import packages
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
-from .wintie import read_json
+from .results import passage_of, read_json
 
 _VARIANTS = {
     # rc_5shot of piqa, hellaswag and boolq is a subset of val_rc_5shot (the first 1,000 documents).
@@ -311,8 +310,9 @@ def evaluate(
     with the same results.
 
     Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none` and
-    `..._stderr,none`), `higher_is_better`, `n-samples`, `n-shot`, `configs`, `config` and
-    `samples` (task -> one mapping per document). Deterministic.
+    `..._stderr,none`), `higher_is_better`, `n-samples`, `n-shot`, `configs` (with the `chance` of
+    guessing right), `config` and `samples` (task -> one mapping per document; documents that ask
+    about one text have the same `passage`). Deterministic.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}, expected at least 1", usage=True)
@@ -337,6 +337,8 @@ def evaluate(
         scores = _log_likelihoods(model, documents, max_length, comm)
         for done, (document, found) in enumerate(zip(documents, scores, strict=True), 1):
             samples.append(sample(task, document, found))
+            if (passage := passage_of(document.fields)) is not None:
+                samples[-1]["passage"] = passage
             if progress is not None:
                 progress(task.name, done, len(documents))
         results = _aggregate(task.kind, samples)
@@ -354,6 +356,9 @@ def evaluate(
             "num_fewshot": task.shots,
             "request_set": task.config.get("task_hash"),
         }
+        if task.kind != "bpb":
+            guesses = [1 / len(document.pairs) for document in documents]
+            out["configs"][task.name]["chance"] = math.fsum(guesses) / len(guesses)
         out["samples"][task.name] = samples
     return out
 
@@ -551,49 +556,7 @@ def _stderr(values: NDArray[np.float64]) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-# ---- result files and text ----------------------------------------------------------------------
-
-
-def write_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
-    """Write results as `path` (JSON), and beside it the samples of each task as
-    `samples_NAME_TASK.jsonl`, NAME being the file's name without "results_" and ".json"."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = [target]
-    plain = {key: value for key, value in results.items() if key != "samples"}
-    target.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    for task, samples in results.get("samples", {}).items():
-        file = _samples_file(target, task)
-        lines = [json.dumps(sample, allow_nan=False) for sample in samples]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        written.append(file)
-    return written
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """Read what `write_results` wrote, with the samples that lie beside the file.
-
-    Also reads results of lm-evaluation-harness. Raises UserError for other files.
-    """
-    source = Path(path)
-    results = read_json(source)
-    if not isinstance(results.get("results"), dict):
-        raise UserError(f"{source}: has no 'results'")
-    samples = dict(results.get("samples", {}))
-    for task in results["results"]:
-        file = _samples_file(source, task)
-        if task not in samples and file.is_file():
-            try:
-                lines = file.read_text(encoding="utf-8").splitlines()
-                samples[task] = [json.loads(line) for line in lines]
-            except ValueError as error:
-                raise UserError(f"{file}: not valid JSON lines ({error})") from None
-    return {**results, "samples": samples}
-
-
-def _samples_file(results: Path, task: str) -> Path:
-    name = results.stem.removeprefix("results_")
-    return results.with_name(f"samples_{name}_{re.sub(r'[^A-Za-z0-9_.-]', '_', task)}.jsonl")
+# ---- text ---------------------------------------------------------------------------------------
 
 
 _PASSAGES: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -8,54 +8,21 @@ inputs: 0.1 means 1/10.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from io import StringIO
-from numbers import Rational
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import UserError
+from .comparable import check_pair
+from .scores import ModelScores, Number, Source, exact, scores_of
 
-Number = int | float | str | Decimal | Fraction | np.number[Any]
-Scores = Mapping[str, Any] | str | Path
-"""Task -> score; or results as lm-evaluation-harness writes them (a mapping or a JSON file)."""
-
-_PREFERRED = (
-    "acc_norm,none",
-    "acc,none",
-    "exact_match,strict-match",
-    "exact_match,flexible-extract",
-    "exact_match,none",
-    "pass@1,create_test",
-    "f1,none",
-    "bits_per_byte,none",
-    "byte_perplexity,none",
-    "word_perplexity,none",
-    "perplexity,none",
-)
-_LOWER_IS_BETTER = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "nll")
 _TABLE_ALPHAS = ("0", "0.01", "0.05", "0.1", "0.2")
-
-
-def exact(value: Number, what: str = "score") -> Fraction:
-    """The fraction that `value` shows in decimal: 0.1 is 1/10. `what` opens error messages."""
-    if isinstance(value, bool | np.bool_):
-        raise UserError(f"{what} is {value}, expected a number")
-    if isinstance(value, Rational):
-        return Fraction(value.numerator, value.denominator)
-    try:
-        decimal = Decimal(str(value))
-    except InvalidOperation:
-        raise UserError(f"{what} is {value!r}, expected a number") from None
-    if not decimal.is_finite():
-        raise UserError(f"{what} is {value}, expected a finite number")
-    return Fraction(decimal)
+COVERAGES = ("0.9", "1")
+"""Coverages whose tolerance is given beside alpha*, for which half of the tasks may collapse."""
 
 
 def float_not_below(value: Fraction) -> float:
@@ -69,85 +36,15 @@ def float_not_below(value: Fraction) -> float:
     return x
 
 
-def preferred_metric(results: Mapping[str, Any], where: str) -> str:
-    """The key of the metric that stands for a task in a results mapping.
-
-    Length-normalised accuracy before accuracy before exact match; bits per byte and perplexities
-    where there is no accuracy; otherwise the only metric there is.
-    """
-    found = [
-        key
-        for key, value in results.items()
-        if "stderr" not in key and isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    for key in _PREFERRED:
-        if key in found:
-            return key
-    metrics = [key for key in found if "," in key]
-    if len(metrics) == 1:
-        return metrics[0]
-    listed = ", ".join(metrics) or "none"
-    raise UserError(f"{where}: cannot tell which metric to compare (found: {listed})")
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether a metric's key names a likelihood metric, of which less is better."""
-    return metric.partition(",")[0] in _LOWER_IS_BETTER
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, or a UserError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object with results is expected")
-    return value
-
-
-class _ScoreSet:
-    """One model's scores, exact, with the metric of each task where the source names it."""
-
-    def __init__(self, scores: Scores, name: str) -> None:
-        where = name
-        if isinstance(scores, str | Path):
-            where = f"{name} ({scores})"
-            scores = read_json(Path(scores))
-        self.where = where
-        self.metrics: dict[str, str] = {}
-        values: dict[str, Any] = {}
-        if isinstance(scores.get("results"), Mapping):
-            directions = scores.get("higher_is_better", {})
-            self.lower: set[str] = set()
-            for task, results in scores["results"].items():
-                key = preferred_metric(results, f"{where}, task {task}")
-                self.metrics[task] = key
-                values[task] = results[key]
-                stated = directions.get(task, {}).get(key.partition(",")[0])
-                if not stated if stated is not None else is_lower_better(key):
-                    self.lower.add(task)
-        else:
-            values = dict(scores)
-            self.lower = set()
-        self.exact = {
-            str(task): exact(value, f"{where}: the score of {task}")
-            for task, value in values.items()
-        }
-        for task, score in self.exact.items():
-            if score < 0:
-                raise UserError(f"{where}: the score of {task} is {float(score)}, below 0")
-
-
 class WinTie:
     """The result of `win_and_tie`.
 
     tasks: names in the teacher's order. students: names. teacher_scores[task] and
     scores[student][task] are Fractions. recovery[student][task]: A_S / A_T (A_T / A_S where less is
-    better), None where it does not exist (division by zero). alpha_star[student]: float;
-    alpha_star_exact[student]: Fraction. lower_is_better: whether less is better (in all tasks).
+    better), None where it does not exist (division by zero). corrected[student][task]: the same
+    with the chance level taken off both, (A_S - c) / (A_T - c); None where no level is known or the
+    teacher does not exceed it. alpha_star[student]: float; alpha_star_exact[student]: Fraction.
+    lower_is_better: whether less is better (in all tasks).
     """
 
     def __init__(
@@ -155,6 +52,7 @@ class WinTie:
         teacher: Mapping[str, Fraction],
         students: Mapping[str, Mapping[str, Fraction]],
         lower_is_better: bool,
+        chance: Mapping[str, Fraction] | None = None,
     ) -> None:
         self.tasks = list(teacher)
         self.students = list(students)
@@ -162,7 +60,9 @@ class WinTie:
         self.teacher_scores = dict(teacher)
         self.scores = {name: dict(scores) for name, scores in students.items()}
         self.recovery: dict[str, dict[str, float | None]] = {}
+        self.corrected: dict[str, dict[str, float | None]] = {}
         self._gaps: dict[str, dict[str, Fraction]] = {}
+        chance = chance or {}
         for name, scores in self.scores.items():
             pairs = {task: (scores[task], teacher[task]) for task in self.tasks}
             if lower_is_better:
@@ -173,13 +73,31 @@ class WinTie:
                 task: None if wanted == 0 else float(reached / wanted)
                 for task, (reached, wanted) in pairs.items()
             }
-        middle = math.ceil(len(self.tasks) / 2) - 1
+            self.corrected[name] = {
+                task: float((scores[task] - chance[task]) / (teacher[task] - chance[task]))
+                if task in chance and teacher[task] > chance[task]
+                else None
+                for task in self.tasks
+            }
         self.alpha_star_exact = {
-            name: sorted(gaps.values())[middle] for name, gaps in self._gaps.items()
+            name: self.tolerance(name, Fraction(1, 2)) for name in self.students
         }
         self.alpha_star = {
             name: float_not_below(value) for name, value in self.alpha_star_exact.items()
         }
+
+    def tolerance(self, student: str, coverage: Number) -> Fraction:
+        """The smallest alpha with C_alpha >= `coverage`; for 1/2 that is alpha*."""
+        share = exact(coverage, "coverage")
+        if not 0 < share <= 1:
+            raise UserError(f"coverage is {coverage}, expected more than 0 and at most 1")
+        gaps = sorted(self._gaps[student].values())
+        return gaps[math.ceil(share * len(gaps)) - 1]
+
+    def worst(self, student: str) -> str | None:
+        """The benchmark of the lowest recovery; None where no recovery exists."""
+        rates = {t: r for t, r in self.recovery[student].items() if r is not None}
+        return min(rates, key=lambda task: rates[task], default=None)
 
     def coverage(self, alpha: Number) -> dict[str, float]:
         """C_alpha of every student: the share of benchmarks won or tied at tolerance `alpha`."""
@@ -255,8 +173,20 @@ class WinTie:
             table.add_row(f"coverage at {alpha}", "", *values)
         stars = [x for name in self.students for x in (f"{self.alpha_star[name]:.4f}", "")]
         table.add_row("alpha*", "", *stars)
+        for share in COVERAGES:
+            needed = [float_not_below(self.tolerance(name, share)) for name in self.students]
+            cells = [x for alpha in needed for x in (f"{alpha:.4f}", "")]
+            table.add_row(f"alpha at coverage {share}", "", *cells)
+        worst = [x for name in self.students for x in (self.worst(name) or "n/a", "")]
+        table.add_row("worst", "", *worst)
         # Wide enough for any set of students: a terminal's width must not cut figures off.
-        console = Console(file=StringIO(), width=60 + 40 * max(1, len(self.students)))
+        # Plain text in notebooks, too.
+        console = Console(
+            width=60 + 40 * max(1, len(self.students)),
+            file=StringIO(),
+            force_jupyter=False,
+            color_system=None,
+        )
         with console.capture() as text:
             console.print(table)
         return text.get()
@@ -277,6 +207,8 @@ class WinTie:
                 name: {
                     "scores": {task: float(value) for task, value in self.scores[name].items()},
                     "recovery": self.recovery[name],
+                    "corrected": self.corrected[name],
+                    "worst": self.worst(name),
                     "alpha_star": self.alpha_star[name],
                     "alpha_star_exact": str(self.alpha_star_exact[name]),
                     "curve": [list(side) for side in self.curve(name)],
@@ -292,88 +224,88 @@ def _gap(reached: Fraction, wanted: Fraction) -> Fraction:
 
 
 def win_and_tie(
-    teacher_scores: Scores,
-    students: Mapping[str, Scores],
+    teacher_scores: Source,
+    students: Mapping[str, Source],
     lower_is_better: Collection[str] | Mapping[str, bool] = (),
 ) -> WinTie:
     """Win-and-Tie of one or several students against a teacher.
 
-    teacher_scores and each student's scores: a mapping task -> score, or a results file or mapping
-    of lm-evaluation-harness (of each task one metric is taken, `preferred_metric`). Scores may be
-    in 0..1 or in per cent, but in one unit for teacher and students of a task.
-    lower_is_better: the tasks (or task -> bool) whose score is a likelihood metric such as bits per
-    byte or perplexity; results files say it themselves. For these recovery is A_T / A_S.
+    teacher_scores and each student's scores: a mapping task -> score, a table (FILE.csv or
+    FILE.csv:COLUMN), or a results file or mapping of lm-evaluation-harness (`scores_of`).
+    Scores may be in 0..1 or in per cent, but in one unit for teacher and students of a task.
+    lower_is_better: the tasks (or task -> bool) of mappings whose score is a likelihood metric such
+    as bits per byte or perplexity; results files and tables say it themselves. For these recovery
+    is A_T / A_S.
 
     Raises UserError, in one line, for other task sets, different metrics, negative or NaN scores,
     and where accuracy and likelihood metrics meet: one alpha* never mixes them (`split_groups`).
     """
     groups = split_groups(teacher_scores, students, lower_is_better)
     if len(groups) > 1:
-        first = {kind: result.tasks[0] for kind, result in groups.items()}
+        (kind, one), (other_kind, other) = list(groups.items())[:2]
         raise UserError(
-            f"win_and_tie: {first['accuracy']} is an accuracy and {first['likelihood']} a "
-            "likelihood metric; compare them apart (split_groups)",
+            f"win_and_tie: {one.tasks[0]} is of the kind {kind} and {other.tasks[0]} of the kind "
+            f"{other_kind}; compare them apart (split_groups)",
             usage=True,
         )
     return next(iter(groups.values()))
 
 
 def split_groups(
-    teacher_scores: Scores,
-    students: Mapping[str, Scores],
+    teacher_scores: Source,
+    students: Mapping[str, Source],
     lower_is_better: Collection[str] | Mapping[str, bool] = (),
 ) -> dict[str, WinTie]:
-    """Win-and-Tie for each kind of metric: "accuracy" (more is better), "likelihood" (less is
-    better). Only kinds that occur are there; arguments and errors as in `win_and_tie`."""
+    """Win-and-Tie for each kind of metric: "accuracy" (more is better), "likelihood" and "error"
+    (less is better). Only kinds that occur are there; arguments and errors as in `win_and_tie`."""
     if not students:
         raise UserError("win_and_tie: no students", usage=True)
-    teacher = _ScoreSet(teacher_scores, "teacher")
-    if not teacher.exact:
+    teacher = scores_of(teacher_scores, "teacher")
+    if not teacher.tasks:
         raise UserError(f"{teacher.where}: no tasks")
-    sets = {name: _ScoreSet(scores, name) for name, scores in students.items()}
+    lower = _directions(lower_is_better, teacher)
+    teacher = _directed(teacher, lower)
+    sets = {name: _directed(scores_of(s, name), lower) for name, s in students.items()}
     for student in sets.values():
-        _check_pair(teacher, student)
-    lower = _lower_tasks(lower_is_better, teacher)
-    groups: dict[str, WinTie] = {}
-    for kind in ("accuracy", "likelihood"):
-        tasks = [t for t in teacher.exact if (t in lower) == (kind == "likelihood")]
-        if tasks:
-            groups[kind] = WinTie(
-                {t: teacher.exact[t] for t in tasks},
-                {name: {t: s.exact[t] for t in tasks} for name, s in sets.items()},
-                kind == "likelihood",
-            )
-    return groups
+        check_pair(teacher, student)
+    kinds = {score.kind for score in teacher.tasks.values()}
+    return {
+        kind: judge(teacher, sets, [t for t, score in teacher.tasks.items() if score.kind == kind])
+        for kind in sorted(kinds)
+    }
 
 
-def _lower_tasks(named: Collection[str] | Mapping[str, bool], teacher: _ScoreSet) -> set[str]:
+def judge(
+    teacher: ModelScores, students: Mapping[str, ModelScores], tasks: Iterable[str]
+) -> WinTie:
+    """Win-and-Tie over `tasks`, which are of one kind and in all scores (`check_pair`)."""
+    of = {task: teacher.tasks[task] for task in tasks}
+    return WinTie(
+        {task: score.value for task, score in of.items()},
+        {name: {task: s.tasks[task].value for task in of} for name, s in students.items()},
+        all(score.lower_is_better for score in of.values()),
+        {task: score.chance for task, score in of.items() if score.chance is not None},
+    )
+
+
+def _directions(
+    named: Collection[str] | Mapping[str, bool], teacher: ModelScores
+) -> Mapping[str, bool]:
+    """Task -> whether less is better, for the tasks that are named."""
     if isinstance(named, str):
         raise UserError(f"lower_is_better is the string {named!r}, expected a set", usage=True)
-    lower = set(teacher.lower)
-    entries = named.items() if isinstance(named, Mapping) else ((task, True) for task in named)
-    for task, is_lower in entries:
-        if task not in teacher.exact:
+    directions = named if isinstance(named, Mapping) else dict.fromkeys(named, True)
+    for task in directions:
+        if task not in teacher.tasks:
             raise UserError(f"lower_is_better names {task}, which is not a task", usage=True)
-        (lower.add if is_lower else lower.discard)(task)
-    return lower
+    return directions
 
 
-def _check_pair(teacher: _ScoreSet, student: _ScoreSet) -> None:
-    missing = _listed(t for t in teacher.exact if t not in student.exact)
-    extra = _listed(t for t in student.exact if t not in teacher.exact)
-    if missing or extra:
-        parts = [f"{student.where} lacks {missing}"] if missing else []
-        parts += [f"{teacher.where} lacks {extra}"] if extra else []
-        raise UserError(f"the task sets differ: {'; '.join(parts)}")
-    for task, metric in teacher.metrics.items():
-        other = student.metrics.get(task)
-        if other is not None and other != metric:
-            raise UserError(
-                f"task {task}: {teacher.where} has {metric}, {student.where} has {other}"
-            )
-
-
-def _listed(tasks: Iterable[str], most: int = 5) -> str:
-    names: Sequence[str] = list(tasks)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _directed(scores: ModelScores, lower: Mapping[str, bool]) -> ModelScores:
+    tasks = {
+        task: replace(score, kind="likelihood" if lower[task] else "accuracy")
+        if task in lower and lower[task] != score.lower_is_better
+        else score
+        for task, score in scores.tasks.items()
+    }
+    return replace(scores, tasks=tasks)

@@ -1,0 +1,335 @@
+"""Comparisons: what does not compare, controls, chance, intervals, groups, tables."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xlstm_distill.cli import main
+from xlstm_distill.errors import UserError
+from xlstm_distill.evaluate import compare, scores_of, win_and_tie, write_results
+from xlstm_distill.evaluate.comparable import differences
+
+N = 400
+
+
+def results(seed: int = 0, **skills: float) -> dict[str, Any]:
+    """Results with samples; a task's skill is its share of right answers. The same documents are
+    hard in all results, so that models can be paired."""
+    out: dict[str, Any] = {
+        "results": {},
+        "higher_is_better": {},
+        "versions": {},
+        "n-shot": {},
+        "n-samples": {},
+        "configs": {},
+        "config": {"limit": None, "random_seed": 0, "fewshot_seed": 1234},
+        "chat_template_sha": None,
+        "samples": {},
+    }
+    rng = np.random.default_rng(seed)
+    for number, (task, skill) in enumerate(skills.items()):
+        hardness = np.random.default_rng(number).random(N) + 0.2 * rng.normal(size=N)
+        right = np.argsort(np.argsort(hardness)) < skill * N
+        out["results"][task] = {"alias": task, "acc,none": right.sum() / N}
+        out["higher_is_better"][task] = {"acc": True}
+        out["versions"][task] = 1.0
+        out["n-shot"][task] = 5
+        out["n-samples"][task] = {"original": N, "effective": N}
+        out["configs"][task] = {"output_type": "multiple_choice", "chance": 0.25}
+        out["samples"][task] = [
+            {"doc_id": i, "acc": float(x)} for i, x in enumerate(right.tolist())
+        ]
+    return out
+
+
+def aggregates(of: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in of.items() if key != "samples"}
+
+
+TEACHER = results(0, arc=0.8, piqa=0.7, boolq=0.27, squad=0.6)
+STUDENT = results(1, arc=0.74, piqa=0.71, boolq=0.28, squad=0.5)
+CONTROL = results(2, arc=0.6, piqa=0.7, boolq=0.27, squad=0.2)
+
+
+# ---- what does not compare ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("versions", "arc"), 2.0, "task version of s is 2.0, of teacher 1.0 (arc)"),
+        (("n-shot", "arc"), 0, "shots of s is 0, of teacher 5 (arc)"),
+        (("config", "limit"), 100, "limit of s is 100, of teacher null"),
+        (("config", "random_seed"), 1, "random seed of s is 1, of teacher 0"),
+        (("config", "fewshot_seed"), 1, "few-shot seed of s is 1, of teacher 1234"),
+        (("chat_template_sha",), "ab12", "chat template of s is ab12, of teacher null"),
+        (
+            ("n-samples", "piqa", "effective"),
+            200,
+            "number of samples of s is 200, of teacher 400 (piqa)",
+        ),
+    ],
+)
+def test_other_measurements_are_named_with_both_values(path, value, message):
+    other = copy.deepcopy(STUDENT)
+    place = other
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    found = compare(TEACHER, {"s": other}, draws=50)
+    assert found.warnings == [message] and f"warning: {message}" in found.table()
+    with pytest.raises(UserError, match="not comparable: ") as error:
+        compare(TEACHER, {"s": other}, strict=True, draws=50)
+    assert message in str(error.value)
+    # What one side does not state is not known to differ.
+    del place[path[-1]]
+    assert compare(TEACHER, {"s": other}, strict=True, draws=50).warnings == []
+
+
+def test_other_documents_and_other_scales_are_named():
+    other = copy.deepcopy(STUDENT)
+    other["samples"]["arc"][0]["doc_id"] = 1000
+    (line,) = differences(scores_of(TEACHER, "teacher"), scores_of(other, "s"))
+    assert line == "documents with samples of s is with 1000, of teacher with 0 (arc)"
+    found = compare(TEACHER, {"s": other}, draws=50).benchmarks[0]
+    assert found.students["s"].basis == "binomial" and found.students["s"].mcnemar is None
+    percent = compare({"a": 61.5, "b": 20}, {"s": {"a": 0.6, "b": 0.2}})
+    assert percent.warnings == ["best possible score of s is 1, of teacher 100"]
+
+
+def test_other_metrics_and_directions_are_refused():
+    other = {"results": {"arc": {"acc_norm,none": 0.5}}}
+    with pytest.raises(UserError, match="task arc: teacher has acc,none, s has acc_norm,none"):
+        compare(TEACHER, {"s": other}, tasks=["arc"])
+    flipped = copy.deepcopy(STUDENT)
+    flipped["higher_is_better"]["arc"]["acc"] = False
+    with pytest.raises(UserError, match="arc: teacher: more is better, s: less is better"):
+        compare(TEACHER, {"s": flipped})
+
+
+# ---- controls, chance, groups -------------------------------------------------------------------
+
+
+def test_control_and_teacher_bound_what_is_recovered():
+    found = compare(TEACHER, {"s": STUDENT, "c": CONTROL}, controls=["c"], draws=1000)
+    by_task = {b.task: b for b in found.benchmarks}
+    assert {t: b.separates for t, b in by_task.items()} == {
+        "arc": True,
+        "piqa": False,
+        "boolq": False,
+        "squad": True,
+    }
+    arc = by_task["arc"]
+    assert arc.lead == pytest.approx(0.2) and 0 < arc.lead_interval[0] < 0.2 < arc.lead_interval[1]
+    s = arc.students["s"]
+    assert s.recovered["c"] == pytest.approx((0.6 - 0.74) / (0.6 - 0.8))
+    low, high = s.recovered_interval["c"]
+    assert 0.4 < low < 0.7 < high < 0.95
+    assert "c" not in by_task["piqa"].students["s"].recovered
+    assert "c" not in arc.students["c"].recovered
+    everywhere, separating = (g for g in found.groups if g.kind == "accuracy")
+    assert separating.tasks == ["arc", "squad"] and everywhere.tasks == list(by_task)
+    assert separating.students["s"].alpha_star > everywhere.students["s"].alpha_star == 0
+    # Of both benchmarks together: .14 + .3 of .2 + .4.
+    assert separating.students["s"].recovered["c"] == pytest.approx(0.44 / 0.6)
+    assert everywhere.dominance == [("s", "c")]
+    assert "piqa *" in found.table()
+
+
+def test_several_controls_where_less_is_better():
+    """Bits per byte without samples; the second control was trained as the student was."""
+    teacher, student, untrained, window = (
+        {"results": {"squad": {"bits_per_byte,none": x, "bits_per_byte_stderr,none": 0.01}}}
+        for x in (0.5, 0.8, 1.5, 1.0)
+    )
+    found = compare(
+        teacher,
+        {"s": student, "untrained": untrained, "window": window},
+        controls=["untrained", "window"],
+    ).benchmarks[0]
+    assert found.kind == "likelihood" and found.separates and found.lead == pytest.approx(1.0)
+    s = found.students["s"]
+    assert s.basis == "standard error"
+    assert s.recovered == {"untrained": pytest.approx(0.7), "window": pytest.approx(0.4)}
+    low, high = s.recovered_interval["window"]
+    # d(ratio) = sqrt(.01^2 + .01^2 (1 - .4)^2 + .01^2 .4^2) / .5, twice that to both sides.
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.01 * np.sqrt(1 + 0.36 + 0.16) / 0.5, rel=0.1)
+
+
+def test_a_teacher_at_chance_is_marked_and_can_be_left_out():
+    found = compare(TEACHER, {"s": STUDENT}, draws=1000)
+    at_chance = {b.task: b.at_chance for b in found.benchmarks}
+    assert at_chance == {"arc": False, "piqa": False, "boolq": True, "squad": False}
+    assert "boolq †" in found.table() and found.groups[0].tasks == list(at_chance)
+    s = {b.task: b.students["s"] for b in found.benchmarks}
+    assert s["arc"].corrected == pytest.approx((0.74 - 0.25) / (0.8 - 0.25))
+    dropped = compare(TEACHER, {"s": STUDENT}, drop_chance=True, draws=1000)
+    assert dropped.groups[0].tasks == ["arc", "piqa", "squad"]
+    assert [b.dropped for b in dropped.benchmarks] == [False, False, True, False]
+    told = compare(TEACHER, {"s": STUDENT}, chance={"*": 0, "boolq": "0.3"}, draws=1000)
+    assert [b.chance for b in told.benchmarks] == [0, 0, 0.3, 0]
+    assert told.benchmarks[2].students["s"].corrected is None
+    with pytest.raises(UserError, match="chance: x is not a task where more is better"):
+        compare(TEACHER, {"s": STUDENT}, chance={"x": 0.5})
+
+
+def test_groups_have_their_own_alpha_star():
+    groups = {"long": ["sq*", "boolq"], "short": ["arc"]}
+    found = compare(TEACHER, {"s": STUDENT}, groups=groups, draws=50)
+    assert [(g.name, g.tasks) for g in found.groups[1:]] == [
+        ("long", ["boolq", "squad"]),
+        ("short", ["arc"]),
+    ]
+    assert found.alpha_star(name="short") == {"s": pytest.approx(1 - 0.74 / 0.8)}
+    assert found.groups[1].title == "accuracy, long, all 2"
+    with pytest.raises(UserError, match="group g: x is not a task"):
+        compare(TEACHER, {"s": STUDENT}, groups={"g": ["x"]})
+    mixed = copy.deepcopy(TEACHER)
+    mixed["configs"]["squad"]["output_type"] = "generate_until"
+    own = compare(mixed, {"s": STUDENT}, draws=50)
+    assert [g.name for g in own.groups] == ["", "understanding", "generation"]
+
+
+# ---- uncertainty --------------------------------------------------------------------------------
+
+
+def test_noise_of_samples_is_smaller_than_that_of_aggregates_and_said_so():
+    paired = compare(TEACHER, {"s": STUDENT}, margin="0.1", draws=1000)
+    alone = compare(aggregates(TEACHER), {"s": aggregates(STUDENT)}, margin="0.1", draws=1000)
+    for a, b in zip(paired.benchmarks, alone.benchmarks, strict=True):
+        p, q = a.students["s"], b.students["s"]
+        assert (p.basis, q.basis) == ("paired", "binomial")
+        assert p.recovery == q.recovery and p.detectable < q.detectable
+        assert p.recovery_interval[0] > q.recovery_interval[0]
+        assert p.mcnemar is not None and q.mcnemar is None
+    arc = paired.benchmarks[0].students["s"]
+    assert arc.mcnemar < 0.05 and arc.recovery_interval[1] < 1
+    piqa = paired.benchmarks[1].students["s"]
+    assert piqa.non_inferior is True and arc.non_inferior is False
+    star = paired.groups[0].students["s"]
+    assert star.alpha_star_interval[0] <= star.alpha_star <= star.alpha_star_interval[1]
+    assert 0.3 < star.lossless_probability < 1
+    assert "paired, 400 units" in paired.table() and "binomial" in alone.table()
+    assert "detectable: " in alone.table()
+    # The binomial detectable difference: 2.8 standard errors of two independent shares.
+    error = np.sqrt(0.8 * 0.2 / N + 0.74 * 0.26 / N)
+    assert alone.benchmarks[0].students["s"].detectable == pytest.approx(2.8 * error, rel=0.1)
+
+
+def test_scores_alone_have_no_noise_and_the_tables_say_so():
+    found = compare({"a": 0.5, "b": 0.4}, {"s": {"a": 0.4, "b": 0.4}}, margin=0)
+    assert found.table().count("no number of samples is known") == 3
+    s = found.benchmarks[0].students["s"]
+    assert s.basis is s.recovery_interval is s.detectable is s.non_inferior is None
+    assert found.groups[0].students["s"].alpha_star_interval is None
+
+
+def test_ratios_that_may_not_exist_have_no_interval():
+    teacher, student = results(0, a=0.005), results(1, a=0.0)
+    found = compare(teacher, {"s": student}).benchmarks[0].students["s"]
+    assert found.recovery == 0 and found.recovery_interval is None
+    nothing = compare(results(0, a=0.0), {"s": student}, draws=50).benchmarks[0].students["s"]
+    assert nothing.recovery is None and nothing.recovery_interval is None
+
+
+def test_a_part_of_the_documents_and_few_of_them_are_marked():
+    teacher, student = copy.deepcopy(TEACHER), copy.deepcopy(STUDENT)
+    for r in (teacher, student):
+        r["samples"]["arc"] = r["samples"]["arc"][:8]
+        r["results"]["arc"]["acc,none"] = float(np.mean([s["acc"] for s in r["samples"]["arc"]]))
+        r["n-samples"]["arc"]["effective"] = 8
+    found = compare(teacher, {"s": student}, draws=50)
+    assert found.benchmarks[0].documents == "8 of 400"
+    assert "fewer than 30 units, intervals are rough: arc" in found.remarks()
+    assert "measured on a part of the documents: arc" in found.remarks()
+
+
+def test_the_same_bits_whatever_the_order_of_tasks():
+    found = compare(TEACHER, {"s": STUDENT}, draws=200)
+    assert found == compare(TEACHER, {"s": STUDENT}, draws=200)
+    back = {**TEACHER, "results": dict(reversed(TEACHER["results"].items()))}
+    other = compare(back, {"s": STUDENT}, draws=200)
+    assert {b.task: b for b in other.benchmarks} == {b.task: b for b in found.benchmarks}
+    assert compare(TEACHER, {"s": STUDENT}, draws=200, seed=1) != found
+
+
+# ---- files and arguments ------------------------------------------------------------------------
+
+
+def test_written_files(tmp_path):
+    for name, r in (("teacher", TEACHER), ("s", STUDENT), ("c", CONTROL)):
+        write_results(r, tmp_path / f"results_{name}.json")
+    files = {name: tmp_path / f"results_{name}.json" for name in ("s", "c")}
+    found = compare(
+        tmp_path / "results_teacher.json",
+        files,
+        controls=["c"],
+        groups={"a/b c": ["arc", "squad"]},
+        margin="0.05",
+        out=tmp_path / "out",
+    )
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {
+        "comparison.json",
+        "comparison.csv",
+        "recovery.svg",
+        "win_and_tie_accuracy.svg",
+        "win_and_tie_accuracy_separating.svg",
+        "win_and_tie_accuracy_a_b_c.svg",
+        "win_and_tie_accuracy_a_b_c_separating.svg",
+    }
+    plain = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert plain == json.loads(found.model_dump_json()) and plain["margin"] == 0.05
+    header = (tmp_path / "out/comparison.csv").read_text().splitlines()[0].split(",")
+    assert header[:6] == ["task", "metric", "samples", "teacher", "s", "c"]
+    assert len(header) == len(set(header)) and "s recovered from c high" in header
+    # What was written can be compared again.
+    table = tmp_path / "out/comparison.csv"
+    again = win_and_tie(f"{table}:teacher", {"s": f"{table}:s"})
+    assert again.alpha_star["s"] == found.alpha_star()["s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"controls": ["x"]}, "control 'x' is not among the students"),
+        ({"students": {}}, "no students"),
+        ({"students": {"teacher": {"a": 1}}}, "cannot be named 'teacher'"),
+        ({"margin": 1}, "margin is 1, expected 0 or more and less than 1"),
+        ({"margin": "x"}, "margin is 'x', expected a number"),
+        ({"teacher": {}}, "teacher: no tasks"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments: dict[str, Any] = {"teacher": {"a": 1}, "students": {"s": {"a": 1}}}
+    arguments.update(change)
+    with pytest.raises(UserError, match=message):
+        compare(arguments.pop("teacher"), arguments.pop("students"), **arguments)
+
+
+def test_the_command(tmp_path, capsys):
+    table = tmp_path / "scores.csv"
+    table.write_text("task,samples,t,s,c\narc,400,80,74,60\npiqa,400,70,71,70\n")
+    arguments = ["compare", "--teacher", f"{table}:t", "--out", str(tmp_path / "out")]
+    arguments += [x for name in "sc" for x in ("--student", f"{name}={table}:{name}")]
+    arguments += ["--control", "c", "--group", "hard=arc", "--chance", "*=25", "--margin", "0.1"]
+    assert main([*arguments, "--strict"]) == 0
+    printed = capsys.readouterr().out
+    assert "arc" in printed and "piqa *" in printed and "not inferior, margin 0.1" in printed
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [g["name"] for g in found["groups"]] == ["", "", "hard", "hard"]
+    assert found["benchmarks"][0]["students"]["s"]["recovered"]["c"] == pytest.approx(0.7)
+    # Other shots: a warning, and with --strict an error.
+    other = tmp_path / "teacher.json"
+    other.write_text(json.dumps(aggregates(TEACHER)))
+    student = tmp_path / "s.json"
+    student.write_text(json.dumps({**aggregates(STUDENT), "n-shot": {"arc": 0}}))
+    arguments = ["compare", "--teacher", str(other), "--student", f"s={student}", "--out", "x"]
+    assert main([*arguments, "--strict"]) == 1
+    assert "not comparable: shots of s" in capsys.readouterr().err
