@@ -157,6 +157,15 @@ def test_several_controls_where_less_is_better():
     assert s.basis == "standard error"
     assert s.recovered == {"untrained": pytest.approx(0.7), "window": pytest.approx(0.4)}
     low, high = s.recovered_interval["window"]
+    # Bits and perplexities have no sum: each has its share, their group none.
+    other = {"wiki": {"word_perplexity,none": 20.0}, "squad": {"bits_per_byte,none": 0.5}}
+    more = [
+        {"results": {t: {k: v * f for k, v in m.items()} for t, m in other.items()}}
+        for f in (1, 1.2, 2)
+    ]
+    both = compare(more[0], {"s": more[1], "c": more[2]}, controls=["c"])
+    assert [b.students["s"].recovered["c"] for b in both.benchmarks] == pytest.approx([0.8, 0.8])
+    assert both.groups[0].students["s"].recovered == {}
     # d(ratio) = sqrt(.01^2 + .01^2 (1 - .4)^2 + .01^2 .4^2) / .5, twice that to both sides.
     assert (high - low) / 2 == pytest.approx(1.96 * 0.01 * np.sqrt(1 + 0.36 + 0.16) / 0.5, rel=0.1)
 
@@ -323,6 +332,10 @@ def test_the_command(tmp_path, capsys):
     assert "arc" in printed and "piqa *" in printed and "not inferior, margin 0.1" in printed
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and "scores.csv:t" in page and "piqa *" in page
+    # Curves over all, the separating and the group (which separates), and the bars.
+    assert page.count("<svg") == 5
     assert [g["name"] for g in found["groups"]] == ["", "", "hard", "hard"]
     assert found["benchmarks"][0]["students"]["s"]["recovered"]["c"] == pytest.approx(0.7)
     # Other shots: a warning, and with --strict an error.

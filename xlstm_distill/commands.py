@@ -35,7 +35,7 @@ from .model import Compute, Model, load
 from .progress import Reporter
 from .quickstart import quickstart as run_quickstart
 from .recipe import SampledSource, load_recipe, parse_recipe, shipped_recipes
-from .report import terminal_table
+from .report import comparison_report, terminal_table
 from .run import Run
 from .run import run as run_recipe
 from .rundir import RunDirectory
@@ -442,6 +442,7 @@ def compare(arguments: Arguments) -> Result:
         seed=arguments.seed,
         out=arguments.out,
     )
+    comparison_report(found, arguments.out)
     _say(arguments, found.table())
     return {"out": arguments.out, **found.model_dump(mode="json")}
 

@@ -186,8 +186,29 @@ def report(data: ReportData | Mapping[str, Any], out_dir: str | Path) -> Path:
     directory that cannot be written.
     """
     facts = report_data(data)
-    folder = Path(out_dir)
-    files = {"report.html": _page(facts), "report.json": facts.model_dump_json(indent=1) + "\n"}
+    page = _page(
+        "report.html.j2",
+        facts=facts,
+        recipe=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True),
+        figures=_figures(facts),
+        fidelity=_fidelity_rows(facts),
+        positions=_position_rows(facts),
+    )
+    files = {"report.html": page, "report.json": facts.model_dump_json(indent=1) + "\n"}
+    return _write(files, Path(out_dir))
+
+
+def comparison_report(comparison: Comparison, out_dir: str | Path) -> Path:
+    """Write a comparison alone as `report.html`, one file as that of `report`.
+
+    Returns its path. Raises UserError for a directory that cannot be written.
+    """
+    figures = _drawn({"benchmarks": _comparison_figures(comparison)})
+    page = _page("comparison.html.j2", comparison=comparison, figures=figures)
+    return _write({"report.html": page}, Path(out_dir))
+
+
+def _write(files: Mapping[str, str], folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -200,7 +221,7 @@ def report(data: ReportData | Mapping[str, Any], out_dir: str | Path) -> Path:
     return folder / "report.html"
 
 
-def _page(facts: ReportData) -> str:
+def _page(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xlstm_distill", ""),
         autoescape=True,
@@ -211,26 +232,29 @@ def _page(facts: ReportData) -> str:
     environment.filters.update(
         number=_number, count=_count, duration=_duration, percent=lambda x: f"{100 * x:.1f} %"
     )
-    recipe = yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True)
-    page: str = environment.get_template("report.html.j2").render(
-        facts=facts,
-        recipe=recipe if facts.recipe else "",
-        figures=_figures(facts),
-        fidelity=_fidelity_rows(facts),
-        positions=_position_rows(facts),
-        benchmarks=facts.benchmarks.listings() if facts.benchmarks is not None else [],
-    )
+    page: str = environment.get_template(template).render(**values)
     return page
 
 
-def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
+def _drawn(
+    figures: Mapping[str, Sequence[tuple[str, Figure]]],
+) -> dict[str, list[tuple[str, Markup]]]:
     """Section -> (description for readers who do not see it, inline SVG)."""
     from . import plots  # slow to import
 
-    found: dict[str, list[tuple[str, Markup]]] = {}
+    return {
+        section: [(text, Markup(_unique_ids(plots.svg(figure), text))) for text, figure in drawings]
+        for section, drawings in figures.items()
+    }
+
+
+def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
+    from . import plots  # slow to import
+
+    found: dict[str, list[tuple[str, Figure]]] = {}
 
     def add(section: str, text: str, figure: Figure) -> None:
-        found.setdefault(section, []).append((text, Markup(_unique_ids(plots.svg(figure), text))))
+        found.setdefault(section, []).append((text, figure))
 
     for stage in dict.fromkeys(curve.stage for curve in facts.losses):
         curves = [curve for curve in facts.losses if curve.stage == stage]
@@ -253,11 +277,18 @@ def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
     if facts.gates is not None:
         add("gates", "Output gates", plots.gate_map(facts.gates.values, "Median output gate"))
     if facts.benchmarks is not None:
-        for group in facts.benchmarks.groups:
-            figure = plots.coverage_curves(group.curves(), group.title)
-            add("benchmarks", f"Win-and-Tie, {group.title}", figure)
-        add("benchmarks", "Recovery rates", plots.recovery_bars(facts.benchmarks))
-    return found
+        found["benchmarks"] = _comparison_figures(facts.benchmarks)
+    return _drawn(found)
+
+
+def _comparison_figures(comparison: Comparison) -> list[tuple[str, Figure]]:
+    from . import plots  # slow to import
+
+    curves = [
+        (f"Win-and-Tie, {g.title}", plots.coverage_curves(g.curves(), g.title))
+        for g in comparison.groups
+    ]
+    return [*curves, ("Recovery rates", plots.recovery_bars(comparison))]
 
 
 def _unique_ids(svg: str, prefix: str) -> str:

@@ -83,6 +83,7 @@ def compare(
     judges = _Judges(sets, controls, tolerance, draws, seed)
     benchmarks = [judges.benchmark(task, drop_chance) for task in reference.tasks]
     comparison = Comparison(
+        teacher=Path(teacher).name if isinstance(teacher, str | Path) else "",
         controls=list(controls),
         students=list(students),
         margin=None if tolerance is None else float(tolerance),
@@ -164,6 +165,11 @@ def _quotient(above: FloatArray, below: FloatArray) -> FloatArray:
         return np.where(below > 0, above / below, np.inf)
 
 
+def _scale(score: Score) -> str:
+    """In what a score is counted: accuracies of all metrics in their unit, others by metric."""
+    return score.metric.partition(",")[0] if score.lower_is_better else str(score.unit)
+
+
 # ---- judging ------------------------------------------------------------------------------------
 
 
@@ -215,10 +221,11 @@ class _Judges:
 
     def recovered(self, tasks: Sequence[str], student: str, found: Standing | Curve) -> None:
         """Fill in (control - student) / (control - teacher) for each control, over the sums of the
-        tasks that separate it from the teacher."""
+        tasks that separate it from the teacher. Scores on several scales have no sum."""
         for control in self.controls:
             separated = [task for task in tasks if self.separates(task, control)]
-            if control == student or not separated:
+            scales = {_scale(self.teacher.tasks[task]) for task in separated}
+            if control == student or len(scales) != 1:
                 continue
             above = [self.lead(task, student, control) for task in separated]
             below = [self.lead(task, "teacher", control) for task in separated]

@@ -157,10 +157,12 @@ class Group(_Part):
 class Comparison(_Part):
     """All benchmarks, and Win-and-Tie over all of them, by group, and over the separating ones.
 
-    warnings: what was measured otherwise for some model. notes: what was left out or not used.
-    margin: the tolerance of non-inferiority, stated beforehand.
+    teacher: the name of the file that its scores come from, "" where there is none. warnings: what
+    was measured otherwise for some model. notes: what was left out or not used. margin: the
+    tolerance of non-inferiority, stated beforehand.
     """
 
+    teacher: str
     controls: list[str]
     students: list[str]
     margin: float | None
@@ -254,7 +256,8 @@ class Comparison(_Part):
         if any(b.at_chance for b in self.benchmarks):
             dropped = ", left out" if any(b.dropped for b in self.benchmarks) else ""
             marks.append(f"† the teacher is at chance{dropped}")
-        title = "; ".join(["Benchmarks", *marks, self._detects()])
+        of = [f"teacher: {self.teacher}"] if self.teacher else []
+        title = "; ".join(["Benchmarks", *of, *marks, self._detects()])
         return Listing(title, titles, rows, 2)
 
     def _detects(self) -> str:
