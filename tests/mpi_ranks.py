@@ -1,9 +1,13 @@
-"""What the ranks of a job do in test_mpi.py: `mpirun -n N python mpi_ranks.py CHECK`."""
+"""What the ranks of a job do in test_mpi.py: `mpirun -n N python mpi_ranks.py FOLDER` checks the
+parts, `... failing COMMAND` does a command in which one rank fails."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +15,17 @@ import tiny_run
 from test_accumulation import check_sum
 from test_tasks import request, write_task
 
-from xlstm_distill import cli
-from xlstm_distill.communicator import ALONE, world
+from xlstm_distill import accumulation, cli, shards
+from xlstm_distill.accumulation import Accumulation
+from xlstm_distill.communicator import ALONE, Communicator, world
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import evaluate
-from xlstm_distill.run import Run
+from xlstm_distill.optim import AdamW
+from xlstm_distill.parameters import Parameters
+from xlstm_distill.training import Best, Saver
 
 
-def communicator(_: list[str]) -> None:
+def communicator(_: Path) -> None:
     """Every call of the communicator."""
     comm = world()
     rank, size = comm.rank, comm.size
@@ -32,25 +39,105 @@ def communicator(_: list[str]) -> None:
     with pytest.raises(UserError, match=rf"the rank is 0 on rank 0 .* and {1} on rank 1"):
         comm.agree("the rank", rank)
     array = np.full(5, rank, np.float32)
+    comm.spread(array, size - 1)
+    assert (array == size - 1).all()
     comm.spread(array)
-    assert not array.any()
-    if rank == 1:
-        comm.send(np.arange(5, dtype=np.float32), 0)
-    if rank == 0:
-        comm.receive(array, 1)
-        assert np.array_equal(array, np.arange(5))
+    assert (array == size - 1).all()
+    others = [other for other in range(size) if other != rank]
+    received = {other: np.empty(other + 2, np.float32) for other in others}
+    sent = {other: np.full(rank + 2, 10 * rank + other, np.float32) for other in others}
+    comm.exchange(sent, received)
+    for other, found in received.items():
+        assert (found == 10 * other + rank).all()
     comm.barrier()
 
 
-def sums(_: list[str]) -> None:
-    """The tree of any number of parts, also fewer than ranks."""
-    for parts in range(1, 14):
-        check_sum(world(), parts)
+def sums(_: Path) -> None:
+    """The tree of any number of parts, also fewer than ranks, in several messages; one rank has the
+    whole tensor, or all have a part."""
+    with pytest.MonkeyPatch.context() as patch:
+        for parts in range(1, 14):
+            patch.setattr(accumulation, "PIECE", 3000 if parts % 2 else 1 << 22)
+            for block in (16384, 100):
+                patch.setattr(shards, "BLOCK", block)
+                check_sum(world(), parts)
 
 
-def tasks(arguments: list[str]) -> None:
+TENSORS = [
+    ("model.embed_tokens.weight", (700, 64), "embedding", -1),
+    ("model.layers.0.input_layernorm.weight", (61,), "norm", 0),
+    ("model.layers.0.mlp.up_proj.weight", (301, 500), "mlp", 0),
+    ("model.layers.0.mixer.i_proj.bias", (3,), "bias", 0),
+    ("model.layers.1.mlp.up_proj.weight", (301, 500), "mlp", 1),
+    ("model.layers.1.mixer.map_q", (2, 16, 16), "map", 1),
+]
+
+
+def optimiser(folder: Path) -> None:
+    """The shards of all ranks are the bits of one process, and a state is the same to both; numbers
+    of other shards are never looked at."""
+    comm, training = world(), np.random.default_rng(7)
+    names = {name for name, *_ in TENSORS} - {"model.layers.0.mixer.i_proj.bias"}
+    start = {name: training.standard_normal(shape) for name, shape, *_ in TENSORS}
+
+    def new(comm: Communicator) -> AdamW:
+        params = Parameters.of(TENSORS, np.float32)
+        for name, value in start.items():
+            params[name] = value.astype(np.float32)
+        return AdamW(params, names, rates={"mixer": 3.0, "norm": 0.1}, average=0.9, comm=comm)
+
+    def compare(one: AdamW, shared: AdamW) -> None:
+        assert np.array_equal(one.params.flat, shared.params.flat)
+        low, high = shared.shards.low, shared.shards.high
+        for name, values in shared.state().items():
+            assert np.array_equal(values, one.state()[name][low:high])
+
+    one, shared = new(ALONE), new(comm)
+    size = shared.shards.size
+    assert size == sum(map(np.size, (start[name] for name in names)))
+    assert abs(len(shared.m) - size / comm.size) <= shards.BLOCK
+    assert sum(comm.gather(len(shared.m))) == size
+    cut = [p.entry.name for p in shared.shards.own if p.own.stop - p.own.start < p.entry.size]
+    assert any(comm.gather(bool(cut)))
+    best = Best()
+    for step in range(3):
+        grads = one.params.zeros_like()
+        for name in sorted(names):
+            grads[name] = training.standard_normal(start[name].shape).astype(np.float32)
+        own = grads.copy()
+        own.flat[:] = np.nan
+        for piece in shared.shards.own:
+            own.flat[piece.place] = grads.flat[piece.place]
+        assert one.norm(grads) == shared.norm(own) and one.squares(grads) == shared.squares(own)
+        one.step(grads, 1e-2, 0.5)
+        shared.step(own, 1e-2, 0.5)
+        compare(one, shared)
+        best.offer(shared, 3.0 - step)
+        with one.averaged(), shared.averaged():
+            assert np.array_equal(one.params.flat, shared.params.flat)
+        compare(one, shared)
+
+    saver = Saver(folder / "shared.npz", {"a": 1}, comm=comm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "PIECE", 5000)  # so that a shard is several messages
+        saver.save(shared, {"text": 5}, best)
+    comm.barrier()
+    with np.load(saver.path) as whole:
+        assert np.array_equal(whole["best"], one.values())
+        for name, values in one.state().items():
+            assert np.array_equal(whole[name], values)
+    batches = SimpleNamespace(load_state_dict=lambda cursor: None)
+    taken = new(ALONE), new(comm)
+    Saver(saver.path, {"a": 1}).load(taken[0], batches, Best())
+    saver.load(taken[1], batches, best)
+    assert taken[0].steps == taken[1].steps == 3 and best.step == 3
+    compare(*taken)
+    compare(one, taken[1])
+    assert np.array_equal(best.values, taken[1].values())
+
+
+def tasks(requests: Path) -> None:
     """Request sets give the same results as one process."""
-    requests = Path(arguments[0])
     if world().first:
         asked = [
             request(n, choice, f"{n} plus {n} is" + " so" * (n % 5), f" {n + choice}", n % 2)
@@ -67,19 +154,23 @@ def tasks(arguments: list[str]) -> None:
 
 
 def failing(arguments: list[str]) -> None:
-    """The command, in which one rank alone meets a defect in stage I."""
-    original = Run.run_align
+    """The command, in which one rank alone meets a defect in the third step of stage I, while the
+    others wait for its gradient."""
+    original, calls = Accumulation.__call__, itertools.count(1)
 
-    def run_align(self: Run) -> None:
-        if self.comm.rank == 1:
+    def call(self: Accumulation, *arguments: Any) -> Any:
+        if next(calls) == 3 and self.comm.rank == 1:
             raise RuntimeError("a defect of one rank")
-        original(self)
+        return original(self, *arguments)
 
-    Run.run_align = run_align  # type: ignore[method-assign]
+    Accumulation.__call__ = call  # type: ignore[method-assign]
     cli._GRACE = 0.5
     sys.exit(cli.main(arguments))
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (communicator, sums, tasks, failing)}[sys.argv[1]](sys.argv[2:])
+    if sys.argv[1] == "failing":
+        failing(sys.argv[2:])
+    for check in (communicator, sums, optimiser, tasks):
+        check(Path(sys.argv[1]))
     print("done", flush=True)

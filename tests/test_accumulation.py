@@ -39,7 +39,8 @@ def in_sequence(values: list[np.ndarray]) -> np.ndarray:
 
 
 def accumulated(comm: Communicator, order: str, parts: int, times: int = 1):
-    """The gradient of one tensor, the sums and the parts that this rank computed."""
+    """The gradient of one tensor, put together of all shards, the sums and the parts that this rank
+    computed."""
     model = tiny_run.teacher()
     accumulate = Accumulation(model.params, {WEIGHT}, comm, order)
     grads = model.params.zeros_like()
@@ -54,6 +55,7 @@ def accumulated(comm: Communicator, order: str, parts: int, times: int = 1):
         own.clear()
         grads[WEIGHT].fill(0)
         sums = accumulate(range(parts), one, grads)
+    accumulate.shards.share(grads)
     others = [name for name in grads if name != WEIGHT and grads[name].any()]
     assert not others
     return grads[WEIGHT], sums, own

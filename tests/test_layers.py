@@ -78,6 +78,7 @@ LEVELS = [
         "prompts",
         "report",
         "sampling",
+        "shards",
         "sources",
         "streams",
         "targets",

@@ -4,7 +4,8 @@ A sum of floating-point numbers depends on its order. "sequence" adds one micro-
 other into one buffer. "tree" adds over a binary tree of the micro-batches' numbers: [0, n) is the
 sum of [0, p) and of [p, n), p the largest power of two below n. The tree does not know how many
 ranks there are, so neither do the sum's bits; several ranks always add over it. A rank takes
-neighbouring micro-batches, adds what lies within its share and sends the sum of a subtree on.
+neighbouring micro-batches and adds what lies within its share; then each rank gets the sums of
+these subtrees for its shard of the numbers (shards.py), and adds them over the rest of the tree.
 Gradients are added in their own dtype (float32), sums of losses in float64 in order.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, Literal, TypeVar
 
@@ -21,13 +22,11 @@ from numpy.typing import NDArray
 
 from .communicator import ALONE, Communicator
 from .parameters import Parameters
+from .shards import PIECE, Shards
 
 Order = Literal["sequence", "tree"]
 Sums = NDArray[np.float64]
 _Part = TypeVar("_Part")
-
-_PIECE = 1 << 22
-"""Numbers of one message: bounds the memory for what is received."""
 
 
 class Accumulation:
@@ -43,7 +42,7 @@ class Accumulation:
         comm: Communicator = ALONE,
         order: Order = "sequence",
     ) -> None:
-        self.entries, self.comm = [e for e in params.entries if e.name in names], comm
+        self.shards, self.comm = Shards(params, names, comm), comm
         self.tree = order == "tree" or comm.size > 1
         self._spare: list[Parameters] = []
 
@@ -56,7 +55,8 @@ class Accumulation:
         """Add the gradient of all parts into `grads`, which is 0; returns the sums of all parts.
 
         `one` adds the gradient of a part into a buffer and returns the part's sums. Every rank gets
-        the same.
+        the same sums, and the gradient of its shard; the rest of `grads` is undefined then, until
+        `shards.share(grads)`.
         """
         if not self.tree:
             return reduce(np.add, [one(part, grads) for part in parts])
@@ -66,7 +66,7 @@ class Accumulation:
 
         def leaf(number: int) -> Parameters:
             buffer = self._spare.pop() if self._spare else grads.zeros_like()
-            for e in self.entries:
+            for e in self.shards.entries:
                 buffer.view(e).fill(0)
             found.append(one(parts[number], buffer))
             return buffer
@@ -78,66 +78,78 @@ class Accumulation:
             middle = _middle(low, high)
             return self._added(within(low, middle), within(middle, high))
 
-        # First all that needs no other rank, so that no rank waits for one that still computes.
-        held = {subtree: within(*subtree) for subtree in shares.whole_subtrees(self.comm.rank)}
-
-        def across(low: int, high: int) -> Parameters | None:
-            """The sum of a subtree, on the rank of its first micro-batch."""
-            if (low, high) in held:
-                return held.pop((low, high))
-            if not shares.touches(self.comm.rank, low, high):
-                return None
-            middle = _middle(low, high)
-            left, right = across(low, middle), across(middle, high)
-            here, there = shares.rank_of(low), shares.rank_of(middle)
-            if left is not None and right is not None:
-                self._added(left, right)
-            elif left is not None:
-                self._receive(left, there)
-            elif right is not None:
-                self._send(right, here)
-                self._spare.append(right)
-            return left
-
-        across(0, len(parts))
-        for place in self._places():
-            self.comm.spread(grads.flat[place])
-        self._spare = [buffer for buffer in self._spare if buffer is not grads]
+        held = [within(*subtree) for subtree in shares.whole_subtrees(self.comm.rank)]
+        if self.comm.size > 1:
+            self._scatter(held, shares, grads)
+        self._spare = [buffer for buffer in (*self._spare, *held) if buffer is not grads]
         return reduce(np.add, itertools.chain.from_iterable(self.comm.gather(found)))
 
     def sums(self, parts: Sequence[_Part], one: Callable[[_Part], Sums]) -> Sums:
         """The sums that `one` returns, added, without a gradient."""
         return reduce(np.add, self.comm.map(one, parts))
 
-    def _places(self) -> Iterator[slice]:
-        """Pieces of the tensors' places in a flat buffer."""
-        for e in self.entries:
-            first = e.offset * e.size // e.nbytes
-            for start in range(first, first + e.size, _PIECE):
-                yield slice(start, min(start + _PIECE, first + e.size))
-
     def _added(self, left: Parameters, right: Parameters) -> Parameters:
-        for place in self._places():
-            left.flat[place] += right.flat[place]
+        for piece in self.shards.pieces(0, self.shards.size):
+            left.flat[piece.place] += right.flat[piece.place]
         self._spare.append(right)
         return left
 
-    def _send(self, grads: Parameters, to: int) -> None:
-        for place in self._places():
-            self.comm.send(grads.flat[place], to)
+    def _scatter(self, held: Sequence[Parameters], shares: _Shares, grads: Parameters) -> None:
+        """Set this rank's shard of `grads` to the sum of the subtrees that all ranks hold, a part
+        of each shard at a time."""
+        ranks = range(self.comm.size)
+        ranges = [self.shards.range_of(rank) for rank in ranks]
+        at_once = max(1, PIECE // sum(len(shares.whole_subtrees(rank)) for rank in ranks))
+        for start in range(0, max(high - low for low, high in ranges), at_once):
+            ends = [(low + start, min(low + start + at_once, high)) for low, high in ranges]
+            self._scatter_parts(held, shares, ends, grads)
 
-    def _receive(self, grads: Parameters, source: int) -> None:
-        """Add what another rank sends."""
-        piece: NDArray[Any] = np.empty(_PIECE, dtype=grads.dtype)
-        for place in self._places():
-            received = piece[: place.stop - place.start]
-            self.comm.receive(received, source)
-            grads.flat[place] += received
+    def _scatter_parts(
+        self,
+        held: Sequence[Parameters],
+        shares: _Shares,
+        ends: Sequence[tuple[int, int]],
+        grads: Parameters,
+    ) -> None:
+        """The same for the numbers between `ends` of each rank; there may be none."""
+        me = self.comm.rank
+        low, high = ends[me]
+        subtrees = {rank: shares.whole_subtrees(rank) for rank in range(self.comm.size)}
+        found: dict[int, NDArray[Any]] = {
+            rank: np.empty((len(own), high - low), grads.dtype)
+            for rank, own in subtrees.items()
+            if own and low < high
+        }
+        sent = {
+            rank: np.stack([self.shards.read(buffer.flat, *part) for buffer in held])
+            for rank, part in enumerate(ends)
+            if held and part[0] < part[1]
+        }
+        if me in sent:
+            found[me] = sent.pop(me)
+        self.comm.exchange(sent, {rank: rows for rank, rows in found.items() if rank != me})
+        if low >= high:
+            return
+        sums = {tree: row for r in found for tree, row in zip(subtrees[r], found[r], strict=True)}
+        self.shards.write(grads.flat, low, _total(sums, 0, shares.starts[-1]))
 
 
 def _middle(low: int, high: int) -> int:
     """Where the tree divides [low, high): behind a power of two, the largest below its length."""
     return low + (1 << (high - low - 1).bit_length() - 1)
+
+
+def _total(sums: Mapping[tuple[int, int], NDArray[Any]], low: int, high: int) -> NDArray[Any]:
+    """The sum of [low, high) out of those of its subtrees that are in `sums`, whose arrays change.
+
+    As a closure it would be a cycle, which keeps the arrays until the garbage collector comes.
+    """
+    if (low, high) in sums:
+        return sums[low, high]
+    middle = _middle(low, high)
+    left = _total(sums, low, middle)
+    left += _total(sums, middle, high)
+    return left
 
 
 class _Shares:

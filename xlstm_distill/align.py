@@ -10,6 +10,7 @@ bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -122,7 +123,7 @@ def align(
         patience=patience,
         accumulation=accumulation,
     )
-    optimiser = MixerAdamW(student, trained_layers(student.config, layers), training)
+    optimiser = MixerAdamW(student, trained_layers(student.config, layers), training, comm)
     settings = {**asdict(training), "layers": optimiser.layers}
 
     accumulate = Accumulation(student.params, optimiser.names, comm, accumulation)
@@ -190,7 +191,13 @@ class MixerAdamW(AdamW):
     of the state.
     """
 
-    def __init__(self, model: Model, layers: Sequence[int], training: MixerTraining) -> None:
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[int],
+        training: MixerTraining,
+        comm: Communicator = ALONE,
+    ) -> None:
         all_names = trainable_names(model, "mixer")
         entries = (e for e in model.params.entries if e.group in set(layers))
         self.names = {e.name for e in entries if e.name in all_names}
@@ -200,6 +207,7 @@ class MixerAdamW(AdamW):
             beta2=training.beta2,
             weight_decay=training.weight_decay,
             rates=training.rates,
+            comm=comm,
         )
         for key, value in (("clip", training.clip), ("patience", training.patience)):
             if value is not None and not value > 0:
@@ -243,21 +251,21 @@ class MixerAdamW(AdamW):
 
     def step(self, grads: Parameters, lr: float, scale: float = 1.0) -> None:
         """One step of the layers that have not stopped, each clipped by its own norm."""
-        self.scales = {layer: self._clipping(grads, layer) for layer in self.active}
+        self.scales = dict.fromkeys(self.active, 1.0)
+        if self.training.clip is not None:
+            squares = self.squares(grads)
+            for layer in self.scales:
+                own = sum(squares[e.name] for e in self.entries if e.group == layer)
+                if (norm := math.sqrt(own)) > self.training.clip:
+                    self.scales[layer] = self.training.clip / norm
         super().step(grads, lr, scale)
 
-    def _clipping(self, grads: Parameters, layer: int) -> float:
-        if self.training.clip is None:
-            return 1.0
-        norm = self.norm(grads, layer)
-        return min(1.0, self.training.clip / norm) if norm > 0 else 1.0
+    def history(self) -> dict[str, NDArray[Any]]:
+        """The errors."""
+        return {"losses": self.losses, "errors": self.errors}
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """As AdamW, with the errors."""
-        return {**super().state(), "losses": self.losses, "errors": self.errors}
-
-    def load_state(self, state: dict[str, NDArray[Any]], steps: int) -> None:
-        """Set what `state` gave, after `steps` steps."""
+    def load_state(self, state: Mapping[str, NDArray[Any]], steps: int) -> None:
+        """Set what `state` and `history` gave, after `steps` steps."""
         for name, own in (("losses", self.losses), ("errors", self.errors)):
             if name not in state or state[name].shape != own.shape:
                 raise UserError(f"saved state: {name} of {own.shape} are missing")

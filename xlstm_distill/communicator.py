@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -55,16 +55,16 @@ class Communicator:
         """The first rank's value, on every rank. Values are pickled."""
         return value
 
-    def send(self, array: NDArray[Any], to: int) -> None:
-        """Send a contiguous array to another rank."""
-        raise ValueError(f"there is no rank {to}")
+    def exchange(
+        self, sent: Mapping[int, NDArray[Any]], received: Mapping[int, NDArray[Any]]
+    ) -> None:
+        """Send contiguous arrays to other ranks, and receive what others send into arrays of the
+        same size and dtype, all at the same time."""
+        if others := {*sent, *received}:
+            raise ValueError(f"there is no rank {min(others)} beside this one")
 
-    def receive(self, array: NDArray[Any], source: int) -> None:
-        """Receive what another rank sends, into a contiguous array."""
-        raise ValueError(f"there is no rank {source}")
-
-    def spread(self, array: NDArray[Any]) -> None:
-        """Give a contiguous array the first rank's contents, on every rank."""
+    def spread(self, array: NDArray[Any], source: int = 0) -> None:
+        """Give a contiguous array the contents that it has on one rank, on every rank."""
 
     def abort(self, status: int) -> None:
         """End the processes of all other ranks and this one, if there are others."""
@@ -109,14 +109,16 @@ class Mpi(Communicator):
         found: _Value = self._comm.bcast(value)
         return found
 
-    def send(self, array: NDArray[Any], to: int) -> None:
-        self._comm.Send(array, dest=to)
+    def exchange(
+        self, sent: Mapping[int, NDArray[Any]], received: Mapping[int, NDArray[Any]]
+    ) -> None:
+        waiting = [self._comm.Irecv(array, source=rank) for rank, array in received.items()]
+        waiting += [self._comm.Isend(array, dest=rank) for rank, array in sent.items()]
+        for request in waiting:
+            request.Wait()
 
-    def receive(self, array: NDArray[Any], source: int) -> None:
-        self._comm.Recv(array, source=source)
-
-    def spread(self, array: NDArray[Any]) -> None:
-        self._comm.Bcast(array)
+    def spread(self, array: NDArray[Any], source: int = 0) -> None:
+        self._comm.Bcast(array, root=source)
 
     def abort(self, status: int) -> None:
         self._comm.Abort(status)

@@ -125,6 +125,7 @@ def distill(
         rates=rates,
         average=average,
         changed=None if lora is None else lora.merge,
+        comm=comm,
     )
     of_student = None if lora is None else student.params.zeros_like()
     settings = {
@@ -195,6 +196,7 @@ def distill(
         into = grads if of_student is None else of_student
         sums = accumulate(list(batch.parts(micro_rows)), one, into)
         if lora is not None:
+            accumulate.shards.share(into)  # a factor's gradient needs that of the whole matrix
             lora.gradient(into, grads)
         return means(sums, batch)
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import ops
+from .communicator import ALONE, Communicator
 from .errors import UserError
 from .model import Model
 from .parameters import Entry, Parameters
+from .shards import BLOCK, Shards
 
 Train = Literal["all", "mixer"]
 Schedule = Literal["cosine", "constant", "linear", "wsd"]
@@ -87,6 +93,10 @@ def learning_rate(
 class AdamW:
     """AdamW with decoupled decay on matrices; moments exist for the trained tensors alone.
 
+    Each rank of `comm` makes the step of its shard (shards.py) and holds moments and running mean
+    of that alone; then all have the new values. What `norm`, `step` and `put` are given must be
+    right for this rank's shard, and all ranks call them together. The bits are those of one rank.
+
     `rates` multiplies the learning rate of groups of tensors (`rate_factor`). `average`: the share
     that a running mean of the trained values keeps in a step (None: no mean is kept); it keeps less
     in the first steps, (1 + t) / (10 + t) after t, so that the start is soon forgotten. `changed`
@@ -105,9 +115,10 @@ class AdamW:
         rates: Mapping[Group, float] | None = None,
         average: float | None = None,
         changed: Callable[[], None] | None = None,
+        comm: Communicator = ALONE,
     ) -> None:
         self.params, self.changed = params, changed
-        self.entries = [e for e in params.entries if e.name in names]
+        self.shards = Shards(params, names, comm)
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
         self.rates = dict(rates or {})
         for group, factor in self.rates.items():
@@ -116,7 +127,7 @@ class AdamW:
                 raise UserError(f"rates: there is no group {group!r}; there are: {known}")
             if not (factor > 0 and math.isfinite(factor)):
                 raise UserError(f"rates: {group} has {factor}, expected more than 0")
-        size = sum(e.size for e in self.entries)
+        size = self.shards.high - self.shards.low
         self.m: NDArray[Any] = np.zeros(size, dtype=params.dtype)
         self.v: NDArray[Any] = np.zeros(size, dtype=params.dtype)
         self.average, self.mean = average, None if average is None else self.values()
@@ -130,31 +141,42 @@ class AdamW:
         """True if no further step would change a thing."""
         return False
 
-    def _slices(self) -> Iterator[tuple[Entry, slice, slice]]:
-        """(entry, its place among the parameters, its place among the moments)"""
-        at = 0
-        for e in self.entries:
-            first = e.offset // self.params.dtype.itemsize
-            yield e, slice(first, first + e.size), slice(at, at + e.size)
-            at += e.size
+    @property
+    def entries(self) -> list[Entry]:
+        """The trained tensors."""
+        return self.shards.entries
 
     def zero(self, grads: Parameters) -> None:
         """Set the gradients of the trained tensors to 0 (the others are never touched)."""
         for e in self.entries:
             grads.view(e).fill(0)
 
-    def norm(self, grads: Parameters, layer: int | None = None) -> float:
-        """The norm of the gradient over the trained tensors, of all or of one layer; added in
-        float64."""
-        flat = grads.flat
-        found = (place for e, place, _ in self._slices() if layer is None or e.group == layer)
-        return math.sqrt(sum(ops.sumsq(flat[place]) for place in found))
+    def norm(self, grads: Parameters) -> float:
+        """The norm of the gradient over the trained tensors, added in float64."""
+        return math.sqrt(sum(self.squares(grads).values()))
+
+    def squares(self, grads: Parameters) -> dict[str, float]:
+        """The sum of squares of the gradient of each trained tensor in order, on every rank.
+
+        Tensors that are cut are added block by block, as the core does with whole ones.
+        """
+        flat, sums = grads.flat, []
+        for e, place, own in self.shards.own:
+            cut = own.stop - own.start < e.size
+            starts = range(place.start, place.stop, BLOCK if cut else e.size)
+            stops = [*starts[1:], place.stop]
+            blocks = map(slice, starts, stops)
+            sums.append((e.name, [ops.sumsq(flat[block]) for block in blocks]))
+        parts: defaultdict[str, list[float]] = defaultdict(list)
+        for name, found in itertools.chain.from_iterable(self.shards.comm.gather(sums)):
+            parts[name] += found
+        return {name: reduce(operator.add, found) for name, found in parts.items()}
 
     def step(self, grads: Parameters, lr: float, scale: float = 1.0) -> None:
         """One step in place; `scale` multiplies the gradient (clipping)."""
         self.steps += 1
         flat, gradient = self.params.flat, grads.flat
-        for e, place, own in self._slices():
+        for e, place, own in self.shards.own:
             of_layer = 1.0 if self.scales is None else self.scales.get(e.group)
             if of_layer is None:
                 continue
@@ -172,6 +194,11 @@ class AdamW:
                 scale=scale * of_layer,
             )
         self._follow()
+        self._share()
+
+    def _share(self) -> None:
+        """All ranks take the values of all shards, and what is made of the values follows."""
+        self.shards.share(self.params)
         if self.changed is not None:
             self.changed()
 
@@ -180,22 +207,18 @@ class AdamW:
         if self.average is None or self.mean is None:
             return
         keep = min(self.average, (1 + self.steps) / (10 + self.steps))
-        for _, place, own in self._slices():
+        for _, place, own in self.shards.own:
             mean = self.mean[own]
             ops.merge_linear([mean, self.params.flat[place]], [keep, 1 - keep], out=mean)
 
     def values(self) -> NDArray[Any]:
-        """The trained values, flat and in the order of the entries (a copy)."""
-        flat = self.params.flat
-        return np.concatenate([flat[place] for _, place, _ in self._slices()])
+        """The trained values of this rank's shard, flat, in the order of the entries (a copy)."""
+        return self.shards.read(self.params.flat, self.shards.low, self.shards.high)
 
     def put(self, values: NDArray[Any]) -> None:
-        """Set the trained values."""
-        flat = self.params.flat
-        for _, place, own in self._slices():
-            flat[place] = values[own]
-        if self.changed is not None:
-            self.changed()
+        """Set the trained values; each rank gives those of its shard."""
+        self.shards.write(self.params.flat, self.shards.low, values)
+        self._share()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -211,19 +234,17 @@ class AdamW:
             self.put(own)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Trained values, moments and the mean, where one is kept: flat and in the order of the
-        entries (values are a copy)."""
+        """Trained values, moments and the mean, where one is kept: of this rank's shard, flat and
+        in the order of the entries (values are a copy)."""
         mean = {} if self.mean is None else {"mean": self.mean}
         return {"values": self.values(), "m": self.m, "v": self.v, **mean}
 
-    def load_state(self, state: dict[str, NDArray[Any]], steps: int) -> None:
-        """Set what `state` gave, after `steps` steps."""
-        for name in ("values", "m", "v", *(() if self.mean is None else ("mean",))):
-            if state[name].shape != self.m.shape or state[name].dtype != self.m.dtype:
-                raise UserError(
-                    f"saved state: {name} has shape {state[name].shape} of {state[name].dtype}, "
-                    f"expected {self.m.shape} of {self.m.dtype}"
-                )
+    def history(self) -> dict[str, NDArray[Any]]:
+        """What else decides later steps, the same on every rank."""
+        return {}
+
+    def load_state(self, state: Mapping[str, NDArray[Any]], steps: int) -> None:
+        """Set what `state` and `history` gave, after `steps` steps."""
         self.put(state["values"])
         self.m[:], self.v[:] = state["m"], state["v"]
         if self.mean is not None:

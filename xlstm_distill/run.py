@@ -182,7 +182,7 @@ class Run:
     def follow(self, metrics: Iterable[dict[str, Any]], stage: str, title: str) -> None:
         """Exhaust the generator of a stage: show, log, and stop between steps if asked to."""
         generator = iter(metrics)
-        stop = False
+        stop = agreed = False
         try:
             with self.trackers.stage(stage, partial(self.directory.steps, stage)) as show:
                 for m in self.reporter.follow(generator, title):
@@ -191,12 +191,15 @@ class Run:
                     stop = self.comm.any(self.interrupt.asked)
                     if stop:
                         break
+            agreed = True
         finally:
+            # Saves the state of a stage that is not finished. That needs all ranks, and where one
+            # has met an error by itself the others do not come.
             close = getattr(generator, "close", None)
-            if close is not None:
-                close()  # saves the state of a stage that is not finished
+            if close is not None and (agreed or self.comm.size == 1):
+                close()
         if stop:
-            self.comm.barrier()  # the first rank has saved
+            self.comm.barrier()  # the state is saved
             raise KeyboardInterrupt
 
     def rows(self, domain: str, streams: int = 0) -> Rows:

@@ -33,6 +33,8 @@ Metrics = dict[str, Any]
 
 _SAVING_SHARE = 0.02
 """Saving is put off until it costs at most this share of the time."""
+_OF_SHARDS = ("values", "m", "v", "mean", "best")
+"""Arrays of a state with a number for each that trains; a rank keeps those of its shard."""
 
 
 @dataclass
@@ -53,10 +55,10 @@ class Saver:
     _cost: float = 0.0
 
     def due(self) -> bool:
-        """True if enough time has passed since the last save."""
-        if self.seconds == 0:
-            return True
-        return time.monotonic() - self._last >= max(self.seconds, self._cost / _SAVING_SHARE)
+        """True if enough time has passed since the last save; the first rank decides."""
+        waited = time.monotonic() - self._last
+        enough = waited >= max(self.seconds, self._cost / _SAVING_SHARE)
+        return self.comm.broadcast(self.seconds == 0 or enough)
 
     def save(
         self,
@@ -65,9 +67,7 @@ class Saver:
         best: Best | None = None,
         streams: StreamStates | None = None,
     ) -> None:
-        """Write the state (atomic)."""
-        if not self.comm.first:
-            return
+        """Write the state (atomic). All ranks come here, and send their shards to the first."""
         started = time.monotonic()
         header = {
             "identity": dict(self.identity),
@@ -75,14 +75,29 @@ class Saver:
             "step": optimiser.steps,
             "cursor": dict(cursor),
         }
-        arrays: dict[str, Any] = optimiser.state()
+        shards, of_shard = optimiser.shards, optimiser.state()
         if best is not None and best.values is not None:
             header["best"] = {"step": best.step, "loss": best.loss}
-            arrays["best"] = best.values
+            of_shard["best"] = best.values
+        if not self.comm.first:
+            for own in of_shard.values():
+                for _ in shards.gathered(own):
+                    pass
+            return
+        whole = {"header": np.array(json.dumps(header)), **optimiser.history()}
         if streams is not None:
-            arrays.update(streams.state())
-        with atomic_file(self.path) as handle:
-            np.savez(handle, header=np.array(json.dumps(header)), **arrays)
+            whole.update(streams.state())
+        # What np.savez writes, without an array of all shards in memory.
+        with atomic_file(self.path) as handle, zipfile.ZipFile(handle, "w") as archive:
+            for name, array in whole.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array)
+            for name, own in of_shard.items():
+                kind = {"descr": own.dtype.str, "fortran_order": False, "shape": (shards.size,)}
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, kind)
+                    for piece in shards.gathered(own):
+                        member.write(piece.data)
         self._last = time.monotonic()
         self._cost = self._last - started
 
@@ -90,11 +105,12 @@ class Saver:
         self,
         optimiser: AdamW,
         batches: Batches,
-        best: Best | None = None,
+        best: Best,
         streams: StreamStates | None = None,
     ) -> bool:
         """Take up a saved state if there is one; says whether there was."""
-        found = self._load(optimiser, batches, best, streams)
+        if found := self.comm.broadcast(self.path.exists()):
+            self._load(optimiser, batches, best, streams)
         self.comm.agree(f"{self.path}: the step that the state holds", optimiser.steps)
         return found
 
@@ -102,20 +118,22 @@ class Saver:
         self,
         optimiser: AdamW,
         batches: Batches,
-        best: Best | None,
+        best: Best,
         streams: StreamStates | None,
-    ) -> bool:
-        if not self.path.exists():
-            return False
-        header, arrays = read_state(self.path, self.identity, warn=self.comm.first)
+    ) -> None:
+        shards, dtype = optimiser.shards, optimiser.params.dtype
+
+        def own(name: str, array: NDArray[Any]) -> NDArray[Any]:
+            return shards.part(name, array, dtype) if name in _OF_SHARDS else array
+
+        header, arrays = read_state(self.path, self.identity, own, warn=self.comm.first)
         optimiser.load_state(arrays, int(header["step"]))
         batches.load_state_dict(header["cursor"])
-        if best is not None and "best" in header:
+        if "best" in header:
             best.values = arrays["best"]
             best.step, best.loss = int(header["best"]["step"]), float(header["best"]["loss"])
         if streams is not None:
             streams.load_state(arrays)
-        return True
 
     def remove(self) -> None:
         """Delete the state, once the result of the stage is safe."""
@@ -123,9 +141,14 @@ class Saver:
 
 
 def read_state(
-    path: Path, identity: Mapping[str, Any], *, warn: bool = True
+    path: Path,
+    identity: Mapping[str, Any],
+    keep: Callable[[str, NDArray[Any]], NDArray[Any]] = lambda name, array: array,
+    *,
+    warn: bool = True,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(header, arrays) of an npz file whose header has an `identity`.
+    """(header, arrays) of an npz file whose header has an `identity`; of each array what `keep`
+    returns of it, so that no two of them are whole in memory.
 
     UserError if the file is damaged, or names the field of `identity` that is another one there;
     another instruction set is only warned of (`warn`).
@@ -133,9 +156,22 @@ def read_state(
     try:
         with np.load(path, allow_pickle=False) as data:
             header = json.loads(str(data["header"]))
-            arrays = {name: data[name] for name in data.files if name != "header"}
+            _check_identity(path, header, identity)
+            arrays = {name: keep(name, data[name]) for name in data.files if name != "header"}
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged ({error}); delete it to begin the stage again") from None
+    if header["isa"] != runtime.isa() and warn:
+        warnings.warn(
+            f"the run began with instruction set {header['isa']} and goes on with "
+            f"{runtime.isa()}: results will differ in their last digits",
+            stacklevel=2,
+        )
+    return header, arrays
+
+
+def _check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(dict(identity)))
     for key, value in wanted.items():
         found = header["identity"].get(key)
@@ -144,13 +180,6 @@ def read_state(
                 f"{path}: saved with {key} {found}, here it is {value}; "
                 "delete the file to begin the stage again"
             )
-    if header["isa"] != runtime.isa() and warn:
-        warnings.warn(
-            f"the run began with instruction set {header['isa']} and goes on with "
-            f"{runtime.isa()}: results will differ in their last digits",
-            stacklevel=2,
-        )
-    return header, arrays
 
 
 @dataclass
@@ -197,8 +226,9 @@ def train(
 
     `gradient` adds the gradient of a batch into `grads` and returns metrics; `rate` gives the
     learning rate of step 1..steps; `streams` are the states that `gradient` goes on from. When the
-    generator is closed or interrupted between two steps, the state is saved. UserError if the
-    gradient is not finite.
+    generator is closed or interrupted between two steps, the state is saved; of several ranks all
+    must close it behind the same step, and where one is interrupted alone nothing is saved.
+    UserError if the gradient is not finite.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
@@ -206,8 +236,7 @@ def train(
     if saver is not None:
         saver.load(optimiser, batches, best, streams)
     cursor = batches.state_dict()
-    whole = True  # False while a step changes the parameters and is judged
-    done = False
+    whole = True  # False while a step changes the parameters and is judged, and at the end
     try:
         while optimiser.steps < steps and not optimiser.finished:
             started = time.perf_counter()
@@ -244,11 +273,14 @@ def train(
             # Only now that the caller has logged the step: a kill in between would leave a gap.
             if saver is not None and step < steps and saver.due():
                 saver.save(optimiser, cursor, best, streams)
-        done = True
+        whole = False
         if best.values is not None:
             optimiser.put(best.values)
         elif optimiser.mean is not None:
             optimiser.put(optimiser.mean)
-    finally:
-        if saver is not None and whole and optimiser.steps > 0 and not done:
+    except BaseException as error:
+        # Elsewhere than at a yield the other ranks need not be where this one is.
+        closed = isinstance(error, GeneratorExit)
+        if saver is not None and whole and optimiser.steps > 0 and (closed or saver.comm.size == 1):
             saver.save(optimiser, cursor, best, streams)
+        raise
