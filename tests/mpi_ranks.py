@@ -50,6 +50,13 @@ def communicator(_: Path) -> None:
     for other, found in received.items():
         assert (found == 10 * other + rank).all()
     comm.barrier()
+    for groups in range(1, size + 1):
+        number, own = comm.split(groups)
+        members = own.gather((number, rank))
+        assert {n for n, _ in members} == {number} and members[own.rank] == (number, rank)
+        sizes = comm.gather(own.size)
+        assert max(sizes) - min(sizes) <= 1 and len(set(comm.gather(number))) == groups
+        assert comm.gather(number) == sorted(comm.gather(number))
 
 
 def sums(_: Path) -> None:

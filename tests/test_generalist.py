@@ -71,10 +71,10 @@ def test_it_continues_where_it_stopped(values, whole, tmp_path):
     interrupt = Interrupt()
 
     class Stops(Reporter):
-        def follow(self, metrics: Any, title: str) -> Any:
-            for m in super().follow(metrics, title):
-                interrupt.asked = title == "stage II: generalist" and m["step"] == 5
-                yield m
+        def follow(self, lines: Any, titles: Any) -> Any:
+            for stage, m in super().follow(lines, titles):
+                interrupt.asked = stage == "distill generalist" and m.get("step") == 5
+                yield stage, m
 
     with RunDirectory(out) as directory, pytest.raises(KeyboardInterrupt):
         Run(directory, directory.begin(recipe), Stops(quiet=True), interrupt).execute()
@@ -146,11 +146,12 @@ def test_progress_shows_the_last_validation(monkeypatch):
     stream = io.StringIO()
     metrics = [{"step": n, "steps": 4, "loss": 2.0} for n in (1, 2, 3, 4)]
     metrics[1]["validation"] = 1.25
-    passed = list(Reporter(stream=stream).follow(metrics, "stage II"))
-    assert passed == metrics
-    lines = stream.getvalue().splitlines()
-    assert ["validation" in line for line in lines] == [False, True, True, True]
-    assert "loss 2, validation 1.25 (step 2)" in lines[2]
+    lines = [("distill", m) for m in metrics]
+    passed = list(Reporter(stream=stream).follow(lines, {"distill": "stage II"}))
+    assert passed == lines
+    shown = stream.getvalue().splitlines()
+    assert ["validation" in line for line in shown] == [False, True, True, True]
+    assert "loss 2, validation 1.25 (step 2)" in shown[2]
 
 
 # ---- recipes and budgets ------------------------------------------------------------------------

@@ -88,13 +88,20 @@ def root(tmp_path_factory):
     place = tmp_path_factory.mktemp("mpi")
     tiny_run.teacher().save(place / "teacher")
     tiny_run.write_text(place / "text")
-    for name in ("tree", "sequence", "lora"):
+    for name in ("tree", "sequence", "lora", "at_once"):
         values = tiny_run.recipe(place / "teacher", place / "text", save_seconds=0)
         values["distill"] = TRAINING
         values["align"].update(steps=12, rows=6, micro_rows=1, clip=0.05, patience=5)
         values["accumulation"] = "sequence" if name == "sequence" else "tree"
+        if name in ("lora", "at_once"):
+            values["align"] = {"steps": 0, "rows": 1}
         if name == "lora":
             values["distill"] = {**TRAINING, "steps": 4, "train": "lora"}
+        if name == "at_once":
+            experts = {**values["experts"], "mixed": {"general": 1, "notes": 1}}
+            values.update(experts=experts, experts_at_once=2, generalist={}, merge={})
+            values["targets"] = {"form": "sampled", "k": 12, "online": True}
+            values["distill"] = {**TRAINING, "kl_form": "sampled"}
         save_recipe(make_recipe(values), place / f"{name}.yaml")
     return place
 
@@ -143,6 +150,71 @@ def test_in_sequence_one_rank_differs_by_rounding(root, alone, tmp_path):
             with RunDirectory(place) as directory:
                 losses.append([line[field] for line in directory.steps(stage)])
         assert losses[0] == pytest.approx(losses[1], rel=ORDER_STEPS)
+
+
+# ---- experts at once ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_by_one(root):
+    """Three experts and a generalist, trained by one process: without stage I, by draws that the
+    teacher makes on the way."""
+    finish(root / "at_once.yaml", root / "one_by_one", "distill")
+    return root / "one_by_one"
+
+
+EXPERTS = ("general", "notes")
+"""Those that are trained together; "mixed" comes after them."""
+
+
+def steps_of(out: Path) -> dict[str, list[int]]:
+    """The steps of each expert, and of the generalist, as the log has them."""
+    found: dict[str, list[int]] = {}
+    for line in log_of(out):
+        if line["stage"].startswith("distill") and "step" in line:
+            found.setdefault(line["stage"], []).append(line["step"])
+    return found
+
+
+@pytest.mark.parametrize("ranks", [deep(2), 3, deep(4)])
+def test_experts_at_once_end_with_the_same_bits(root, one_by_one, tmp_path, ranks):
+    out = tmp_path / "out"
+    status, _, errors = ended(launch_run(ranks, root / "at_once.yaml", out, until="distill"))
+    assert status == 0, errors
+    check_the_same(one_by_one, out)
+    assert steps_of(out) == steps_of(one_by_one)
+    lines = [line for line in log_of(out) if line["stage"].startswith("distill")]
+    order = [line["stage"].split()[1] for line in lines]
+    both = order[: order.index("mixed")]
+    assert both[:4] == [*EXPERTS, *EXPERTS] and len(both) == 2 * (12 + 1)
+    done = [line["stage"] for line in lines if line.get("event") == "done"]
+    assert done == [f"distill {name}" for name in ("general", "notes", "mixed", "generalist")]
+    assert "stage II: expert general: 12/12" in errors and "stage II: expert notes: 12/12" in errors
+
+
+def test_experts_at_once_are_killed_and_go_on_with_another_number(root, one_by_one, tmp_path):
+    recipe, out = root / "at_once.yaml", tmp_path / "out"
+    errors = stop(4, recipe, out, ("distill notes", 5), 3, signal.SIGKILL, until="distill")
+    assert "rank 3" in errors and "signal 9" in errors
+    general, notes = (out / "experts" / f"{name}.state" / "state.npz" for name in EXPERTS)
+    assert general.is_file()
+    notes.unlink()  # so that one is ahead of the other, and ends before it
+    stop(3, recipe, out, ("distill notes", 11), 0, signal.SIGTERM, until="distill")
+    assert (out / "experts" / "general" / "config.json").is_file() and notes.is_file()
+    status, _, errors = ended(launch_run(2, recipe, out, until="distill"))
+    assert status == 0, errors
+    check_the_same(one_by_one, out)
+    assert {stage: sorted(set(steps)) for stage, steps in steps_of(out).items()} == steps_of(
+        one_by_one
+    )
+
+
+def test_an_expert_that_fails_ends_the_job(root, tmp_path):
+    changed = ["--set", "distill.lr=1e30", "--set", "distill.clip=1e30"]
+    job = launch_run(2, root / "at_once.yaml", tmp_path / "out", *changed, until="distill")
+    status, _, errors = ended(job)
+    assert status == 1
+    assert "the gradient is not finite; lower the learning rate" in errors
 
 
 # ---- what ends a job ----------------------------------------------------------------------------

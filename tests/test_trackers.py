@@ -47,10 +47,10 @@ def stopped_and_continued(recipe: Recipe, out: Path) -> None:
         interrupt = Interrupt()
 
         class Stops(Reporter):
-            def follow(self, metrics: Any, title: str) -> Any:
-                for m in super().follow(metrics, title):
-                    interrupt.asked = (title, m["step"]) == self.moment  # noqa: B023
-                    yield m
+            def follow(self, lines: Any, titles: Any) -> Any:
+                for stage, m in super().follow(lines, titles):
+                    interrupt.asked = (titles[stage], m.get("step")) == self.moment  # noqa: B023
+                    yield stage, m
 
         reporter = Stops(quiet=True)
         reporter.moment = (title, step)

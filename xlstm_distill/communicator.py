@@ -66,6 +66,11 @@ class Communicator:
     def spread(self, array: NDArray[Any], source: int = 0) -> None:
         """Give a contiguous array the contents that it has on one rank, on every rank."""
 
+    def split(self, groups: int) -> tuple[int, Communicator]:
+        """(number, communicator) of the group that this rank belongs to: neighbouring ranks, in
+        groups as even as can be. There are at most as many groups as ranks."""
+        return 0, self
+
     def abort(self, status: int) -> None:
         """End the processes of all other ranks and this one, if there are others."""
 
@@ -119,6 +124,12 @@ class Mpi(Communicator):
 
     def spread(self, array: NDArray[Any], source: int = 0) -> None:
         self._comm.Bcast(array, root=source)
+
+    def split(self, groups: int) -> tuple[int, Communicator]:
+        if groups == 1:
+            return 0, self
+        number = self.rank * groups // self.size
+        return number, Mpi(self._comm.Split(number, self.rank))
 
     def abort(self, status: int) -> None:
         self._comm.Abort(status)

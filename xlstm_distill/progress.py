@@ -28,21 +28,31 @@ class Reporter:
         """A line of its own."""
         self.console.print(text, markup=False)
 
-    def follow(self, metrics: Iterable[dict[str, Any]], title: str) -> Iterator[dict[str, Any]]:
-        """Pass metrics on and show them: `step` of `steps`, rate, loss, the last validation."""
-        last: Metrics = {}
-        with self.bar(title) as update:
-            for m in metrics:
+    def follow(
+        self, lines: Iterable[tuple[str, dict[str, Any]]], titles: Mapping[str, str]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Pass (stage, line) on and show the steps among them, each stage with its title: `step` of
+        `steps`, rate, loss, the last validation."""
+        last: dict[str, Metrics] = {stage: {} for stage in titles}
+        with self._bars(titles) as update:
+            for stage, m in lines:
                 if "validation" in m:
-                    last = {"validation": m["validation"], "validated": m["step"]}
-                update({**m, **last})
-                yield m
+                    last[stage] = {"validation": m["validation"], "validated": m["step"]}
+                if "step" in m:
+                    update[stage]({**m, **last[stage]})
+                yield stage, m
 
     @contextmanager
     def bar(self, title: str) -> Iterator[Callable[[Metrics], None]]:
         """A function that shows metrics as they come."""
+        with self._bars({title: title}) as update:
+            yield update[title]
+
+    @contextmanager
+    def _bars(self, titles: Mapping[str, str]) -> Iterator[dict[str, Callable[[Metrics], None]]]:
+        """Such a function for each of several things that go on together."""
         if self.quiet:
-            yield lambda m: None
+            yield dict.fromkeys(titles, lambda m: None)
         elif self.console.is_terminal:
             columns = (
                 TextColumn("{task.description:<22}", markup=False),
@@ -52,15 +62,18 @@ class Reporter:
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=self.console) as progress:
-                task = progress.add_task(title, total=None, figures="")
-
-                def show(m: Metrics) -> None:
-                    total, done = m.get("steps"), m.get("step")
-                    progress.update(task, total=total, completed=done, figures=_figures(m))
-
-                yield show
+                yield {key: _bar(progress, title) for key, title in titles.items()}
         else:
-            yield _Lines(self, title)
+            yield {key: _Lines(self, title) for key, title in titles.items()}
+
+
+def _bar(progress: Progress, title: str) -> Callable[[Metrics], None]:
+    task = progress.add_task(title, total=None, figures="")
+
+    def show(m: Metrics) -> None:
+        progress.update(task, total=m.get("steps"), completed=m.get("step"), figures=_figures(m))
+
+    return show
 
 
 class _Lines:

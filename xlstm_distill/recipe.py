@@ -298,7 +298,8 @@ class EvaluateSection(_Section):
 
 
 class Recipe(_Section):
-    """A whole run. `experts`: name -> share of each domain in its text."""
+    """A whole run. `experts`: name -> share of each domain in its text; `experts_at_once` of them
+    train at the same time where there are as many ranks."""
 
     title: str = "xLSTM distillation"
     teacher: str
@@ -314,6 +315,7 @@ class Recipe(_Section):
     targets: TargetsSection = Field(default_factory=TargetsSection)
     distill: DistillSection
     experts: dict[str, dict[str, float]] = Field(min_length=1)
+    experts_at_once: int = Field(default=1, ge=1)
     generalist: GeneralistSection | None = None
     merge: MergeSection = Field(default_factory=MergeSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
@@ -336,7 +338,8 @@ class Recipe(_Section):
         if self.merge.weights and set(self.merge.weights) != set(self.experts):
             missing = sorted(set(self.experts) - set(self.merge.weights))[0]
             raise ValueError(f"merge.weights: the expert {missing!r} is missing")
-        if self.accumulation == "tree" and self.align.micro_rows is None:
+        aligns = self.align.steps > 0
+        if aligns and self.accumulation == "tree" and self.align.micro_rows is None:
             raise ValueError(
                 "accumulation: tree needs align.micro_rows: the tree is one of parts of a step"
             )

@@ -14,8 +14,8 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from .targets import OnlineTargets, TargetCache, Targets, identity_of, write_tar
 from .texts import Malformed
 from .tokenizer import Tokenizer
 from .trackers import Trackers, check_installed
+from .training import Metrics
 
 STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
 _SHARED = ("data", "align", "targets", "distill", "evaluate")
@@ -120,17 +121,22 @@ class Run:
         size = self.comm.size
         if size == 1:
             return
-        if self.recipe.align.order == "layer":
+        align, distill = self.recipe.align, self.recipe.distill
+        aligns = bool(self._aligned_layers())
+        if aligns and align.order == "layer":
             raise UserError("align.order: layer is for one rank; choose step, or start without MPI")
-        if self.recipe.distill.state_passing:
+        if distill.state_passing:
             raise UserError("distill.state_passing is for one rank; start without MPI")
         self.comm.agree("the instruction set (XLSTM_DISTILL_ISA sets it)", runtime.isa())
-        for stage, section in (("align", self.recipe.align), ("distill", self.recipe.distill)):
-            parts = -(-section.rows // (section.micro_rows or 1))
-            if parts < size:
+        fewest = min(map(len, self._at_once(list(self.recipe.trained))))
+        for stage, section, groups in (("align", align, 1), ("distill", distill, fewest)):
+            if stage == "align" and not aligns:
+                continue
+            parts, ranks = -(-section.rows // (section.micro_rows or 1)), -(-size // groups)
+            if parts < ranks:
                 raise UserError(
                     f"{stage}: a step has {parts} parts (rows {section.rows}, micro_rows "
-                    f"{section.micro_rows}) for {size} ranks; start at most {parts} ranks"
+                    f"{section.micro_rows}) for {ranks} ranks; start at most {parts * groups} ranks"
                 )
         machines = len(set(self.comm.gather(platform.node())))
         threads = sum(self.comm.gather(runtime.threads()))
@@ -172,34 +178,62 @@ class Run:
         _reset_peak_memory()
         started = time.perf_counter()
         yield facts
+        self.directory.log(stage, **self._done(stage, started, **facts))
+
+    def _done(self, stage: str, started: float, **facts: Any) -> dict[str, Any]:
+        """The line of the log that ends a stage."""
         seconds = time.perf_counter() - started
         # After a restart this attempt did not do all steps: count those of the log.
         seconds = max(seconds, sum(s["seconds"] for s in self.directory.steps(stage)))
-        self.directory.log(
-            stage, event="done", seconds=seconds, peak_memory_mib=_peak_memory_mib(), **facts
-        )
+        memory = _peak_memory_mib()
+        return {"event": "done", "seconds": seconds, "peak_memory_mib": memory, **facts}
 
-    def follow(self, metrics: Iterable[dict[str, Any]], stage: str, title: str) -> None:
-        """Exhaust the generator of a stage: show, log, and stop between steps if asked to."""
-        generator = iter(metrics)
+    def follow(self, lines: Iterable[Metrics], stage: str, title: str) -> None:
+        """Exhaust the generator of a stage, which gives lines of the log: show and log them, and
+        stop between steps if asked to."""
+        self._follow(lines, stage, {stage: title})
+
+    def _follow(self, lines: Iterable[Metrics], own: str, titles: Mapping[str, str]) -> None:
+        """The same where groups of ranks each have a stage of their `own`, all of them in `titles`.
+
+        They go on step by step together: so the first rank logs the steps of all before a group
+        saves them, and all stop alike.
+        """
+        generator = iter(lines)
         stop = agreed = False
+
+        def together() -> Iterator[tuple[str, Metrics]]:
+            nonlocal stop
+            while not stop:
+                found: dict[str, Metrics] = {}
+                for stage, line in self.comm.gather((own, next(generator, {}))):
+                    found.setdefault(stage, line)  # of a group's first rank
+                if not any(found.values()):
+                    return
+                yield from ((stage, line) for stage, line in found.items() if line)
+                stop = self.comm.any(self.interrupt.asked)
+
         try:
-            with self.trackers.stage(stage, partial(self.directory.steps, stage)) as show:
-                for m in self.reporter.follow(generator, title):
-                    self.directory.log(stage, **m)
-                    show(m)
-                    stop = self.comm.any(self.interrupt.asked)
-                    if stop:
-                        break
+            with ExitStack() as stack:
+                show = {
+                    stage: stack.enter_context(
+                        self.trackers.stage(stage, partial(self.directory.steps, stage))
+                    )
+                    for stage in titles
+                }
+                for stage, line in self.reporter.follow(together(), titles):
+                    self.directory.log(stage, **line)
+                    if "step" in line:
+                        show[stage](line)
             agreed = True
         finally:
-            # Saves the state of a stage that is not finished. That needs all ranks, and where one
-            # has met an error by itself the others do not come.
+            # Saves the state of a stage that is not finished. That needs all ranks of a stage, and
+            # where one has met an error by itself the others do not come.
             close = getattr(generator, "close", None)
             if close is not None and (agreed or self.comm.size == 1):
                 close()
         if stop:
-            self.comm.barrier()  # the state is saved
+            self.comm.barrier()  # all states are saved
             raise KeyboardInterrupt
 
     def rows(self, domain: str, streams: int = 0) -> Rows:
@@ -433,7 +467,8 @@ class Run:
         self.follow(metrics, "align", "stage I: align")
         after = relative_errors(student, probe, layers, self.comm)
         errors = {"layers": layers, "before": before, "after": after}
-        self._save(student, self.path / "aligned", {**provenance, "relative_error": errors})
+        if self.comm.first:
+            student.save(self.path / "aligned", {**provenance, "relative_error": errors})
         return errors
 
     def _align_by_layer(
@@ -529,7 +564,7 @@ class Run:
     def run_targets(self) -> None:
         """The teacher's targets of every row that stage II will see, unless they are online."""
         wanted_here = self.recipe.distill.kl_weight > 0 and not self.recipe.targets.online
-        if not wanted_here or self.comm.broadcast(self._all_trained()):
+        if not wanted_here or not self._untrained():
             return
         wanted: dict[str, int] = {}
         for student in self.recipe.trained:
@@ -560,62 +595,86 @@ class Run:
         """Where an expert, or the generalist, stands after stage II."""
         return self.path / name if name == GENERALIST else self.path / "experts" / name
 
-    def _all_trained(self) -> bool:
-        places = map(self.trained_place, self.recipe.trained)
-        return all((place / "config.json").is_file() for place in places)
+    def _untrained(self) -> list[str]:
+        """Experts that do not stand yet, and the generalist, on every rank alike."""
+        places = {name: self.trained_place(name) for name in self.recipe.trained}
+        left = [name for name, place in places.items() if not (place / "config.json").is_file()]
+        return self.comm.broadcast(left)
+
+    def _at_once(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Who is trained at the same time: experts. The generalist is by itself, because it takes
+        as long as all of them."""
+        count = min(self.recipe.experts_at_once, self.comm.size)
+        experts = [name for name in names if name != GENERALIST]
+        for start in range(0, len(experts), count):
+            yield experts[start : start + count]
+        if GENERALIST in names:
+            yield [GENERALIST]
 
     def run_distill(self) -> None:
         """Stage II: each expert, and the generalist, from aligned."""
+        untrained = self._untrained()
         for name in self.recipe.trained:
-            self._distill(name)
+            if name not in untrained:
+                self._remove(self._state(name))
+        for names in self._at_once(untrained):
+            number, comm = self.comm.split(len(names))
+            titles = {
+                f"distill {name}": f"stage II: {name if name == GENERALIST else f'expert {name}'}"
+                for name in names
+            }
+            name = names[number]
+            self._follow(self._distill(name, comm), f"distill {name}", titles)
 
-    def _distill(self, name: str) -> None:
-        place = self.trained_place(name)
-        state = place.with_name(f"{name}.state") / _STATE
+    def _state(self, name: str) -> Path:
+        return self.trained_place(name).with_name(f"{name}.state")
+
+    def _distill(self, name: str, comm: Communicator) -> Iterator[Metrics]:
+        """Train an expert, or the generalist, with the ranks of `comm`; lines of the log."""
+        _reset_peak_memory()
+        started = time.perf_counter()
+        place, state = self.trained_place(name), self._state(name)
         section, steps = self.recipe.distill, self.recipe.steps_of(name)
-        if self.stands(place / "config.json"):
-            self._remove(state.parent)
-            return
         student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
         targets = None if section.kl_weight == 0 else self._targets(batches, steps)
         settings = section.model_dump(exclude={"steps", "rows", "train", "lora", "validate_rows"})
         train = self._adapter(student) if section.train == "lora" else section.train
-        held_out, held_out_targets = self._validation(batches)
-        stage = f"distill {name}"
-        tokens = steps * section.rows * self.recipe.data.length
-        with self.timed(stage, steps=steps, tokens=tokens):
-            metrics = distill(
-                student,
-                batches,
-                targets,
-                steps=steps,
-                train_what=train,
-                held_out=held_out,
-                held_out_targets=held_out_targets,
-                accumulation=self.recipe.accumulation,
-                state=state,
-                save_seconds=self.recipe.save_seconds,
-                comm=self.comm,
-                **settings,
-            )
-            title = name if name == GENERALIST else f"expert {name}"
-            self.follow(metrics, stage, f"stage II: {title}")
+        held_out, held_out_targets = self._validation(batches, comm)
+        yield from distill(
+            student,
+            batches,
+            targets,
+            steps=steps,
+            train_what=train,
+            held_out=held_out,
+            held_out_targets=held_out_targets,
+            accumulation=self.recipe.accumulation,
+            state=state / _STATE,
+            save_seconds=self.recipe.save_seconds,
+            comm=comm,
+            **settings,
+        )
+        if comm.first:
             provenance = {"distill": section.model_dump(), "data": batches.identity}
-            if isinstance(train, Lora) and self.comm.first:
-                # before the expert, with which the stage is done
+            if isinstance(train, Lora):  # before the expert, with which the stage is done
                 adapter = place.with_name(f"{name}.adapter")
                 base = os.path.relpath(self.path / "aligned", adapter)
                 train.save(adapter, base, provenance)
-            self._save(student, place, provenance)
-        self._remove(state.parent)
+            student.save(place, provenance)
+        tokens = steps * section.rows * self.recipe.data.length
+        yield self._done(f"distill {name}", started, steps=steps, tokens=tokens)
+        if comm.first:
+            shutil.rmtree(state, ignore_errors=True)
 
     def _adapter(self, student: Model) -> Lora:
         """New factors of the student, which begin alike for every expert."""
         settings = self.recipe.distill.lora.model_dump()
         return Lora(student, **settings, seed=derived_seed(self.recipe.seed, "lora"))
 
-    def _validation(self, batches: Batches) -> tuple[Batch | None, Targets | None]:
+    def _validation(
+        self, batches: Batches, comm: Communicator
+    ) -> tuple[Batch | None, Targets | None]:
         """The rows that are set aside for validation, and the teacher's targets of them."""
         section = self.recipe.distill
         if not section.validate_every:
@@ -631,7 +690,7 @@ class Run:
             ((domain, row),) = p.rows
             return self._online(batches.sources[domain]).get([row])
 
-        found = self.comm.map(of_row, batch.parts(1))
+        found = comm.map(of_row, batch.parts(1))
         ids, logp = (np.concatenate(x) for x in zip(*found, strict=True))
         return batch, (ids, logp)
 
@@ -675,11 +734,6 @@ class Run:
         write_report(self)
 
     # ---- files of the first rank --------------------------------------------------------------
-
-    def _save(self, student: Model, place: Path, provenance: dict[str, Any]) -> None:
-        if self.comm.first:
-            student.save(place, provenance)
-        self.comm.barrier()
 
     def _remove(self, state: Path) -> None:
         """Delete the directory of the state of a stage whose result stands."""

@@ -122,24 +122,26 @@ class TensorBoard:
 
     def __init__(self, run: Path) -> None:
         self.place = run / "tensorboard"
-        self._writer: Any = None
+        self._writers: dict[str, Any] = {}
 
     def begin(self, stage: str, logged: Sequence[Metrics], first: int) -> None:
         writer = _summary_writer()
         folder = self.place.joinpath(*stage.split())
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self._writer = writer(str(folder), flush_secs=_FLUSH_SECONDS)
+        self._writers[stage] = writer(str(folder), flush_secs=_FLUSH_SECONDS)
         for metrics in logged:
             if metrics["step"] < first:
                 self.step(stage, metrics)
 
     def step(self, stage: str, metrics: Metrics) -> None:
         for key, value in scalars(metrics):
-            self._writer.add_scalar(key, value, metrics["step"], walltime=metrics.get("time"))
+            self._writers[stage].add_scalar(
+                key, value, metrics["step"], walltime=metrics.get("time")
+            )
 
     def end(self, stage: str) -> None:
-        self._writer.close()
+        self._writers.pop(stage).close()
 
     def close(self) -> None:
         return
@@ -184,16 +186,16 @@ class Wandb:
             )
         except wandb.Error as error:
             raise UserError(f"trackers: wandb: {error}; WANDB_MODE=offline needs no one") from None
-        self._sent = 0
+        self._sent: dict[str, int] = {}
 
     def begin(self, stage: str, logged: Sequence[Metrics], first: int) -> None:
         group = "/".join(stage.split())
         self._run.define_metric(f"{group}/step")
         self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-        self._sent = max((m["step"] for m in logged), default=0)
+        self._sent[stage] = max((m["step"] for m in logged), default=0)
 
     def step(self, stage: str, metrics: Metrics) -> None:
-        if metrics["step"] > self._sent:
+        if metrics["step"] > self._sent[stage]:
             group = "/".join(stage.split())
             values = {f"{group}/{key}": value for key, value in scalars(metrics)}
             self._run.log({f"{group}/step": metrics["step"], **values})
