@@ -18,6 +18,8 @@ import xlstm_distill.cli
 from xlstm_distill.cli import main, parser
 from xlstm_distill.errors import UserError
 
+PACKAGE = str(Path(xlstm_distill.cli.__file__).parent.parent)
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -127,11 +129,10 @@ def test_token_id_out_of_range():
 
 def test_disk_full_while_writing(root, tmp_path):
     """A limit on the size of files stands for a full disk: the run ends with one line."""
-    package = str(Path(xlstm_distill.cli.__file__).parent.parent)
     command = [sys.executable, "-m", "xlstm_distill", "export", str(root / "teacher")]
     done = subprocess.run(
         [*command, "--to", str(tmp_path / "copy")],
-        env={**os.environ, "PYTHONPATH": package},
+        env={**os.environ, "PYTHONPATH": PACKAGE},
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
@@ -140,6 +141,23 @@ def test_disk_full_while_writing(root, tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert "copy: cannot write: File too large" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({"XLSTM_DISTILL_THREADS": "3", "OMP_NUM_THREADS": "2"}, 3),
+        ({"XLSTM_DISTILL_THREADS": "", "OMP_NUM_THREADS": "2,1"}, 2),
+    ],
+)
+def test_threads_of_the_environment(variables, threads):
+    """The package's own variable counts before the one of OpenMP, and nothing else before both."""
+    program = "from xlstm_distill import runtime; print(runtime.threads(), runtime.threads_by())"
+    environment = {**os.environ, "PYTHONPATH": PACKAGE, **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(threads), next(k for k, v in variables.items() if v)]
 
 
 def json_of(capsys, *arguments):

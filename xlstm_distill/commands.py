@@ -233,9 +233,7 @@ def doctor(arguments: Arguments) -> Result:
         "chosen by": "XLSTM_DISTILL_ISA"
         if os.environ.get("XLSTM_DISTILL_ISA")
         else "the processor",
-        "threads by": "XLSTM_DISTILL_THREADS"
-        if os.environ.get("XLSTM_DISTILL_THREADS")
-        else "the processors this process may use",
+        "threads by": runtime.threads_by() or "the processors this process may use",
         "memory": f"{memory / 2**30:.1f} GiB",
         "disk free here": f"{disk.free / 2**30:.1f} GiB",
         "cache": str(packages.cache_root()),

@@ -3,7 +3,8 @@
 The C sources are built twice (csrc/base/real.h): `_core_f32` does the work, `_core_f64` exists for
 sharp gradient checks. Everything else in the package asks `core(dtype)` and never names a module.
 
-Environment: ``XLSTM_DISTILL_THREADS`` and ``XLSTM_DISTILL_ISA`` override what is chosen.
+Environment: ``XLSTM_DISTILL_THREADS``, or else ``OMP_NUM_THREADS``, and ``XLSTM_DISTILL_ISA``
+override what is chosen.
 """
 
 from __future__ import annotations
@@ -78,8 +79,16 @@ def cpu_name() -> str:
     return "unknown"
 
 
+def threads_by() -> str | None:
+    """The variable of the environment that sets the number of threads; None: the processors that
+    this process may use. Of nested numbers in OMP_NUM_THREADS ("8,2") the first counts."""
+    names = ("XLSTM_DISTILL_THREADS", "OMP_NUM_THREADS")
+    return next((name for name in names if os.environ.get(name)), None)
+
+
 def _configure() -> None:
-    set_threads(int(os.environ.get("XLSTM_DISTILL_THREADS", len(os.sched_getaffinity(0)))))
+    name = threads_by()
+    set_threads(int(os.environ[name].split(",")[0]) if name else len(os.sched_getaffinity(0)))
     if wanted := os.environ.get("XLSTM_DISTILL_ISA"):
         set_isa(wanted)
     # libgomp's threads do not survive a fork: a child that used them would hang.
