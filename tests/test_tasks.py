@@ -467,6 +467,27 @@ def test_buckets_leave_no_position_out():
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(BUCKETS))
 
 
+def test_request_sets_go_on_where_a_kill_stopped(requests, tmp_path):
+    class Killed(Bigram):
+        calls = 1
+
+        def score_continuations(self, context, continuations):
+            if self.calls == 0:
+                raise KeyboardInterrupt
+            self.calls -= 1
+            return super().score_continuations(context, continuations)
+
+    names = ["arc_easy", "squad"]
+    options = {"requests": requests, "unfinished": tmp_path / "unfinished"}
+    whole = evaluate(Bigram(1), names, requests=requests)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Killed(1), names, **options)
+    assert evaluate(Bigram(1), names, **options) == whole
+    never = Killed(1)
+    never.calls = 0
+    assert evaluate(never, names, **options) == whole
+
+
 def test_fidelity_against_a_direct_computation(documents):
     teacher, student = Bigram(1), Bigram(1).toward(Bigram(2), 0.4)
     buckets = [(0, 32), (32, 64), (64, 128), (128, 256)]

@@ -137,9 +137,15 @@ def _add_models(add: _Add) -> None:
 
 
 def _add_evaluation(add: _Add) -> None:
-    p = add("evaluate", "score a model on request sets", commands.evaluate)
+    p = add("evaluate", "score a model on tasks; again to continue", commands.evaluate)
     p.add_argument("model", help="model directory, .gguf file or fetched name")
-    p.add_argument("--tasks", required=True, help="comma-separated names; patterns with *")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--tasks", help="comma-separated names: squad, arc_easy:rc_0shot, niah_*:4096; patterns *"
+    )
+    which.add_argument("--suite", choices=list(commands.SUITES), help="tasks that go together")
+    p.add_argument("--lengths", metavar="N,N", help="lengths of the suite's needle tasks, tokens")
+    p.add_argument("--haystack", metavar="FILE", help="text to hide needles in")
     p.add_argument("--out", required=True, help="results file (JSON)")
     p.add_argument("--limit", type=int, help="at most so many documents a task")
     p.add_argument("--seed", type=int, default=0, help="chooses the documents")

@@ -28,7 +28,9 @@ from .errors import UserError
 from .evaluate import branches as silenced
 from .evaluate import compare as compare_results
 from .evaluate import evaluate as evaluate_model
-from .evaluate import fidelity, load_task, write_results
+from .evaluate import fidelity, load_task, needle_grid, write_results
+from .evaluate.needle import LENGTHS
+from .evaluate.needle import TASKS as NEEDLES
 from .evaluate.tasks import read_tokens
 from .merge import merge as merge_models
 from .model import Compute, Model, load
@@ -360,25 +362,53 @@ def export(arguments: Arguments) -> Result:
 # ---- evaluation ---------------------------------------------------------------------------------
 
 
+SUITES: dict[str, tuple[str, ...]] = {"needle": tuple(f"{task}:*" for task in NEEDLES)}
+"""Tasks by the suite's name; `*` for a length stands for all of `--lengths`."""
+
+
 def evaluate(arguments: Arguments) -> Result:
-    """Score a model on request sets and write the results."""
+    """Score a model on tasks and write the results, and a grid of needles if there are some."""
+    tasks = _tasks(arguments)
     model = _load(arguments)
-    tasks = [task for task in arguments.tasks.split(",") if task]
+    out = Path(arguments.out)
+    unfinished = out.with_suffix(".unfinished")
     with Reporter(quiet=arguments.json).bar("evaluate") as update:
         results = evaluate_model(
             model,
             tasks,
             limit=arguments.limit,
             seed=arguments.seed,
+            haystack=arguments.haystack,
+            unfinished=unfinished,
             progress=_progress(update),
         )
-    write_results(results, arguments.out)
+    write_results(results, out)
+    shutil.rmtree(unfinished)
     for task, metrics in results["results"].items():
         figures = ", ".join(
             f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
         )
         _say(arguments, f"{task}: {figures}")
-    return {"out": arguments.out, "results": results["results"]}
+    if grid := needle_grid(results["samples"]):
+        name = out.stem.removeprefix("results_")
+        place = plots.save(plots.needle_grid(grid, name), out.with_name(f"needle_{name}.svg"))
+        _say(arguments, f"grid: {place}")
+    return {"out": out, "results": results["results"]}
+
+
+def _tasks(arguments: Arguments) -> list[str]:
+    """The tasks that `--tasks` or `--suite` name."""
+    if arguments.tasks:
+        if arguments.lengths:
+            raise UserError("--lengths goes with --suite; in --tasks write niah_*:4096", usage=True)
+        return [task for task in arguments.tasks.split(",") if task]
+    lengths = arguments.lengths or ",".join(map(str, LENGTHS))
+    return [
+        task.replace("*", length)
+        for length in lengths.split(",")
+        for task in SUITES[arguments.suite]
+        if "*" in task
+    ]
 
 
 def branches(arguments: Arguments) -> Result:

@@ -139,6 +139,44 @@ def gate_map(values: Sequence[Sequence[float | None]], title: str) -> Figure:
     return figure
 
 
+def needle_grid(grid: Mapping[str, Mapping[int, Sequence[float]]], title: str) -> Figure:
+    """Score by length and depth of the needle, a panel per task; NaN is blank.
+
+    grid: `evaluate.needle_grid`. The numbers stand in the cells, for print and colour-blind eyes.
+    """
+    columns = min(4, len(grid))
+    rows = -(-len(grid) // columns)
+    lengths = max(len(of) for of in grid.values())
+    with matplotlib.rc_context(_STYLE):
+        size = (columns * (1.1 + 0.5 * lengths), 0.6 + 2.0 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for (task, of), axes in zip(grid.items(), panels, strict=False):
+            data = np.array([of[length] for length in sorted(of)]).T
+            image = axes.imshow(
+                np.ma.masked_invalid(data), vmin=0, vmax=1, cmap="cividis", aspect="auto"
+            )
+            for (row, column), value in np.ndenumerate(data):
+                if np.isfinite(value):
+                    colour = "white" if value < 0.5 else "black"
+                    text = f"{value:.2f}".removeprefix("0") if value < 1 else "1"
+                    axes.text(column, row, text, ha="center", va="center", color=colour, size=7)
+            axes.grid(False)
+            axes.set_facecolor("#dddddd")
+            labels = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in sorted(of)]
+            axes.set_xticks(range(len(labels)), labels)
+            step = 100 // len(data)
+            depths = [f"{n * step}–{n * step + step} %" for n in range(len(data))]
+            axes.set_yticks(range(len(data)), depths if len(data) > 1 else ["all"])
+            axes.set(title=task, xlabel="length, tokens", ylabel="depth of the needle")
+        for axes in panels:
+            axes.set_axis_off()
+        figure.colorbar(image, ax=figure.axes, label="values found")
+        figure.suptitle(title)
+    return figure
+
+
 def coverage_curves(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str
 ) -> Figure:

@@ -6,7 +6,8 @@ comparable   which scores may stand side by side
 uncertainty  bootstrap draws, intervals, McNemar's test
 wintie       alpha*, coverage, recovery, exact
 compare      teacher, students and controls side by side; comparison.py is what it finds
-tasks        request sets: multiple choice, bits per byte
+tasks        request sets: multiple choice, bits per byte; evaluate
+needle       needles in haystacks, made on the spot; generation.py scores written answers
 fidelity     KL, agreement and perplexity by position, with paired intervals
 branches     students of which a part is silenced, for fidelity
 """
@@ -15,6 +16,7 @@ from .branches import branches
 from .compare import compare
 from .comparison import Comparison
 from .fidelity import Fidelity, fidelity
+from .needle import needle_grid
 from .results import read_results, write_results
 from .scores import scores_of
 from .tasks import DEFAULT_TASKS, evaluate, load_task, passages, questions
@@ -32,6 +34,7 @@ __all__ = [
     "evaluate",
     "fidelity",
     "load_task",
+    "needle_grid",
     "paired_bootstrap",
     "passages",
     "questions",

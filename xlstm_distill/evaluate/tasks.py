@@ -1,8 +1,9 @@
-"""Benchmarks from ready-made request sets: multiple choice and bits per byte.
+"""Benchmarks: `evaluate`, and ready-made request sets of multiple choice and bits per byte.
 
 `packages.fetch("olmes")` gives a directory with one folder per task and, in it, one per variant
 (`arc_easy/rc_5shot/requests.jsonl.gz`): contexts with their few-shot examples, continuations, gold
-labels. Nothing is generated; a model needs `score_continuations` only.
+labels. For these a model needs `score_continuations` only; tasks whose answers it writes are
+`needle.py`'s.
 
 Metrics have the names of lm-evaluation-harness:
 
@@ -19,7 +20,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import gzip
-import itertools
 import json
 import math
 import zlib
@@ -34,7 +34,11 @@ from numpy.typing import NDArray
 from .. import packages
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
+from .generation import Questions, Sample, ScoringTokenizer, answers
+from .needle import TASKS as NEEDLES
+from .needle import is_needle, needle
 from .results import passage_of, read_json
+from .unfinished import Unfinished
 
 _VARIANTS = {
     # rc_5shot of piqa, hellaswag and boolq is a subset of val_rc_5shot (the first 1,000 documents).
@@ -71,20 +75,6 @@ _LONG_CONTEXT = 128
 """Tokens of a document's own context from which on its choices are not read with it each."""
 _TOKENS_AT_ONCE = 8192
 """Most tokens, prefixes counted for every row, of one call: bounds the forked states' memory."""
-
-Sample = dict[str, Any]
-"""What is kept of one document, as in the samples files."""
-
-
-class ScoringTokenizer(Protocol):
-    """What tasks need of a tokenizer. `adds_bos`: documents start with `bos_id`."""
-
-    bos_id: int | None
-    adds_bos: bool
-    eos_ids: tuple[int, ...]
-
-    def encode(self, text: str, special: bool = ...) -> list[int]:
-        """Token ids of `text`; nothing is added."""
 
 
 class ScoringModel(Protocol):
@@ -132,10 +122,15 @@ class Task:
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
-    """Task names with `*` patterns ("minerva_math_*") expanded over the default tasks."""
+    """Task names with `*` patterns expanded: over the default tasks ("minerva_math_*") or, with a
+    length, those of needle.py ("niah_*:4096")."""
     found: list[str] = []
     for name in names:
-        matches = fnmatch.filter(_VARIANTS, name) if "*" in name else [name]
+        base, colon, length = name.partition(":")
+        if is_needle(base) or (colon and fnmatch.filter(NEEDLES, base)):
+            matches = [f"{task}{colon}{length}" for task in fnmatch.filter(NEEDLES, base)]
+        else:
+            matches = fnmatch.filter(_VARIANTS, name) if "*" in name else [name]
         if not matches:
             raise UserError(f"task {name!r} matches none of {', '.join(_VARIANTS)}", usage=True)
         found += [match for match in matches if match not in found]
@@ -298,69 +293,100 @@ def evaluate(
     seed: int = 0,
     max_length: int | None = None,
     requests: str | Path | None = None,
+    haystack: str | Path | None = None,
+    unfinished: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     comm: Communicator = ALONE,
 ) -> dict[str, Any]:
     """Score `model` on `tasks`; results in the form of lm-evaluation-harness.
 
+    Names are those of request sets, or of needle.py with a length ("niah_single_1:4096").
     limit: at most so many documents a task, a subset fixed by `seed` and the task's name (a
-    smaller limit takes a subset of a larger one's). max_length: longest context and continuation in
-    tokens (default: the model's `max_position_embeddings`); longer contexts lose their beginning.
-    progress(task, documents done, total). The ranks of `comm` take batches of documents in turns,
-    with the same results.
+    smaller limit takes a subset of a larger one's). max_length: longest context and continuation of
+    request sets in tokens (default: the model's `max_position_embeddings`); longer contexts lose
+    their beginning. haystack: a text file to hide needles in. unfinished: a directory that keeps
+    the samples found so far; with it the same call goes on where a killed one stopped, with the
+    same results. progress(task, documents done, total). The ranks of `comm` take batches of
+    documents in turns, with the same results.
 
-    Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none` and
-    `..._stderr,none`), `higher_is_better`, `n-samples`, `n-shot`, `configs` (with the `chance` of
-    guessing right), `config` and `samples` (task -> one mapping per document; documents that ask
-    about one text have the same `passage`). Deterministic.
+    Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none`,
+    `string_match_all,none` and `..._stderr,none`), `higher_is_better`, `n-samples`, `n-shot`,
+    `configs` (with the `chance` of guessing right), `config` and `samples` (task -> one mapping per
+    document; documents that ask about one text have the same `passage`). Deterministic.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}, expected at least 1", usage=True)
     if getattr(model, "tokenizer", None) is None:
         raise UserError("evaluate: the model has no tokenizer")
-    loaded = [load_task(name, requests) for name in expand_tasks(tasks)]
+    loaded = [
+        needle(name, model.tokenizer, limit=limit, seed=seed, haystack=haystack)
+        if is_needle(name)
+        else load_task(name, requests)
+        for name in expand_tasks(tasks)
+    ]
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    settings = {"limit": limit, "seed": seed, "max_length": max_length}
+    kept = None
+    if unfinished is not None and comm.first:
+        who = {name: getattr(model, name, None) for name in ("fingerprint", "compute")}
+        who = {name: value() if callable(value) else value for name, value in who.items()}
+        kept = Unfinished(unfinished, {**who, **settings})
     out: dict[str, Any] = {
         "results": {},
         "higher_is_better": {},
         "n-samples": {},
         "n-shot": {},
         "configs": {},
-        "config": {"limit": limit, "seed": seed, "max_length": max_length},
+        "config": settings,
         "samples": {},
     }
     for task in loaded:
-        documents = _subset(task, limit, seed)
-        sample = _gold_sample if task.kind == "bpb" else _choice_sample
-        samples = []
-        scores = _log_likelihoods(model, documents, max_length, comm)
-        for done, (document, found) in enumerate(zip(documents, scores, strict=True), 1):
-            samples.append(sample(task, document, found))
-            if (passage := passage_of(document.fields)) is not None:
-                samples[-1]["passage"] = passage
-            if progress is not None:
-                progress(task.name, done, len(documents))
-        results = _aggregate(task.kind, samples)
-        out["results"][task.name] = {"alias": task.name, **results}
-        metrics = [key.partition(",")[0] for key in results if "stderr" not in key]
+        documents = () if isinstance(task, Questions) else _subset(task, limit, seed)
+        config = _config(task, documents)
+        samples = comm.broadcast(kept.read(task.name, config) if kept is not None else [])
+        if isinstance(task, Questions):
+            total, original = task.count, task.original
+            batches = answers(model, task, len(samples), comm)
+        else:
+            total, original = len(documents), len(task.documents)
+            batches = _scored_samples(model, task, documents, len(samples), max_length, comm)
+        for batch in batches:
+            if kept is not None:
+                kept.add(task.name, batch)
+            for sample in batch:
+                samples.append(sample)
+                if progress is not None:
+                    progress(task.name, len(samples), total)
+        metrics = _metrics(task)
+        out["results"][task.name] = {"alias": task.name, **_aggregate(metrics, samples)}
         out["higher_is_better"][task.name] = {m: m != "bits_per_byte" for m in metrics}
-        out["n-samples"][task.name] = {
-            "original": len(task.documents),
-            "effective": len(documents),
-        }
+        out["n-samples"][task.name] = {"original": original, "effective": total}
         out["n-shot"][task.name] = task.shots
-        out["configs"][task.name] = {
-            "task": task.name,
-            "output_type": "loglikelihood" if task.kind == "bpb" else "multiple_choice",
-            "num_fewshot": task.shots,
-            "request_set": task.config.get("task_hash"),
-        }
-        if task.kind != "bpb":
-            guesses = [1 / len(document.pairs) for document in documents]
-            out["configs"][task.name]["chance"] = math.fsum(guesses) / len(guesses)
+        out["configs"][task.name] = config
         out["samples"][task.name] = samples
     return out
+
+
+def _config(task: Task | Questions, documents: Sequence[Document]) -> dict[str, Any]:
+    facts: Mapping[str, Any]
+    if isinstance(task, Questions):
+        kind, facts = "generate_until", task.config
+    else:
+        kind = "loglikelihood" if task.kind == "bpb" else "multiple_choice"
+        facts = {"request_set": task.config.get("task_hash")}
+        if task.kind != "bpb":
+            guesses = [1 / len(document.pairs) for document in documents]
+            facts = {**facts, "chance": math.fsum(guesses) / len(guesses)}
+    return {"task": task.name, "output_type": kind, "num_fewshot": task.shots, **facts}
+
+
+def _metrics(task: Task | Questions) -> tuple[str, ...]:
+    if isinstance(task, Questions):
+        return (task.metric,)
+    if task.kind == "bpb":
+        return ("bits_per_byte",)
+    return ("acc", "acc_norm") if task.kind == "choice" else ("acc",)
 
 
 def _subset(task: Task, limit: int | None, seed: int) -> list[Document]:
@@ -385,19 +411,33 @@ _Call = tuple[tuple[int, ...], list[_Row], list[Document]]
 """A shared prefix, the rows that are scored together after it, their documents"""
 
 
-def _log_likelihoods(
+def _scored_samples(
     model: ScoringModel,
+    task: Task,
     documents: Sequence[Document],
+    done: int,
     max_length: int | None,
     comm: Communicator,
-) -> Iterator[list[tuple[float, int]]]:
-    """For every document, in order, (sum of log p, tokens) of each of its pairs."""
+) -> Iterator[list[Sample]]:
+    """Samples of the documents, in order and a batch at a time, behind the first `done`."""
+    sample = _gold_sample if task.kind == "bpb" else _choice_sample
 
-    def scored(call: _Call) -> list[list[tuple[float, int]]]:
-        return list(_scored(model, *call))
+    def scored(call: _Call) -> list[Sample]:
+        found = _scored(model, *call)
+        samples = [sample(task, d, of) for d, of in zip(call[2], found, strict=True)]
+        for document, kept in zip(call[2], samples, strict=True):
+            if (passage := passage_of(document.fields)) is not None:
+                kept["passage"] = passage
+        return samples
 
-    calls = (call for call in _calls(model.tokenizer, documents, max_length) if call[2])
-    return itertools.chain.from_iterable(comm.map(scored, calls))
+    def later() -> Iterator[_Call]:
+        seen = 0
+        for call in _calls(model.tokenizer, documents, max_length):
+            seen += len(call[2])
+            if call[2] and seen > done:
+                yield call
+
+    return comm.map(scored, later())
 
 
 def _calls(
@@ -534,21 +574,21 @@ def _gold_sample(task: Task, document: Document, found: list[tuple[float, int]])
     }
 
 
-def _aggregate(kind: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _aggregate(metrics: Sequence[str], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Metrics over documents with their standard errors (of a ratio for bits per byte)."""
     n = len(samples)
     out: dict[str, float] = {}
-    if kind == "bpb":
-        bits = np.array([-s["loglikelihood"] / math.log(2) for s in samples])
-        size = np.array([s["bytes"] for s in samples], dtype=np.float64)
-        value = float(bits.sum() / size.sum())
-        out["bits_per_byte,none"] = value
-        out["bits_per_byte_stderr,none"] = _stderr((bits - value * size) / size.mean())
-        return out
-    for metric in ("acc", "acc_norm") if kind == "choice" else ("acc",):
-        values = np.array([s[metric] for s in samples])
-        out[f"{metric},none"] = float(values.sum() / n)
-        out[f"{metric}_stderr,none"] = _stderr(values)
+    for metric in metrics:
+        if metric == "bits_per_byte":
+            bits = np.array([-s["loglikelihood"] / math.log(2) for s in samples])
+            size = np.array([s["bytes"] for s in samples], dtype=np.float64)
+            value = float(bits.sum() / size.sum())
+            spread = (bits - value * size) / size.mean()
+        else:
+            spread = np.array([s[metric] for s in samples])
+            value = float(spread.sum() / n)
+        out[f"{metric},none"] = value
+        out[f"{metric}_stderr,none"] = _stderr(spread)
     return out
 
 
