@@ -54,7 +54,8 @@ def test_every_command_has_help(capsys):
     names = parser()._subparsers._group_actions[0].choices
     wanted = (
         "quickstart fetch run sweep recipes linearize data align targets distill merge evaluate "
-        "branches compare report validate estimate inspect doctor generate perplexity export bench"
+        "branches fidelity compare report validate estimate inspect doctor generate perplexity "
+        "export bench"
     )
     assert sorted(names) == sorted(wanted.split())
     for name in names:

@@ -150,6 +150,23 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument("--limit", type=int, help="at most so many documents a task")
     p.add_argument("--seed", type=int, default=0, help="chooses the documents")
     _dtype(p)
+    p = add("fidelity", "how near a student stays to its teacher", commands.fidelity)
+    p.add_argument("model", help="model directory of the student")
+    p.add_argument("--teacher", required=True, help="model directory, .gguf file or fetched name")
+    p.add_argument("--data", nargs="+", required=True, metavar="FILE")
+    p.add_argument("--context", type=int, default=1024, help="tokens of a window (%(default)s)")
+    p.add_argument("--windows", type=int, default=20, help="at most so many (%(default)s)")
+    p.add_argument(
+        "--continuations",
+        type=int,
+        default=0,
+        help="also let both continue the first so many windows (%(default)s)",
+    )
+    p.add_argument("--prompt-tokens", type=int, default=128, help="of a window (%(default)s)")
+    p.add_argument("--new-tokens", type=int, default=128, help="written by both (%(default)s)")
+    p.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of what is written")
+    p.add_argument("--out", help="file to write (JSON)")
     p = add("branches", "what each branch of a hybrid student carries", commands.branches)
     p.add_argument("model", help="model directory of the student")
     p.add_argument("--teacher", required=True, help="model directory, .gguf file or fetched name")

@@ -6,6 +6,7 @@ Without `--json` a command writes its result to stdout in words.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -21,14 +22,18 @@ from . import bench as benchmarks
 from . import budget, checkpoints, packages, plots, runtime
 from . import sweep as sweeps
 from .assess import machine_facts, report_facts, write_report
+from .atomic import write_text
 from .checkpoints import LazyTensors
 from .communicator import world
 from .data import TokenData
 from .errors import UserError
 from .evaluate import branches as silenced
 from .evaluate import compare as compare_results
+from .evaluate import continuations, divergence, load_task, needle_grid, write_results
 from .evaluate import evaluate as evaluate_model
-from .evaluate import fidelity, load_task, needle_grid, write_results
+from .evaluate import fidelity as measure_fidelity
+from .evaluate.divergence import Estimate
+from .evaluate.fidelity import windows_of
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
 from .evaluate.tasks import read_tokens
@@ -411,28 +416,78 @@ def _tasks(arguments: Arguments) -> list[str]:
     ]
 
 
+def fidelity(arguments: Arguments) -> Result:
+    """A student's fidelity: KL with its tails, by position and by distance, and free-running."""
+    if arguments.continuations and arguments.prompt_tokens > arguments.context:
+        raise UserError(
+            f"--prompt-tokens {arguments.prompt_tokens}: more than --context {arguments.context}",
+            usage=True,
+        )
+    teacher, student, documents = _pair(arguments)
+    models = {"student": student}
+    with Reporter(quiet=arguments.json).bar("fidelity") as update:
+        means, details = divergence(
+            models, teacher, {"text": documents}, **_fidelity_options(arguments, update)
+        )
+    of = details["student"]["text"]
+    found: Result = {"fidelity": means.model_dump(), "divergence": of.model_dump()}
+    tails = ", ".join(f"{percent:g} % {kl:.4f}" for percent, kl in of.kl_percentiles.items())
+    facts = {
+        "KL": f"{_with_error(of.kl)}; {tails}, max {of.kl_max:.4f}",
+        "same top-1": _with_error(of.same_top),
+        "RMS of p - p_teacher": _with_error(of.probability_rms),
+        "NLL - NLL_teacher": _with_error(of.nll_difference),
+    }
+    for (low, high), m in zip(
+        means.buckets, means.models["student"]["text"].by_position, strict=True
+    ):
+        facts[f"position {low}-{high}"] = f"KL {m.kl:.4f}, same top-1 {m.agree:.4f}"
+    for d in of.by_distance:
+        where = "new" if d.low is None else f"distance {d.low}-{d.high}"
+        facts[where] = (
+            f"KL {d.kl:.4f}, same top-1 {d.agree:.4f}, NLL {d.nll:.4f} ({d.teacher_nll:.4f}), "
+            f"{d.positions} positions"
+        )
+    if arguments.continuations:
+        windows = windows_of(documents, arguments.context)[: arguments.continuations]
+        with Reporter(quiet=arguments.json).bar("continuations") as update:
+            written = continuations(
+                models,
+                teacher,
+                windows[:, : arguments.prompt_tokens],
+                tokens=arguments.new_tokens,
+                temperature=arguments.temperature,
+                seed=arguments.seed,
+                progress=lambda done, total: update({"step": done, "steps": total}),
+            )
+        found["continuations"] = written.model_dump()
+        for bucket in (None, *range(len(written.buckets))):
+            low, high = (0, written.tokens) if bucket is None else written.buckets[bucket]
+            e = written.excess("student", bucket)
+            facts[f"written {low}-{high}"] = (
+                f"teacher's NLL {written.mean('student', bucket):.4f}, of its own "
+                f"{written.mean('teacher', bucket):.4f}, excess {e.value:.4f} "
+                f"({e.low:.4f} to {e.high:.4f})"
+            )
+    _facts(arguments, facts)
+    if arguments.out:
+        text = json.dumps(found, indent=1, allow_nan=False)
+        write_text(arguments.out, text + "\n")
+    return found
+
+
+def _with_error(estimate: Estimate) -> str:
+    value, stderr = estimate
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
 def branches(arguments: Arguments) -> Result:
     """Fidelity of a hybrid student, and of the same with one branch silenced."""
-    if arguments.windows < 1:
-        raise UserError(f"--windows {arguments.windows}: expected at least 1", usage=True)
-    teacher, student = load(arguments.teacher), load(arguments.model)
-    if teacher.tokenizer is None:
-        raise UserError(f"{arguments.teacher}: holds no tokenizer")
-    if student.config.hidden_size != teacher.config.hidden_size:
-        raise UserError(
-            f"{arguments.model}: is not a student of {arguments.teacher}: widths differ"
-        )
+    teacher, student, documents = _pair(arguments)
     models = {"student": student, **silenced(student, "student")}
-    data = TokenData.from_files(arguments.data, teacher.tokenizer)
-    documents = [data.document(i).tolist() for i in range(data.documents)]
     with Reporter(quiet=arguments.json).bar("branches") as update:
-        found = fidelity(
-            models,
-            teacher,
-            {"text": documents},
-            context=arguments.context,
-            max_windows=arguments.windows,
-            progress=lambda done, total: update({"step": done, "steps": total}),
+        found = measure_fidelity(
+            models, teacher, {"text": documents}, **_fidelity_options(arguments, update)
         )
     for name in ("teacher", *models):
         m = found.mean(name)
@@ -444,6 +499,31 @@ def branches(arguments: Arguments) -> Result:
         "context": found.context,
         "tokens": found.tokens["text"],
         "models": {name: found.mean(name).model_dump() for name in found.models},
+    }
+
+
+def _pair(arguments: Arguments) -> tuple[Model, Model, list[list[int]]]:
+    """Teacher, student and the documents of `--data`."""
+    if arguments.windows < 1:
+        raise UserError(f"--windows {arguments.windows}: expected at least 1", usage=True)
+    teacher, student = load(arguments.teacher), load(arguments.model)
+    if teacher.tokenizer is None:
+        raise UserError(f"{arguments.teacher}: holds no tokenizer")
+    if student.config.hidden_size != teacher.config.hidden_size:
+        raise UserError(
+            f"{arguments.model}: is not a student of {arguments.teacher}: widths differ"
+        )
+    data = TokenData.from_files(arguments.data, teacher.tokenizer)
+    return teacher, student, [data.document(i).tolist() for i in range(data.documents)]
+
+
+def _fidelity_options(
+    arguments: Arguments, update: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
+    return {
+        "context": arguments.context,
+        "max_windows": arguments.windows,
+        "progress": lambda done, total: update({"step": done, "steps": total}),
     }
 
 

@@ -1,20 +1,24 @@
 """Evaluation: benchmarks, fidelity to the teacher, Win-and-Tie.
 
-results      result files, read and written
-scores       scores from mappings, tables and result files
-comparable   which scores may stand side by side
-uncertainty  bootstrap draws, intervals, McNemar's test
-wintie       alpha*, coverage, recovery, exact
-compare      teacher, students and controls side by side; comparison.py is what it finds
-tasks        request sets: multiple choice, bits per byte; evaluate
-needle       needles in haystacks, made on the spot; generation.py scores written answers
-fidelity     KL, agreement and perplexity by position, with paired intervals
-branches     students of which a part is silenced, for fidelity
+results        result files, read and written
+scores         scores from mappings, tables and result files
+comparable     which scores may stand side by side
+uncertainty    bootstrap draws, intervals, McNemar's test
+wintie         alpha*, coverage, recovery, exact
+compare        teacher, students and controls side by side; comparison.py is what it finds
+tasks          request sets: multiple choice, bits per byte; evaluate
+needle         needles in haystacks, made on the spot; generation.py scores written answers
+fidelity       KL, agreement and perplexity by position, with paired intervals
+divergence     tails of the KL, and KL by distance of what is needed
+continuations  the teacher's likelihood of what a student writes
+branches       students of which a part is silenced, for fidelity
 """
 
 from .branches import branches
 from .compare import compare
 from .comparison import Comparison
+from .continuations import Continuations, continuations
+from .divergence import Divergence, divergence
 from .fidelity import Fidelity, fidelity
 from .needle import needle_grid
 from .results import read_results, write_results
@@ -26,11 +30,15 @@ from .wintie import WinTie, split_groups, win_and_tie
 __all__ = [
     "DEFAULT_TASKS",
     "Comparison",
+    "Continuations",
+    "Divergence",
     "Fidelity",
     "Interval",
     "WinTie",
     "branches",
     "compare",
+    "continuations",
+    "divergence",
     "evaluate",
     "fidelity",
     "load_task",

@@ -31,6 +31,8 @@ _METRICS = ("kl", "agree", "nll")
 _TOKENS_AT_ONCE = 4096
 
 IntArray = NDArray[np.int32]
+Values = Mapping[str, FloatArray]
+"""kl, agree and nll (0 at a window's last position) of one model, each [windows, T]."""
 
 
 class FidelityTeacher(Protocol):
@@ -172,15 +174,17 @@ def fidelity(
     fewer: Mapping[str, int] | None = None,
     separator: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_values: Callable[[str, IntArray, Mapping[str, Values]], None] | None = None,
     comm: Communicator = ALONE,
 ) -> Fidelity:
     """Compare `models` with `teacher` on documents (token ids) per domain.
 
     The teacher runs once per batch of windows for all models. `max_windows` bounds the windows of
     a domain (the first ones), `fewer` those of single models: {name: windows, at least 1}.
-    `progress(done, total)` counts windows. The ranks of `comm` take batches in turns, with the same
-    result. Buckets that begin beyond `context` are dropped. Raises UserError where a domain is
-    shorter than one window.
+    `progress(done, total)` counts windows; `on_values(domain, windows, values)` hears what each
+    model has at every position, on its windows. The ranks of `comm` take batches in turns, with
+    the same result. Buckets that begin beyond `context` are dropped. Raises UserError where a
+    domain is shorter than one window.
     """
     if "teacher" in models:
         raise UserError("fidelity: the name 'teacher' is the teacher's own", usage=True)
@@ -226,9 +230,14 @@ def fidelity(
             done += len(batch)
             if progress is not None:
                 progress(done, total)
-        for name, parts in values.items():
-            joined = {m: np.concatenate([p[m] for p in parts]) for m in _METRICS}
-            found[name][domain] = _summarise(joined, inside, f"{name} on {domain}")
+        joined = {
+            name: {m: np.concatenate([p[m] for p in parts]) for m in _METRICS}
+            for name, parts in values.items()
+        }
+        for name, of in joined.items():
+            found[name][domain] = _summarise(of, inside, f"{name} on {domain}")
+        if on_values is not None:
+            on_values(domain, windows, joined)
     return Fidelity(
         context=context,
         buckets=inside,
