@@ -29,7 +29,7 @@ class Reader:
     def __init__(self, sees: int = 1 << 30, batches: int = 1 << 30) -> None:
         self.sees, self.batches, self.prompts = sees, batches, 0
 
-    def generate_batch(self, prompts, max_new_tokens, temperature=1.0):
+    def generate_batch(self, prompts, max_new_tokens, temperature=1.0, ends=None):
         assert temperature == 0
         if self.batches == 0:
             raise KeyboardInterrupt

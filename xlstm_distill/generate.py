@@ -35,11 +35,13 @@ def generate_batch(
     seed: int = 0,
     stop_ids: Iterable[int] | None = None,
     on_tokens: Callable[[int], None] | None = None,
+    ends: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt by up to `max_new_tokens` tokens; returns the new tokens of each.
 
     Rows have their own lengths, positions, random streams (seed, row) and stops: a token of
-    `stop_ids` (None: the model's end-of-sequence tokens) ends its row and is not returned.
+    `stop_ids` (None: the model's end-of-sequence tokens) ends its row and is not returned; one
+    after which `ends(the row's new tokens)` is true ends it too, and is.
     on_tokens(n) hears of n new tokens after each step.
     """
     _check(temperature, top_p, max_new_tokens)
@@ -67,7 +69,7 @@ def generate_batch(
                 running.discard(row)
                 continue
             out[row].append(token)
-            if len(out[row]) >= max_new_tokens:
+            if len(out[row]) >= max_new_tokens or (ends is not None and ends(out[row])):
                 running.discard(row)
         if on_tokens is not None:
             on_tokens(len(running))

@@ -460,12 +460,13 @@ class Model:
         seed: int = 0,
         stop_ids: Iterable[int] | None = None,
         on_tokens: Callable[[int], None] | None = None,
+        ends: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """Continue ragged prompts together (generate.py); new tokens only, no stop tokens."""
         from .generate import generate_batch
 
         return generate_batch(
-            self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids, on_tokens
+            self, prompts, max_new_tokens, temperature, top_p, seed, stop_ids, on_tokens, ends
         )
 
     def generate(

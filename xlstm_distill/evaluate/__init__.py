@@ -7,7 +7,8 @@ uncertainty    bootstrap draws, intervals, McNemar's test
 wintie         alpha*, coverage, recovery, exact
 compare        teacher, students and controls side by side; comparison.py is what it finds
 tasks          request sets: multiple choice, bits per byte; evaluate
-needle         needles in haystacks, made on the spot; generation.py scores written answers
+needle         needles in haystacks, made on the spot
+gsm8k          its questions with written answers; generation.py has them written and scored
 fidelity       KL, agreement and perplexity by position, with paired intervals
 divergence     tails of the KL, and KL by distance of what is needed
 continuations  the teacher's likelihood of what a student writes

@@ -36,9 +36,15 @@ class GeneratingModel(Protocol):
     def tokenizer(self) -> Any: ...
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = ..., /
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = ...,
+        *,
+        ends: Callable[[list[int]], bool] | None = ...,
     ) -> list[list[int]]:
-        """The new tokens of each prompt, without the end-of-text token; temperature 0: greedy."""
+        """The new tokens of each prompt, without the end-of-text token, up to the one after which
+        `ends` is true of them; temperature 0: greedy."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,18 @@ def answers(
     if not isinstance(model, GeneratingModel):
         raise UserError(f"task {task.name}: the model has no generate_batch")
     tokenizer = model.tokenizer
+    # A token has at least a byte, so that a stop lies within as many tokens as it has bytes.
+    reach = max((len(stop.encode()) for stop in task.until), default=0)
+
+    def stopped(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids[-reach:])
+        return any(stop in text for stop in task.until)
 
     def written(batch: list[tuple[Question, list[int]]]) -> list[Sample]:
         prompts = [ids for _, ids in batch]
-        new = model.generate_batch(prompts, task.max_new_tokens, 0.0)
+        new = model.generate_batch(
+            prompts, task.max_new_tokens, 0.0, ends=stopped if task.until else None
+        )
         return [
             _sample(task, question, tokenizer.decode(ids))
             for (question, _), ids in zip(batch, new, strict=True)

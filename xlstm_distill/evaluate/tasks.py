@@ -35,6 +35,7 @@ from .. import packages
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from .generation import Questions, Sample, ScoringTokenizer, answers
+from .gsm8k import GSM8K, gsm8k
 from .needle import TASKS as NEEDLES
 from .needle import is_needle, needle
 from .results import passage_of, read_json
@@ -300,7 +301,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score `model` on `tasks`; results in the form of lm-evaluation-harness.
 
-    Names are those of request sets, or of needle.py with a length ("niah_single_1:4096").
+    Names are those of request sets, of needle.py with a length ("niah_single_1:4096"), or
+    "gsm8k:generate".
     limit: at most so many documents a task, a subset fixed by `seed` and the task's name (a
     smaller limit takes a subset of a larger one's). max_length: longest context and continuation of
     request sets in tokens (default: the model's `max_position_embeddings`); longer contexts lose
@@ -310,20 +312,25 @@ def evaluate(
     documents in turns, with the same results.
 
     Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none`,
-    `string_match_all,none` and `..._stderr,none`), `higher_is_better`, `n-samples`, `n-shot`,
-    `configs` (with the `chance` of guessing right), `config` and `samples` (task -> one mapping per
-    document; documents that ask about one text have the same `passage`). Deterministic.
+    `string_match_all,none`, `exact_match,none` and `..._stderr,none`), `higher_is_better`,
+    `n-samples`, `n-shot`, `configs` (with the `chance` of guessing right), `config` and `samples`
+    (task -> one mapping per document; documents that ask about one text have the same `passage`).
+    Deterministic.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}, expected at least 1", usage=True)
     if getattr(model, "tokenizer", None) is None:
         raise UserError("evaluate: the model has no tokenizer")
-    loaded = [
-        needle(name, model.tokenizer, limit=limit, seed=seed, haystack=haystack)
-        if is_needle(name)
-        else load_task(name, requests)
-        for name in expand_tasks(tasks)
-    ]
+
+    def load(name: str) -> Task | Questions:
+        if is_needle(name):
+            return needle(name, model.tokenizer, limit=limit, seed=seed, haystack=haystack)
+        if name == GSM8K:
+            task = load_task("gsm8k", requests)
+            return gsm8k(task, _subset(task, limit, seed))
+        return load_task(name, requests)
+
+    loaded = [load(name) for name in expand_tasks(tasks)]
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     settings = {"limit": limit, "seed": seed, "max_length": max_length}
