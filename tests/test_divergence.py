@@ -10,14 +10,28 @@ import numpy as np
 import pytest
 import tiny_run
 from models import random_model
+from test_tasks import request, write_task
 
 from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate import continuations, divergence, fidelity
+from xlstm_distill.evaluate import continuations, divergence, fidelity, tasks
 from xlstm_distill.evaluate.divergence import induction_distances
 from xlstm_distill.evaluate.fidelity import windows_of
+from xlstm_distill.evaluate.needle import TASKS as NEEDLES
+from xlstm_distill.linearize import linearize
 
 CONTEXT = 48
+PASSAGE = " ".join(tiny_run.TEXT) * 12
+QUERY = f"Title: T\nBackground: {PASSAGE}\nQuestion: why?\nAnswer:"
+MATH = [
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+]
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +167,41 @@ def test_the_command(capsys, tmp_path):
     assert "max 0.0000" in printed and "written 0-8" in printed and "distance 1-32" in printed
     found = json.loads(out.read_text())
     assert set(found) == {"fidelity", "divergence", "continuations"}
-    assert found["divergence"]["kl"] == [0, 0] and found["continuations"]["prompts"] == 2
+    assert found["divergence"]["text"]["kl"] == [0, 0] and found["continuations"]["prompts"] == 2
     assert main([*pair, *options, "--continuations", "1", "--prompt-tokens", "65"]) == 2
     assert "--prompt-tokens 65: more than --context 64" in capsys.readouterr().err
+
+
+def test_the_window_suite(capsys, tmp_path, monkeypatch):
+    root = tmp_path / "requests"
+    for task, variant in tasks._VARIANTS.items():
+        rows = [
+            request(
+                n,
+                0,
+                f"{task} {n}? Answer:",
+                f" {n}.",
+                None,
+                passage=PASSAGE,
+                story=PASSAGE,
+                query=QUERY,
+            )
+            for n in range(3)
+        ]
+        write_task(root, f"{task}/{variant}", rows)
+    monkeypatch.setattr(tasks.packages, "fetch", lambda name: root)
+    tiny_run.teacher().save(tmp_path / "teacher")
+    linearize(tiny_run.teacher(), window=8, sinks=2, mixer="window").save(tmp_path / "student")
+    out = tmp_path / "results_student.json"
+    suite = ["evaluate", str(tmp_path / "student"), "--suite", "window", "--lengths", "2048"]
+    near = ["--teacher", str(tmp_path / "teacher")]
+    assert main([*suite, *near, "--limit", "1", "--out", str(out), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    math = [f"minerva_math_{part}" for part in MATH]
+    assert set(results) == {
+        *("squad", "drop", "coqa", "gsm8k", "mt_mbpp_python", *math),
+        *(f"{needle}:2048" for needle in NEEDLES),
+    }
+    found = json.loads((tmp_path / "fidelity_student.json").read_text())
+    assert set(found["divergence"]) == {"squad", "drop", "coqa"}
+    assert found["divergence"]["coqa"]["kl"][0] > 0

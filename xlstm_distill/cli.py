@@ -145,6 +145,9 @@ def _add_evaluation(add: _Add) -> None:
     )
     which.add_argument("--suite", choices=list(commands.SUITES), help="tasks that go together")
     p.add_argument("--lengths", metavar="N,N", help="lengths of the suite's needle tasks, tokens")
+    p.add_argument(
+        "--teacher", metavar="MODEL", help="also measure fidelity to it, on passages of the tasks"
+    )
     p.add_argument("--haystack", metavar="FILE", help="text to hide needles in")
     p.add_argument("--out", required=True, help="results file (JSON)")
     p.add_argument("--limit", type=int, help="at most so many documents a task")

@@ -13,9 +13,10 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from . import bench as benchmarks
@@ -29,14 +30,14 @@ from .data import TokenData
 from .errors import UserError
 from .evaluate import branches as silenced
 from .evaluate import compare as compare_results
-from .evaluate import continuations, divergence, load_task, needle_grid, write_results
+from .evaluate import continuations, divergence, load_task, needle_grid, passages, write_results
 from .evaluate import evaluate as evaluate_model
 from .evaluate import fidelity as measure_fidelity
 from .evaluate.divergence import Estimate
 from .evaluate.fidelity import windows_of
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
-from .evaluate.tasks import read_tokens
+from .evaluate.tasks import FEEL_THE_WINDOW, PASSAGE_TASKS, read_tokens
 from .merge import merge as merge_models
 from .model import Compute, Model, load
 from .progress import Reporter
@@ -46,6 +47,7 @@ from .report import comparison_report, terminal_table
 from .run import Run
 from .run import run as run_recipe
 from .rundir import RunDirectory
+from .tokenizer import Tokenizer
 
 Arguments = argparse.Namespace
 Result = dict[str, Any]
@@ -367,14 +369,30 @@ def export(arguments: Arguments) -> Result:
 # ---- evaluation ---------------------------------------------------------------------------------
 
 
-SUITES: dict[str, tuple[str, ...]] = {"needle": tuple(f"{task}:*" for task in NEEDLES)}
-"""Tasks by the suite's name; `*` for a length stands for all of `--lengths`."""
+class _Suite(NamedTuple):
+    """Tasks that go together; `*` for a length stands for all of `lengths`."""
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+
+
+_NEEDLES = tuple(f"{task}:*" for task in NEEDLES)
+SUITES = {
+    "needle": _Suite(_NEEDLES, LENGTHS),
+    "window": _Suite((*FEEL_THE_WINDOW, *_NEEDLES), (512, 1024, 2048)),
+}
+_SUITE_CONTEXT, _SUITE_WINDOWS = 1024, 8
+"""Windows of passages on which a suite measures fidelity: tokens, and how many of each task."""
 
 
 def evaluate(arguments: Arguments) -> Result:
     """Score a model on tasks and write the results, and a grid of needles if there are some."""
     tasks = _tasks(arguments)
     model = _load(arguments)
+    teacher = tokenizer = None
+    if arguments.teacher:
+        teacher = load(arguments.teacher)
+        tokenizer = _check_pair(teacher, model, arguments)
     out = Path(arguments.out)
     unfinished = out.with_suffix(".unfinished")
     with Reporter(quiet=arguments.json).bar("evaluate") as update:
@@ -394,11 +412,28 @@ def evaluate(arguments: Arguments) -> Result:
             f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
         )
         _say(arguments, f"{task}: {figures}")
+    name = out.stem.removeprefix("results_")
     if grid := needle_grid(results["samples"]):
-        name = out.stem.removeprefix("results_")
         place = plots.save(plots.needle_grid(grid, name), out.with_name(f"needle_{name}.svg"))
         _say(arguments, f"grid: {place}")
-    return {"out": out, "results": results["results"]}
+    found = {"out": out, "results": results["results"]}
+    if teacher is not None and tokenizer is not None:
+        documents = {task: _encoded_passages(task, tokenizer) for task in PASSAGE_TASKS}
+        near = _divergence(arguments, teacher, model, documents, _SUITE_CONTEXT, _SUITE_WINDOWS)
+        place = out.with_name(f"fidelity_{name}.json")
+        write_text(place, json.dumps(near, indent=1, allow_nan=False) + "\n")
+        found.update(near)
+    return found
+
+
+def _encoded_passages(task: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """Enough of a task's passages for the windows of a suite."""
+    found: list[list[int]] = []
+    for text in passages(task):
+        if sum(map(len, found)) >= _SUITE_CONTEXT * _SUITE_WINDOWS:
+            break
+        found.append(tokenizer.encode(text, special=False))
+    return found
 
 
 def _tasks(arguments: Arguments) -> list[str]:
@@ -407,12 +442,14 @@ def _tasks(arguments: Arguments) -> list[str]:
         if arguments.lengths:
             raise UserError("--lengths goes with --suite; in --tasks write niah_*:4096", usage=True)
         return [task for task in arguments.tasks.split(",") if task]
-    lengths = arguments.lengths or ",".join(map(str, LENGTHS))
-    return [
-        task.replace("*", length)
-        for length in lengths.split(",")
-        for task in SUITES[arguments.suite]
-        if "*" in task
+    suite = SUITES[arguments.suite]
+    lengths = arguments.lengths.split(",") if arguments.lengths else map(str, suite.lengths)
+    fixed = [task for task in suite.tasks if not task.endswith(":*")]
+    return fixed + [
+        task.replace(":*", f":{length}")
+        for length in lengths
+        for task in suite.tasks
+        if task not in fixed
     ]
 
 
@@ -424,56 +461,85 @@ def fidelity(arguments: Arguments) -> Result:
             usage=True,
         )
     teacher, student, documents = _pair(arguments)
-    models = {"student": student}
-    with Reporter(quiet=arguments.json).bar("fidelity") as update:
-        means, details = divergence(
-            models, teacher, {"text": documents}, **_fidelity_options(arguments, update)
-        )
-    of = details["student"]["text"]
-    found: Result = {"fidelity": means.model_dump(), "divergence": of.model_dump()}
-    tails = ", ".join(f"{percent:g} % {kl:.4f}" for percent, kl in of.kl_percentiles.items())
-    facts = {
-        "KL": f"{_with_error(of.kl)}; {tails}, max {of.kl_max:.4f}",
-        "same top-1": _with_error(of.same_top),
-        "RMS of p - p_teacher": _with_error(of.probability_rms),
-        "NLL - NLL_teacher": _with_error(of.nll_difference),
-    }
-    for (low, high), m in zip(
-        means.buckets, means.models["student"]["text"].by_position, strict=True
-    ):
-        facts[f"position {low}-{high}"] = f"KL {m.kl:.4f}, same top-1 {m.agree:.4f}"
-    for d in of.by_distance:
-        where = "new" if d.low is None else f"distance {d.low}-{d.high}"
-        facts[where] = (
-            f"KL {d.kl:.4f}, same top-1 {d.agree:.4f}, NLL {d.nll:.4f} ({d.teacher_nll:.4f}), "
-            f"{d.positions} positions"
-        )
+    found = _divergence(
+        arguments, teacher, student, {"text": documents}, arguments.context, arguments.windows
+    )
     if arguments.continuations:
         windows = windows_of(documents, arguments.context)[: arguments.continuations]
-        with Reporter(quiet=arguments.json).bar("continuations") as update:
-            written = continuations(
-                models,
-                teacher,
-                windows[:, : arguments.prompt_tokens],
-                tokens=arguments.new_tokens,
-                temperature=arguments.temperature,
-                seed=arguments.seed,
-                progress=lambda done, total: update({"step": done, "steps": total}),
-            )
-        found["continuations"] = written.model_dump()
-        for bucket in (None, *range(len(written.buckets))):
-            low, high = (0, written.tokens) if bucket is None else written.buckets[bucket]
-            e = written.excess("student", bucket)
-            facts[f"written {low}-{high}"] = (
-                f"teacher's NLL {written.mean('student', bucket):.4f}, of its own "
-                f"{written.mean('teacher', bucket):.4f}, excess {e.value:.4f} "
-                f"({e.low:.4f} to {e.high:.4f})"
-            )
-    _facts(arguments, facts)
+        found["continuations"] = _continuations(arguments, teacher, student, windows)
     if arguments.out:
-        text = json.dumps(found, indent=1, allow_nan=False)
-        write_text(arguments.out, text + "\n")
+        write_text(arguments.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
     return found
+
+
+def _divergence(
+    arguments: Arguments,
+    teacher: Model,
+    student: Model,
+    documents: Mapping[str, list[list[int]]],
+    context: int,
+    windows: int,
+) -> Result:
+    """Fidelity and its details by domain of text, printed."""
+    with Reporter(quiet=arguments.json).bar("fidelity") as update:
+        means, details = divergence(
+            {"student": student},
+            teacher,
+            documents,
+            context=context,
+            max_windows=windows,
+            progress=lambda done, total: update({"step": done, "steps": total}),
+        )
+    for domain, of in details["student"].items():
+        tails = ", ".join(f"{percent:g} % {kl:.4f}" for percent, kl in of.kl_percentiles.items())
+        facts = {
+            "KL": f"{_with_error(of.kl)}; {tails}, max {of.kl_max:.4f}",
+            "same top-1": _with_error(of.same_top),
+            "RMS of p - p_teacher": _with_error(of.probability_rms),
+            "NLL - NLL_teacher": _with_error(of.nll_difference),
+        }
+        by_position = means.models["student"][domain].by_position
+        for (low, high), m in zip(means.buckets, by_position, strict=True):
+            facts[f"position {low}-{high}"] = f"KL {m.kl:.4f}, same top-1 {m.agree:.4f}"
+        for d in of.by_distance:
+            where = "new" if d.low is None else f"distance {d.low}-{d.high}"
+            facts[where] = (
+                f"KL {d.kl:.4f}, same top-1 {d.agree:.4f}, NLL {d.nll:.4f} ({d.teacher_nll:.4f}), "
+                f"{d.positions} positions"
+            )
+        _say(arguments, f"{domain}: {means.tokens[domain]} tokens")
+        _facts(arguments, facts)
+    return {
+        "fidelity": means.model_dump(),
+        "divergence": {domain: of.model_dump() for domain, of in details["student"].items()},
+    }
+
+
+def _continuations(
+    arguments: Arguments, teacher: Model, student: Model, windows: NDArray[np.int32]
+) -> Result:
+    """What both write after the beginnings of windows, as the teacher sees it, printed."""
+    with Reporter(quiet=arguments.json).bar("continuations") as update:
+        found = continuations(
+            {"student": student},
+            teacher,
+            windows[:, : arguments.prompt_tokens],
+            tokens=arguments.new_tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            progress=lambda done, total: update({"step": done, "steps": total}),
+        )
+    facts = {}
+    for bucket in (None, *range(len(found.buckets))):
+        low, high = (0, found.tokens) if bucket is None else found.buckets[bucket]
+        e = found.excess("student", bucket)
+        facts[f"written {low}-{high}"] = (
+            f"teacher's NLL {found.mean('student', bucket):.4f}, of its own "
+            f"{found.mean('teacher', bucket):.4f}, excess {e.value:.4f} "
+            f"({e.low:.4f} to {e.high:.4f})"
+        )
+    _facts(arguments, facts)
+    return found.model_dump()
 
 
 def _with_error(estimate: Estimate) -> str:
@@ -487,7 +553,12 @@ def branches(arguments: Arguments) -> Result:
     models = {"student": student, **silenced(student, "student")}
     with Reporter(quiet=arguments.json).bar("branches") as update:
         found = measure_fidelity(
-            models, teacher, {"text": documents}, **_fidelity_options(arguments, update)
+            models,
+            teacher,
+            {"text": documents},
+            context=arguments.context,
+            max_windows=arguments.windows,
+            progress=lambda done, total: update({"step": done, "steps": total}),
         )
     for name in ("teacher", *models):
         m = found.mean(name)
@@ -507,24 +578,20 @@ def _pair(arguments: Arguments) -> tuple[Model, Model, list[list[int]]]:
     if arguments.windows < 1:
         raise UserError(f"--windows {arguments.windows}: expected at least 1", usage=True)
     teacher, student = load(arguments.teacher), load(arguments.model)
+    tokenizer = _check_pair(teacher, student, arguments)
+    data = TokenData.from_files(arguments.data, tokenizer)
+    return teacher, student, [data.document(i).tolist() for i in range(data.documents)]
+
+
+def _check_pair(teacher: Model, student: Model, arguments: Arguments) -> Tokenizer:
+    """The teacher's tokenizer; UserError where it has none or the student is not one of its."""
     if teacher.tokenizer is None:
         raise UserError(f"{arguments.teacher}: holds no tokenizer")
     if student.config.hidden_size != teacher.config.hidden_size:
         raise UserError(
             f"{arguments.model}: is not a student of {arguments.teacher}: widths differ"
         )
-    data = TokenData.from_files(arguments.data, teacher.tokenizer)
-    return teacher, student, [data.document(i).tolist() for i in range(data.documents)]
-
-
-def _fidelity_options(
-    arguments: Arguments, update: Callable[[Mapping[str, Any]], None]
-) -> dict[str, Any]:
-    return {
-        "context": arguments.context,
-        "max_windows": arguments.windows,
-        "progress": lambda done, total: update({"step": done, "steps": total}),
-    }
+    return teacher.tokenizer
 
 
 def _progress(update: Callable[[Mapping[str, Any]], None]) -> Callable[[str, int, int], None]:

@@ -65,6 +65,10 @@ _VARIANTS = {
 DEFAULT_TASKS = tuple(_VARIANTS)
 """Tasks that `evaluate` takes unless told otherwise; each has a default variant."""
 
+FEEL_THE_WINDOW = ("squad", "drop", "coqa", "gsm8k", "minerva_math_*", "mt_mbpp_python")
+"""Tasks whose answers lie far back: on them a student that lost its context is told from the
+teacher, which on multiple choice it often is not."""
+
 _UNCONDITIONAL = 1_000_000
 """Documents from here on repeat the choices after "Answer:" alone, for another normalisation."""
 _REQUESTS = "requests.jsonl.gz"
@@ -611,6 +615,8 @@ _PASSAGES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "coqa": lambda doc: str(doc["story"]),
     "drop": lambda doc: str(doc["passage"]),
 }
+PASSAGE_TASKS = tuple(_PASSAGES)
+"""Tasks that `passages` knows."""
 
 
 def _between(text: str, start: str, end: str) -> str:
