@@ -406,7 +406,6 @@ def evaluate(arguments: Arguments) -> Result:
             progress=_progress(update),
         )
     write_results(results, out)
-    shutil.rmtree(unfinished)
     for task, metrics in results["results"].items():
         figures = ", ".join(
             f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
@@ -423,6 +422,7 @@ def evaluate(arguments: Arguments) -> Result:
         place = out.with_name(f"fidelity_{name}.json")
         write_text(place, json.dumps(near, indent=1, allow_nan=False) + "\n")
         found.update(near)
+    shutil.rmtree(unfinished)  # only now: what is killed before goes on from the samples
     return found
 
 

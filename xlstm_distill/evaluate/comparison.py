@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from ..atomic import write_text
 from .wintie import COVERAGES
 
 Range = tuple[float, float]
@@ -214,12 +215,12 @@ class Comparison(_Part):
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "comparison.json", folder / "comparison.csv"]
         text = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)
-        files[0].write_text(text + "\n", encoding="utf-8")
-        with files[1].open("w", newline="", encoding="utf-8") as handle:
-            rows = self.rows()
-            writer = csv.DictWriter(handle, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_text(files[0], text + "\n")
+        rows, table = self.rows(), StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(files[1], table.getvalue())
         for group in self.groups:
             words = [group.kind, group.name, "separating" if group.separating else ""]
             name = "_".join(re.sub(r"\W+", "_", word) for word in words if word)

@@ -124,11 +124,14 @@ def needle(
         raise UserError(message, usage=True)
     length = int(text)
     essay = _sentences(haystack)
-    make = _vt if base == "vt" else _niah
+    new = _VT_TOKENS if base == "vt" else _NIAH_TOKENS
+    most = len(essay) if _uses_text(base) else length
 
     def question(index: int) -> Question:
         rng = random.Random(f"{base} {seed} {index}")
-        return make(base, index, length, tokenizer, rng, essay)
+        made = _vt(rng) if base == "vt" else _niah(_NIAHS[base], index, rng, essay)
+        text, tokens = _fill(made.prompt, name, tokenizer, length - new, most)
+        return Question(index, text, made.targets, {**made.facts, "prompt_tokens": tokens})
 
     question(0)  # what cannot be made is refused before any work
     return Questions(
@@ -136,7 +139,7 @@ def needle(
         count=SAMPLES if limit is None else min(limit, SAMPLES),
         question=question,
         original=SAMPLES,
-        max_new_tokens=_VT_TOKENS if base == "vt" else _NIAH_TOKENS,
+        max_new_tokens=new,
         metric=_METRIC,
         score=string_match_all,
         shots=1 if base == "vt" else 0,
@@ -185,15 +188,16 @@ def needle_grid(samples: Mapping[str, Sequence[Sample]]) -> dict[str, dict[int, 
 # ---- needles ------------------------------------------------------------------------------------
 
 
-def _niah(
-    base: str,
-    index: int,
-    length: int,
-    tokenizer: ScoringTokenizer,
-    rng: random.Random,
-    essay: Sequence[str],
-) -> Question:
-    kind = _NIAHS[base]
+@dataclass(frozen=True)
+class _Made:
+    """A question of any length: its prompt with so many units of hay."""
+
+    prompt: Callable[[int], str]
+    targets: tuple[str, ...]
+    facts: Mapping[str, object]
+
+
+def _niah(kind: _Kind, index: int, rng: random.Random, essay: Sequence[str]) -> _Made:
     depth = _DEPTHS[_STRIDE * index % len(_DEPTHS)]
     key, value = _draw(rng, kind.keys), _draw(rng, kind.values)
     others = rng.sample([d for d in _DEPTHS if d != depth], kind.needles - 1)
@@ -213,11 +217,7 @@ def _niah(
             hay.insert(units * at // 100, needles[at])
         return _NIAH.format(value=kind.values.removesuffix("s"), key=key, context=space.join(hay))
 
-    most = len(essay) if kind.haystack == "essay" else length
-    room = length - _NIAH_TOKENS
-    text, tokens = _fill(prompt, f"{base}:{length}", tokenizer, room, most)
-    facts = {"depth": depth, "key": key, "prompt_tokens": tokens}
-    return Question(index, text, (value,), facts)
+    return _Made(prompt, (value,), {"depth": depth, "key": key})
 
 
 def _sentence(kind: _Kind, key: str, value: str) -> str:
@@ -245,14 +245,7 @@ def _draw(rng: random.Random, kind: str) -> str:
 # ---- variable tracking --------------------------------------------------------------------------
 
 
-def _vt(
-    base: str,
-    index: int,
-    length: int,
-    tokenizer: ScoringTokenizer,
-    rng: random.Random,
-    essay: Sequence[str],
-) -> Question:
+def _vt(rng: random.Random) -> _Made:
     own, example = _chain(rng, letters=5), _chain(rng, letters=3)
     noise = [f"{s}." for s in _NOISE.removesuffix(".").split(". ")] * _EXAMPLE_LINES
     shown = _track(example, noise, [rng.random() for _ in example.lines])
@@ -262,9 +255,7 @@ def _vt(
     def prompt(units: int) -> str:
         return shown + _track(own, [f"{_NOISE}\n"] * units, places)
 
-    room = length - _VT_TOKENS
-    text, tokens = _fill(prompt, f"{base}:{length}", tokenizer, room, length)
-    return Question(index, text, own.names, {"prompt_tokens": tokens})
+    return _Made(prompt, own.names, {})
 
 
 @dataclass(frozen=True)

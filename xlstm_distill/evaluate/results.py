@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_text
 from ..errors import UserError
 
 _LARGEST = 64 << 20
@@ -26,15 +27,14 @@ def write_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
     `samples_NAME_TASK.jsonl`, NAME being the file's name without "results_" and ".json"."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    written = [target]
     plain = {key: value for key, value in results.items() if key != "samples"}
-    target.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    texts = {target: json.dumps(plain, indent=1, allow_nan=False)}
     for task, samples in results.get("samples", {}).items():
-        file = _samples_files(target, task)[0]
         lines = [json.dumps(sample, allow_nan=False) for sample in samples]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        written.append(file)
-    return written
+        texts[_samples_files(target, task)[0]] = "\n".join(lines)
+    for file, text in texts.items():
+        write_text(file, text + "\n")
+    return list(texts)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
