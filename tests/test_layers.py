@@ -71,6 +71,7 @@ LEVELS = [
         "evaluate",
         "layerwise",
         "linearize",
+        "lm_eval_adapter",
         "lora",
         "merge",
         "optim",
@@ -198,6 +199,12 @@ def test_torch_is_never_imported(path):
     """It is an oracle of the tests; users need not have it."""
     roots = {n.split(".")[0] for n in imports(path)}
     assert not roots & {"torch", "transformers", "xlstm", "mlstm_kernels"}
+
+
+@by_module
+def test_lm_eval_is_imported_by_its_adapter_alone(path):
+    roots = {n.split(".")[0] for n in imports(path)}
+    assert "lm_eval" not in roots or module_of(path) == "lm_eval_adapter"
 
 
 def test_the_checks_see_what_they_should():

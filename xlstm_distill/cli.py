@@ -200,6 +200,15 @@ def _add_evaluation(add: _Add) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
     p.add_argument("--out", required=True, help="directory to write")
+    p = add("lm-eval", "lm-evaluation-harness with a model of ours", commands.lm_eval)
+    _dtype(p)
+    p.add_argument("model", help="model directory, .gguf file or fetched name")
+    p.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="those of `lm-eval run`, such as --tasks arc_easy --limit 100",
+    )
     p = add("bench", "speed of the core on this machine", commands.bench)
     p.add_argument("suite", nargs="*", help="any of " + ", ".join(SUITES) + " (all)")
     p.add_argument("--seconds", type=float, default=1.0, help="seconds a case")

@@ -6,12 +6,15 @@ Without `--json` a command writes its result to stdout in words.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +64,14 @@ _COMPUTE: dict[str, Compute] = {
     "int8": "int8",
 }
 _ROWS_AT_ONCE = 4
+
+
+def _needs(package: str, extra: str) -> None:
+    """UserError, naming the extra to install, if a package is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{extra} needs the package {package}: pip install 'xlstm_distill[{extra}]'", usage=True
+        )
 
 
 def _say(arguments: Arguments, text: str) -> None:
@@ -545,6 +556,18 @@ def _continuations(
 def _with_error(estimate: Estimate) -> str:
     value, stderr = estimate
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
+def lm_eval(arguments: Arguments) -> Result:
+    """lm_eval's own command with a model of ours; what it prints is not ours to put into JSON."""
+    _needs("lm_eval", "lm-eval")
+    from .lm_eval_adapter import NAME, run_cli
+
+    model = [f"pretrained={arguments.model}", f"dtype={_COMPUTE[arguments.dtype]}"]
+    own = ["run", "--model", NAME, "--model_args", *model, *arguments.arguments]
+    with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+        run_cli(own)
+    return {"model": arguments.model, "arguments": own}
 
 
 def branches(arguments: Arguments) -> Result:

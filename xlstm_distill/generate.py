@@ -12,6 +12,7 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .model import Model
+    from .tokenizer import Tokenizer
 
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped from the batch once fewer than this share of its rows is running."""
@@ -24,6 +25,27 @@ def _check(temperature: float, top_p: float, max_new_tokens: int) -> None:
         raise UserError(f"top_p is {top_p}, expected more than 0 and at most 1")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+
+
+class StopStrings:
+    """Strings that end a text: it is what stands before the first of them."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str]) -> None:
+        self._tokenizer = tokenizer
+        self.stops = tuple(stops)
+        # A token has at least a byte: a stop lies within as many tokens as it has bytes.
+        self._reach = max((len(stop.encode()) for stop in self.stops), default=0)
+
+    def reached(self, ids: Sequence[int]) -> bool:
+        """Whether a stop ends in the last of the tokens (`ends` of generate_batch)."""
+        if not self.stops:
+            return False
+        text = self._tokenizer.decode(ids[-self._reach :])
+        return any(stop in text for stop in self.stops)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop."""
+        return min((text.partition(stop)[0] for stop in self.stops), key=len, default=text)
 
 
 def generate_batch(

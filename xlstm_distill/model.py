@@ -435,6 +435,29 @@ class Model:
 
         The context is read once; its state is forked for the continuations.
         """
+        hidden, labels = self._continued(context, continuations)
+        nll = self._nll(hidden, labels)
+        return [-nll[row, : len(c)] for row, c in enumerate(continuations)]
+
+    def topk_continuations(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]], k: int
+    ) -> list[tuple[NDArray[Any], IntArray, NDArray[Any]]]:
+        """`score_continuations`, and for every token the k most probable ones in its place: for
+        each continuation log-probabilities [T], ids [T, k] (best first, ties to the lower id) and
+        theirs [T, k]."""
+        hidden, labels = self._continued(context, continuations)
+        valid = labels >= 0
+        flat = hidden[valid]
+        tid, top, _ = self._topk(flat, k)
+        parts = (-self._nll(flat, labels[valid]), tid, top)
+        ends = np.cumsum([len(c) for c in continuations])[:-1]
+        return list(zip(*(np.split(part, ends) for part in parts), strict=True))
+
+    def _continued(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> tuple[NDArray[Any], IntArray]:
+        """Hidden states [B, T, d] that predict the tokens of each continuation, and these tokens,
+        [B, T], -1 behind a row's end."""
         if not context or not all(len(c) for c in continuations):
             raise ValueError("context and continuations need at least one token each")
         state = self.new_state(1, len(context) + max(map(len, continuations)))
@@ -448,8 +471,7 @@ class Model:
             ids[row, : len(c)] = [context[-1], *c[:-1]]
             labels[row, : len(c)] = c
         hidden, _ = self._extend(self._ids(ids), state, lengths)
-        nll = self._nll(hidden, labels)
-        return [-nll[row, :n] for row, n in enumerate(lengths)]
+        return hidden, labels
 
     def generate_batch(
         self,
@@ -491,14 +513,18 @@ class Model:
         """The k most probable next tokens of every position: ids [B, T, k] (best first, ties to the
         lower id), their log-probabilities under the full softmax, and their summed mass [B, T]."""
         hidden = self.hidden(ids, None, reset)
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        tid, logp, mass = self._topk(hidden.reshape(-1, hidden.shape[-1]), k)
+        shape = hidden.shape[:2]
+        return tid.reshape(*shape, k), logp.reshape(*shape, k), mass.reshape(shape)
+
+    def _topk(self, flat: NDArray[Any], k: int) -> tuple[IntArray, NDArray[Any], NDArray[Any]]:
+        """`topk` of hidden states [N, d]."""
         tid = np.empty((len(flat), k), dtype=np.int32)
         logp, mass = np.empty((len(flat), k), self.dtype), np.empty(len(flat), self.dtype)
         with self._lock:
             work = self._workspace(self._need(_HEAD, 1, len(flat), k))
             self.core.model_topk(self.capsule, self.params.raw, flat, tid, logp, mass, work)
-        shape = hidden.shape[:2]
-        return tid.reshape(*shape, k), logp.reshape(*shape, k), mass.reshape(shape)
+        return tid, logp, mass
 
     def draws(
         self, ids: ArrayLike, uniform: NDArray[np.float64], reset: ArrayLike | None = None
