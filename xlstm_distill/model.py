@@ -323,8 +323,8 @@ class Model:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _logits(self, hidden: NDArray[Any]) -> NDArray[Any]:
-        """[N, d] -> [N, V]"""
+    def head_logits(self, hidden: NDArray[Any]) -> NDArray[Any]:
+        """Logits [N, V] of hidden states after the last norm, [N, d]."""
         out = np.empty((len(hidden), self.config.vocab_size), dtype=self.dtype)
         self.core.model_logits(self.capsule, self.params.raw, np.ascontiguousarray(hidden), out)
         return out
@@ -355,7 +355,7 @@ class Model:
         Raises UserError for a token id outside the vocabulary.
         """
         hidden = self.hidden(ids, gate, reset, lengths)
-        return self._logits(hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
+        return self.head_logits(hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
 
     def score(
         self,
@@ -397,10 +397,13 @@ class Model:
             parts.append(self._forward(piece, lengths=n, state=state))
         return (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)), state
 
-    def hidden_after(self, ids: ArrayLike, state: DecodeState) -> tuple[NDArray[Any], DecodeState]:
+    def hidden_after(
+        self, ids: ArrayLike, state: DecodeState, lengths: ArrayLike | None = None
+    ) -> tuple[NDArray[Any], DecodeState]:
         """Hidden states after the last norm, [B, T, d], of a segment behind `state`, and the state
         behind it (`state` advanced in place, or a larger one)."""
-        return self._extend(self._ids(ids), state, None)
+        tokens = self._ids(ids)
+        return self._extend(tokens, state, self._lengths(lengths, tokens))
 
     def prefill(
         self, ids: ArrayLike, state: DecodeState | None = None, lengths: ArrayLike | None = None
@@ -418,7 +421,7 @@ class Model:
             raise ValueError("every row of a prefill needs at least one token")
         hidden, state = self._extend(tokens, state, n)
         last = np.full(len(tokens), tokens.shape[1]) if n is None else n
-        return self._logits(hidden[np.arange(len(tokens)), last - 1]), state
+        return self.head_logits(hidden[np.arange(len(tokens)), last - 1]), state
 
     def step(self, tokens: ArrayLike, state: DecodeState) -> tuple[NDArray[Any], DecodeState]:
         """One token a row: int [B] -> (logits [B, V], state)."""
@@ -447,9 +450,7 @@ class Model:
         theirs [T, k]."""
         hidden, labels = self._continued(context, continuations)
         valid = labels >= 0
-        flat = hidden[valid]
-        tid, top, _ = self._topk(flat, k)
-        parts = (-self._nll(flat, labels[valid]), tid, top)
+        parts = self.score_hidden(hidden[valid], labels[valid], k)
         ends = np.cumsum([len(c) for c in continuations])[:-1]
         return list(zip(*(np.split(part, ends) for part in parts), strict=True))
 
@@ -516,6 +517,14 @@ class Model:
         tid, logp, mass = self._topk(hidden.reshape(-1, hidden.shape[-1]), k)
         shape = hidden.shape[:2]
         return tid.reshape(*shape, k), logp.reshape(*shape, k), mass.reshape(shape)
+
+    def score_hidden(
+        self, hidden: NDArray[Any], labels: IntArray, k: int
+    ) -> tuple[NDArray[Any], IntArray, NDArray[Any]]:
+        """log p of the tokens `labels` [N] that follow hidden states [N, d] and, as `topk`, the k
+        most probable ones in their places: log p [N], ids [N, k], their log p [N, k]."""
+        tid, logp, _ = self._topk(np.ascontiguousarray(hidden), k)
+        return -self._nll(hidden, labels), tid, logp
 
     def _topk(self, flat: NDArray[Any], k: int) -> tuple[IntArray, NDArray[Any], NDArray[Any]]:
         """`topk` of hidden states [N, d]."""

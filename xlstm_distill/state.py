@@ -95,6 +95,16 @@ class DecodeState:
         for mine, theirs in zip(self.tensors.entries, other.tensors.entries, strict=True):
             self.tensors.view(mine)[rows] = other.tensors.view(theirs)
 
+    def joined(self, model: Model, other: DecodeState) -> DecodeState:
+        """A new state of these rows and, behind them, those of `other`."""
+        capacity = max(self.capacity, other.capacity)
+        both = DecodeState(model, self.rows + other.rows, capacity)
+        for first, part in ((0, self), (self.rows, other)):
+            if part.capacity != capacity:
+                part = part._take(model, range(part.rows), capacity)
+            both.put(range(first, first + part.rows), part)
+        return both
+
     def grown(self, model: Model, tokens: int) -> DecodeState:
         """This state, or a copy with room for `tokens` tokens a row."""
         capacity = state_capacity(model, tokens)

@@ -1,0 +1,67 @@
+"""Rows that are continued together: each is written as it would be alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_run
+from models import random_model
+from tolerances import PREFILL_STEP_F32
+
+from xlstm_distill.generate import Batch, Row, StopStrings, random_stream
+from xlstm_distill.testing import assert_close
+
+
+@pytest.mark.parametrize("mixer", ["attention", "hybrid", "lolcats"])
+def test_rows_that_join_and_leave_are_written_as_alone(mixer):
+    model = random_model(mixer)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 61, n).tolist() for n in (5, 1, 300, 9, 2, 17)]
+
+    def row(i: int) -> Row:
+        return Row(prompts[i], 6 + 5 * i, random_stream(7, i), 0.5 * (i % 3), scores_top=2)
+
+    alone = [row(i) for i in range(6)]
+    for each in alone:
+        batch = Batch(model)
+        batch.join([each])
+        while batch.step():
+            pass
+    batch, rows = Batch(model), [row(i) for i in range(6)]
+    for joining in (rows[:2], rows[2:3], rows[3:]):
+        batch.join(joining)
+        for _ in range(4):
+            batch.step()
+    assert batch._state.rows < 6 and rows[0].reason == "length"  # the first has left
+    while batch.step():
+        pass
+    assert batch.rows == [] and batch._state is None
+    for one, other in zip(alone, rows, strict=True):
+        assert one.new == other.new and len(one.new) == one.max_new_tokens
+        assert [s.token for s in one.scored] == [s.token for s in other.scored]
+        assert_close(
+            np.array([s.logp for s in other.scored]),
+            np.array([s.logp for s in one.scored]),
+            PREFILL_STEP_F32,
+            f"log-probabilities, {mixer}",
+        )
+
+
+def test_a_growing_text_is_told_as_far_as_it_stands():
+    tokenizer = tiny_run.tokenizer()
+    stops = StopStrings(tokenizer, ["</end>", "\n\n"])
+    for text, settled in (
+        ("a b", "a b"),
+        ("a <", "a "),
+        ("a </en", "a "),
+        ("a </es", "a </es"),
+        ("a\n", "a"),
+        ("a\ufffd", "a"),
+        ("", ""),
+    ):
+        assert stops.settled(text) == settled
+    assert StopStrings(tokenizer, []).settled("abc") == "abc"
+
+
+def test_no_rows_are_no_texts():
+    assert random_model("hybrid").generate_batch([], 4) == []
