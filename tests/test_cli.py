@@ -55,7 +55,7 @@ def test_every_command_has_help(capsys):
     wanted = (
         "quickstart fetch run sweep recipes linearize data align targets distill merge evaluate "
         "branches fidelity compare report validate estimate inspect doctor generate perplexity "
-        "export bench lm-eval"
+        "export bench lm-eval serve"
     )
     assert sorted(names) == sorted(wanted.split())
     for name in names:

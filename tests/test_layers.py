@@ -58,7 +58,7 @@ def test_c_keeps_its_promises(path):
 # A module may import from its own row and from rows below.
 LEVELS = [
     ["cli", "commands", "__main__"],
-    ["run", "quickstart", "budget", "assess", "sweep"],
+    ["run", "quickstart", "budget", "assess", "sweep", "serve"],
     ["recipe", "rundir", "progress", "trackers"],
     [
         "accumulation",
@@ -202,9 +202,10 @@ def test_torch_is_never_imported(path):
 
 
 @by_module
-def test_lm_eval_is_imported_by_its_adapter_alone(path):
-    roots = {n.split(".")[0] for n in imports(path)}
-    assert "lm_eval" not in roots or module_of(path) == "lm_eval_adapter"
+def test_what_an_extra_brings_is_imported_in_one_module(path):
+    homes = {"lm_eval": "lm_eval_adapter", "starlette": "serve", "uvicorn": "serve"}
+    for root in {n.split(".")[0] for n in imports(path)} & set(homes):
+        assert module_of(path) == homes[root], f"{path.name} imports {root}"
 
 
 def test_the_checks_see_what_they_should():

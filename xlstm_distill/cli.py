@@ -122,6 +122,13 @@ def _add_models(add: _Add) -> None:
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
     _dtype(p)
+    p = add("serve", "an OpenAI-compatible server on loopback", commands.serve)
+    p.add_argument("model", help=model)
+    p.add_argument("--port", type=int, default=8000, help="0: a free one (%(default)s)")
+    p.add_argument(
+        "--max-rows", type=int, default=64, help="prompts continued at once (%(default)s)"
+    )
+    _dtype(p)
     p = add("perplexity", "perplexity of text files", commands.perplexity)
     p.add_argument("model", help=model)
     p.add_argument("--data", nargs="+", required=True, metavar="FILE")

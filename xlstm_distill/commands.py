@@ -300,6 +300,24 @@ def generate(arguments: Arguments) -> Result:
     }
 
 
+def serve(arguments: Arguments) -> Result:
+    """Serve a model on loopback until Ctrl-C."""
+    _needs("starlette", "serve")
+    _needs("uvicorn", "serve")
+    from .serve import serve as serve_model
+
+    if arguments.max_rows < 1:
+        raise UserError(f"--max-rows {arguments.max_rows}: expected at least 1", usage=True)
+
+    def ready(address: str) -> None:
+        say = f"serving {arguments.model} at {address}; Ctrl-C stops"
+        print(say, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+    model = _load(arguments)
+    address = serve_model(model, arguments.model, arguments.port, arguments.max_rows, ready)
+    return {"model": arguments.model, "address": address}
+
+
 def perplexity(arguments: Arguments) -> Result:
     """exp of the mean negative log-likelihood of files, documents cut into windows of `context`."""
     if arguments.context < 2:

@@ -46,6 +46,12 @@ def state_capacity(model: Model, tokens: int) -> int:
     return capacity
 
 
+def state_bytes(model: Model, rows: int, tokens: int) -> int:
+    """Memory of a state of so many rows with room for `tokens` tokens each."""
+    _, size = model.core.plan_list(model.capsule, rows, state_capacity(model, tokens))
+    return int(size)
+
+
 class DecodeState:
     """State of B rows. `lengths` [B] int32: tokens seen by each row."""
 
