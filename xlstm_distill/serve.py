@@ -233,7 +233,7 @@ class ChatRequest(_Wanted):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=_MAX_TOP)
-    echo: Literal[False] = False
+    echo: Literal[False] = False  # known to completions alone
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of the chat up to where the answer begins."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from ..communicator import Communicator
 from ..errors import UserError
+from ..generate import StopStrings
 
 _TOKENS_AT_ONCE = 16384
 """Most tokens of prompts and answers that are generated together: bounds the states' memory."""
@@ -90,20 +91,13 @@ def answers(
     if not isinstance(model, GeneratingModel):
         raise UserError(f"task {task.name}: the model has no generate_batch")
     tokenizer = model.tokenizer
-    # A token has at least a byte, so that a stop lies within as many tokens as it has bytes.
-    reach = max((len(stop.encode()) for stop in task.until), default=0)
-
-    def stopped(ids: list[int]) -> bool:
-        text = tokenizer.decode(ids[-reach:])
-        return any(stop in text for stop in task.until)
+    stops = StopStrings(tokenizer, task.until)
 
     def written(batch: list[tuple[Question, list[int]]]) -> list[Sample]:
         prompts = [ids for _, ids in batch]
-        new = model.generate_batch(
-            prompts, task.max_new_tokens, 0.0, ends=stopped if task.until else None
-        )
+        new = model.generate_batch(prompts, task.max_new_tokens, 0.0, ends=stops.reached)
         return [
-            _sample(task, question, tokenizer.decode(ids))
+            _sample(task, question, stops.cut(tokenizer.decode(ids)))
             for (question, _), ids in zip(batch, new, strict=True)
         ]
 
@@ -136,8 +130,7 @@ def prompt_ids(tokenizer: ScoringTokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos_id, *ids] if tokenizer.adds_bos and tokenizer.bos_id is not None else ids
 
 
-def _sample(task: Questions, question: Question, text: str) -> Sample:
-    answer = _until(text, task.until)
+def _sample(task: Questions, question: Question, answer: str) -> Sample:
     return {
         "doc_id": question.doc_id,
         **question.facts,
@@ -145,7 +138,3 @@ def _sample(task: Questions, question: Question, text: str) -> Sample:
         "answer": answer,
         task.metric: task.score(answer, question.targets),
     }
-
-
-def _until(text: str, stops: Iterable[str]) -> str:
-    return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
