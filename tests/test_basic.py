@@ -81,6 +81,8 @@ def test_sampling_from_far_apart_and_from_impossible_logits():
     for uniform in (0.0, 0.5, 1 - 2**-53):
         assert ops.sample(z, 1.0, 0.9, [uniform]).tolist() == [1]
         assert ops.sample(z, 1.0, 1.0, [uniform]).tolist() == [1]
+        for little in (1e-38, 1e-39, 1e-308):  # 1 / temperature overflows in float32
+            assert ops.sample(np.array([[1.0, 3.0, 2.0]], np.float32), little, 1.0, [uniform]) == 1
     for bad in (np.nan, np.inf):
         rows = np.zeros((4, 5), np.float32)
         rows[2:, 3] = bad

@@ -114,13 +114,13 @@ xl_status xl_sample(xl_ctx *ctx, ptrdiff_t N, ptrdiff_t V, int32_t *ids, const r
                 bad = xl_min(bad, n);
                 continue;
             }
-            if (temperature == 0) {
+            real by = (real)(1 / temperature);
+            if (isinf(by)) { /* temperature 0, or so little that only the largest logit is left */
                 ptrdiff_t i = 0;
                 while (z[i] != top) i++;
                 ids[n] = (int32_t)i;
                 continue;
             }
-            real by = (real)(1 / temperature);
             for (ptrdiff_t i = 0; i < V; i++) w.p[i] = (z[i] - top) * by;
             ctx->k->exp(V, w.p, w.p);
             if (top_p < 1) keep_nucleus(&w, V, top_p);
