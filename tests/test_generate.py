@@ -47,6 +47,22 @@ def test_rows_that_join_and_leave_are_written_as_alone(mixer):
         )
 
 
+def test_a_long_row_that_left_takes_no_room():
+    """Of full attention: a server counts the tokens that its rows may have."""
+    model, batch = random_model("attention"), Batch(random_model("attention"))
+    rows = [Row([i] * n, m, random_stream(0, i), 0) for i, n, m in ((5, 300, 1), (7, 3, 9))]
+    batch.join(rows)
+    batch.step()
+    assert batch._state.capacity == 512 and rows[0].reason == "length"
+    rows.append(Row([9], 9, random_stream(0, 9), 0))
+    batch.join(rows[2:])
+    assert batch._state.capacity == 256
+    while batch.step():
+        pass
+    wanted = model.generate_batch([row.prompt for row in rows], 9, 0.0, stop_ids=())
+    assert [row.new for row in rows] == [wanted[0][:1], *wanted[1:]]
+
+
 def test_a_growing_text_is_told_as_far_as_it_stands():
     tokenizer = tiny_run.tokenizer()
     stops = StopStrings(tokenizer, ["</end>", "\n\n"])

@@ -96,19 +96,22 @@ class DecodeState:
         return self._take(model, rows, self.capacity)
 
     def put(self, rows: Sequence[int], other: DecodeState) -> None:
-        """Set the given rows to those of another state of this capacity: `fork` the other way."""
+        """Set the given rows to those of another state: `fork` the other way. Both have room for
+        the tokens of these rows."""
         self.lengths[rows] = other.lengths
         for mine, theirs in zip(self.tensors.entries, other.tensors.entries, strict=True):
-            self.tensors.view(mine)[rows] = other.tensors.view(theirs)
+            target, source = self.tensors.view(mine), other.tensors.view(theirs)
+            # Full attention of another capacity: position p lies in slot p of both.
+            slots = min(target.shape[1], source.shape[1])
+            target[rows, :slots] = source[:, :slots]
 
     def joined(self, model: Model, other: DecodeState) -> DecodeState:
-        """A new state of these rows and, behind them, those of `other`."""
-        capacity = max(self.capacity, other.capacity)
-        both = DecodeState(model, self.rows + other.rows, capacity)
-        for first, part in ((0, self), (self.rows, other)):
-            if part.capacity != capacity:
-                part = part._take(model, range(part.rows), capacity)
-            both.put(range(first, first + part.rows), part)
+        """A new state of these rows and, behind them, those of `other`, with room for the tokens
+        that they have: a longer row that was dropped leaves none behind."""
+        longest = int(max(self.lengths.max(), other.lengths.max()))
+        both = DecodeState(model, self.rows + other.rows, state_capacity(model, longest))
+        both.put(range(self.rows), self)
+        both.put(range(self.rows, both.rows), other)
         return both
 
     def grown(self, model: Model, tokens: int) -> DecodeState:
