@@ -76,7 +76,9 @@ def test_a_growing_text_is_told_as_far_as_it_stands():
         ("", ""),
     ):
         assert stops.settled(text) == settled
-    assert StopStrings(tokenizer, []).settled("abc") == "abc"
+    for none in ([], ["\ud800"]):  # no text has a lone surrogate
+        never = StopStrings(tokenizer, none)
+        assert never.settled("abc") == never.cut("abc") == "abc" and not never.reached([70, 71])
 
 
 def test_no_rows_are_no_texts():

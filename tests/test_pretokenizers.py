@@ -107,6 +107,10 @@ def test_a_whole_piece_goes_before_the_merges() -> None:
 def test_bos_begins_documents_of_files_that_do_not_say() -> None:
     named = {**FIELDS, "tokenizer.ggml.add_bos_token": False}
     assert OURS.adds_bos and not Tokenizer.from_gguf_fields(named).adds_bos
+    ids = OURS.encode("qz")
+    assert OURS.encode_prompt("qz") == OURS.encode_prompt(f"{BOS}qz") == [VOCABULARY[BOS], *ids]
+    assert OURS.encode_prompt("") == [OURS.start_id] == [VOCABULARY[BOS]]
+    assert Tokenizer.from_gguf_fields(named).encode_prompt("qz") == ids
     other = {**FIELDS, "tokenizer.ggml.pre": "olmo"}
     assert not Tokenizer.from_gguf_fields(other).adds_bos
 

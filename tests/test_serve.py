@@ -241,6 +241,9 @@ def test_a_stream_tells_the_same_in_pieces(path):
         else:
             assert pieces[0]["object"] == "chat.completion.chunk"
             assert "".join(p["delta"]["content"] for p in mine) == choice["message"]["content"]
+            assert [p["delta"].get("role") for p in mine] == ["assistant"] + [None] * (
+                len(mine) - 1
+            )
 
 
 # ---- many clients -------------------------------------------------------------------------------

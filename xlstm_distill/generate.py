@@ -37,8 +37,10 @@ class StopStrings:
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str]) -> None:
         self._tokenizer = tokenizer
         self.stops = tuple(stops)
-        # A token has at least a byte: a stop lies within as many tokens as it has bytes.
-        self._reach = max((len(stop.encode()) for stop in self.stops), default=0)
+        # A token has at least a byte: a stop lies within as many tokens as it has bytes. (One with
+        # a lone surrogate is in no text.)
+        sizes = (len(stop.encode(errors="surrogatepass")) for stop in self.stops)
+        self._reach = max(sizes, default=0)
 
     def reached(self, ids: Sequence[int]) -> bool:
         """Whether a stop ends in the last of the tokens (`ends` of generate_batch)."""

@@ -100,8 +100,7 @@ class XlstmDistillLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token that an empty context consists of."""
-        bos = self.tokenizer.bos_id
-        return self.eot_token_id if bos is None else bos
+        return self.tokenizer.start_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -111,13 +110,11 @@ class XlstmDistillLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids, behind the beginning-of-text token if the model wants one and the text, where
-        add_special_tokens is None, does not begin with it."""
-        ids = self.tokenizer.encode(string)
-        bos = self.tokenizer.bos_id
-        if not self.tokenizer.adds_bos or bos is None or add_special_tokens is False:
-            return ids
-        return ids if add_special_tokens is None and ids[:1] == [bos] else [bos, *ids]
+        """Token ids, behind the beginning-of-text token if the model wants one, the text does not
+        begin with it, and add_special_tokens is not False."""
+        if add_special_tokens is False:
+            return self.tokenizer.encode(string)
+        return self.tokenizer.encode_prompt(string)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -158,7 +155,9 @@ class XlstmDistillLM(TemplateLM):
                     rest = rows[i][1]
                     total = float(np.sum(logp[-len(rest) :], dtype=np.float64))
                     if not math.isfinite(total):
-                        raise UserError(f"request {requests[i][0]!r}: log-likelihood is {total}")
+                        raise UserError(
+                            f"request {i + 1} of {len(rows)}: log-likelihood is {total}"
+                        )
                     out[i] = total, best[-len(rest) :, 0].tolist() == rest
                     if requests[i][0] is not None:  # None: a window of a longer text
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], out[i])

@@ -151,10 +151,10 @@ class Engine:
         return rows
 
     def _fail(self, joining: Sequence[Row], message: str) -> None:
-        lost = {id(row) for row in [*joining, *self.batch.running]}
+        lost = {*joining, *self.batch.running}
         self.batch = Batch(self.model)
         for job in self.jobs:
-            if any(id(row) in lost for row in job.rows):
+            if not lost.isdisjoint(job.rows):
                 job.failure = " ".join(message.split())
 
 
@@ -215,7 +215,7 @@ class CompletionRequest(_Wanted):
     @staticmethod
     def _ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
         if isinstance(prompt, str):
-            return _text_ids(prompt, tokenizer)
+            return tokenizer.encode_prompt(prompt) or [tokenizer.start_id]
         if not isinstance(prompt, list) or not prompt or not all(map(_is_token, prompt)):
             raise UserError("prompt: expected a string or a list of token ids that is not empty")
         return prompt
@@ -226,10 +226,18 @@ class CompletionRequest(_Wanted):
         return self.logprobs
 
 
+class _Message(BaseModel):
+    """A turn of a chat; what else it says is for the model's template."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    role: str
+    content: Any
+
+
 class ChatRequest(_Wanted):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=_MAX_TOP)
@@ -238,10 +246,11 @@ class ChatRequest(_Wanted):
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of the chat up to where the answer begins."""
         messages = [
-            {**message, "content": _content(n, message.get("content"))}
+            {**message.model_dump(), "content": _content(n, message.content)}
             for n, message in enumerate(self.messages)
         ]
-        return [tokenizer.encode(tokenizer.apply_chat_template(messages))]
+        text = tokenizer.apply_chat_template(messages)
+        return [tokenizer.encode(text) or [tokenizer.start_id]]
 
     @property
     def scores_top(self) -> int | None:
@@ -251,17 +260,6 @@ class ChatRequest(_Wanted):
 
 def _is_token(value: Any) -> bool:
     return type(value) is int
-
-
-def _text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a text, control tokens written in it included, behind the beginning-of-text token
-    if the model wants one; an empty text is that or the end-of-text token."""
-    ids = tokenizer.encode(text)
-    bos = tokenizer.bos_id
-    if tokenizer.adds_bos and bos is not None and ids[:1] != [bos]:
-        return [bos, *ids]
-    start = [*tokenizer.eos_ids] if bos is None else [bos]
-    return ids or start[:1]
 
 
 def _content(number: int, content: Any) -> str:
@@ -289,7 +287,7 @@ class _Choice:
         self._prompt = tokenizer.decode(row.prompt) if row.echo else ""
         self._sent = self._scored = self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.over = False
+        self.begun = self.over = False
 
     def news(self) -> tuple[str, list[Scored], str | None]:
         """Text and scored tokens that were not told yet, and at the end the reason."""
@@ -298,7 +296,8 @@ class _Choice:
         text = self._stops.cut(self._tokenizer.decode(self.row.new))
         text = self._prompt + (self._stops.settled(text) if reason is None else text)
         new = text[self._sent :]
-        self._sent, self._scored, self.over = len(text), self._scored + len(scored), bool(reason)
+        self._sent, self._scored = len(text), self._scored + len(scored)
+        self.begun, self.over = True, bool(reason)
         return new, scored, reason
 
     def completion_logprobs(self, scored: Sequence[Scored]) -> Json:
@@ -371,10 +370,12 @@ class _Answer:
         return {"id": self._id, "object": kind, **self._facts}
 
     def _choice(self, choice: _Choice, message: str) -> Json:
+        # Clients put pieces together by appending strings: who speaks is said once.
+        speaker = {} if choice.begun else {"role": "assistant"}
         text, scored, reason = choice.news()
         found: Json = {"index": choice.index, "finish_reason": reason, "logprobs": None}
         if self._chat:
-            found[message] = {"role": "assistant", "content": text}
+            found[message] = {**speaker, "content": text}
         else:
             found["text"] = text
         if self._scores:
@@ -514,10 +515,8 @@ class Server:
 
     def _room(self, prompt: Sequence[int], new: int | None) -> int:
         """Tokens that may be written behind a prompt: `new`, or what the context leaves."""
-        vocabulary, context = (
-            self.model.config.vocab_size,
-            self.model.config.max_position_embeddings,
-        )
+        config = self.model.config
+        vocabulary, context = config.vocab_size, config.max_position_embeddings
         if not all(0 <= token < vocabulary for token in prompt):
             raise UserError(f"prompt: token ids are 0..{vocabulary - 1}")
         if len(prompt) + (1 if new is None else new) > context:

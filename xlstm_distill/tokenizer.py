@@ -152,6 +152,24 @@ class Tokenizer:
         core = self._core if special else self._plain
         return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """`encode` of the beginning of a document: behind `bos_id` if the model expects it and the
+        text does not begin with it."""
+        ids = self.encode(text)
+        if not self.adds_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
+
+    @property
+    def start_id(self) -> int:
+        """The token that an empty prompt consists of: the beginning- or end-of-text token; raises
+        UserError if there is neither."""
+        if self.bos_id is not None:
+            return self.bos_id
+        if not self.eos_ids:
+            raise UserError("an empty prompt needs a beginning- or end-of-text token")
+        return self.eos_ids[0]
+
     def tokens_inside(
         self, text: str, spans: Sequence[tuple[int, int]], special: bool = True
     ) -> NDArray[np.bool_]:
