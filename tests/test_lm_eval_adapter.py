@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -20,6 +21,7 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+import xlstm_distill  # noqa: E402
 from xlstm_distill import lm_eval_adapter  # noqa: E402
 from xlstm_distill.cli import main  # noqa: E402
 from xlstm_distill.errors import UserError  # noqa: E402
@@ -115,13 +117,21 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, given, n) for n, given in enumerate(arguments)]
 
 
-def test_tasks_give_what_lm_evals_own_model_gives(root, models):
+@pytest.mark.parametrize("chat", [False, True])
+def test_tasks_give_what_lm_evals_own_model_gives(root, models, chat):
     tasks = ["own_choice", "own_text", "own_written"]
     manager = TaskManager(include_path=str(root), include_defaults=False)
     ours, theirs = (
-        lm_eval.simple_evaluate(m, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+        lm_eval.simple_evaluate(
+            m, tasks=tasks, task_manager=manager, bootstrap_iters=0, apply_chat_template=chat
+        )
         for m in models
     )
+    for task in tasks:
+        prompts, others = ([s["arguments"] for s in r["samples"][task]] for r in (ours, theirs))
+        assert prompts == others and ("<|im_start|>" in str(prompts)) == (
+            chat and task != "own_text"
+        )
     assert ours["config"]["model_num_parameters"] == theirs["config"]["model_num_parameters"]
     for sample, other in zip(
         ours["samples"]["own_choice"], theirs["samples"]["own_choice"], strict=True
@@ -204,6 +214,41 @@ def test_answers_are_sampled_by_the_seed_and_bounded(root, models):
             ours.generate_until(requests("generate_until", ("a", wrong)), disable_tqdm=True)
     with pytest.raises(UserError, match="a continuation has 300 tokens, max_length is 128"):
         ours.loglikelihood(requests("loglikelihood", ("a", "b" * 300)), disable_tqdm=True)
+
+
+def test_over_the_server_it_is_the_same(root, models):
+    """lm_eval's `local-completions` asks `xlstm-distill serve` for what the adapter computes."""
+    pytest.importorskip("uvicorn")
+    place = str(root / "model")
+    command = [sys.executable, "-m", "xlstm_distill", "serve", place, "--port", "0"]
+    package = os.path.dirname(os.path.dirname(xlstm_distill.__file__))
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": package}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            address = process.stdout.readline().split(" at ")[1].split(";")[0]
+            over = get_model("local-completions")(
+                model=place, base_url=f"{address}/completions", num_concurrent=4, max_length=128
+            )
+            words = tiny_run.TEXT[0].split()
+            given = requests("loglikelihood", *[(a, " " + b) for a in words for b in words[:9]])
+            ours, _ = models
+            found, wanted = (m.loglikelihood(given, disable_tqdm=True) for m in (over, ours))
+            assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+            np.testing.assert_allclose(
+                [score for score, _ in found],
+                [score for score, _ in wanted],
+                rtol=0,
+                atol=LOG_LIKELIHOOD,
+            )
+            until = {"until": ["e"], "max_gen_toks": 24, "do_sample": False}
+            given = requests("generate_until", *[(word, until) for word in words])
+            found, wanted = (m.generate_until(given, disable_tqdm=True) for m in (over, ours))
+            for control in tiny_run.SPECIAL:  # served as they are, left out by `hf` and the adapter
+                found = [text.replace(control, "") for text in found]
+            assert found == wanted and len(set(found)) > 6
+        finally:
+            process.terminate()
 
 
 def test_the_command_is_lm_evals_own(capsys, monkeypatch):
