@@ -272,3 +272,14 @@ def test_results_are_means_and_spreads_over_the_seeds(root, swept, capsys):
     text = capsys.readouterr().out
     mean = found["points"][0]["models"]["merged"]["all"]["kl"]["mean"]
     assert f"{mean:.4f} ±" in " ".join(text.split())
+
+
+def test_the_table_shows_what_each_branch_carries(root, tmp_path):
+    settings = ["evaluate.branches=true", "distill.steps=2"]
+    points = sweeps.grid(root / "recipe.yaml", ["distill.window_dropout=0,0.9"], settings=settings)
+    found = sweeps.sweep(points, tmp_path)
+    _, domain, _, kl, *_ = ([str(cell) for cell in c.cells] for c in sweeps.table(found).columns)
+    assert domain == 2 * ["all", "all, gate 0", "all, gate 1", "all, mLSTM emptied"]
+    names = ["merged", "merged, gate 0", "merged, gate 1", "merged, mLSTM emptied"]
+    means = [p["models"][name]["all"]["kl"]["mean"] for p in found["points"] for name in names]
+    assert kl == [f"{mean:.4f}" for mean in means] and len(set(means)) == 8

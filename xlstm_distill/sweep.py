@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.table import Table
@@ -38,6 +38,9 @@ from .recipe import Recipe, first_difference, make_recipe, read_values, set_key
 from .run import Run, check_tasks
 from .rundir import Interrupt, RunDirectory
 from .trackers import check_installed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS, PLOT = "sweep.json", "sweep.svg"
 _METRICS = ("kl", "agree", "perplexity")
@@ -386,7 +389,8 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """The results as a table: the merged student of every point, and the teacher's perplexity."""
+    """The results as a table: the merged student of every point, what is left of it with a branch
+    silenced where that was measured, and the teacher's perplexity."""
     shown = Table()
     for name in ("point", "domain"):
         shown.add_column(name, overflow="fold")
@@ -397,14 +401,18 @@ def table(found: dict[str, Any]) -> Table:
         if not models:
             shown.add_row(Text(point["name"]), "", "0")
             continue
-        for domain in _domains(models):
-            own, control = models[MERGED][domain], models[CONTROL][domain]
+        rows = [(MERGED, domain, domain) for domain in _domains(models)]
+        # Its variants with a branch silenced (evaluate.branches), on the mean of the domains.
+        silenced = [name for name in models if name.startswith(f"{MERGED}, ")]
+        rows += [(name, _ALL, name.replace(MERGED, _ALL, 1)) for name in silenced]
+        for number, (model, domain, label) in enumerate(rows):
+            own, control = models[model][domain], models[CONTROL][domain]
             pairs = zip(own["kl"]["values"], control["kl"]["values"], strict=True)
             ratio = [kl / untrained for kl, untrained in pairs if untrained > 0]
             shown.add_row(
-                Text(point["name"] if domain == _ALL else ""),
-                Text(domain),
-                str(len(point["runs"])) if domain == _ALL else "",
+                Text("" if number else point["name"]),
+                Text(label),
+                "" if number else str(len(point["runs"])),
                 _figure(own["kl"], 4),
                 _figure(_spread(ratio), 3) if ratio else "",
                 _figure(own["agree"], 4),
@@ -425,12 +433,13 @@ def _figure(value: dict[str, Any], digits: int) -> str:
     return text if value["sd"] is None else f"{text} ± {value['sd']:.{digits}f}"
 
 
-def _plot(found: dict[str, Any], file: Path) -> None:
+def figure(found: dict[str, Any]) -> Figure | None:
+    """The results as a figure (`plots.sweep`); None as long as no run is done."""
     from . import plots  # slow to import
 
     points = [point for point in found["points"] if point["models"]]
     if not points:
-        return
+        return None
     series: dict[str, dict[str, dict[str, list[float]]]] = {}
     for metric in _METRICS:
         series[metric] = {}
@@ -444,4 +453,12 @@ def _plot(found: dict[str, Any], file: Path) -> None:
                     for p in points
                     if domain in p["models"][model]
                 }
-    plots.save(plots.sweep(series), file)
+    return plots.sweep(series)
+
+
+def _plot(found: dict[str, Any], file: Path) -> None:
+    from . import plots  # slow to import
+
+    drawn = figure(found)
+    if drawn is not None:
+        plots.save(drawn, file)
