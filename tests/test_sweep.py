@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -18,9 +20,9 @@ import yaml
 
 from xlstm_distill import packages
 from xlstm_distill import sweep as sweeps
-from xlstm_distill.cli import main
+from xlstm_distill.cli import main, parser
 from xlstm_distill.errors import UserError
-from xlstm_distill.recipe import load_recipe
+from xlstm_distill.recipe import load_recipe, shipped_recipes
 from xlstm_distill.run import run
 from xlstm_distill.rundir import RunDirectory
 
@@ -111,6 +113,20 @@ def test_bad_points_are_refused_before_anything_starts(
     assert status == 2 and found.out == "" and not out.exists()
     (line,) = found.err.splitlines()
     assert message in line
+
+
+def test_the_commands_in_the_ablations_recipe_are_grids():
+    name = "smollm2-135m-ablations"
+    text = re.sub(r"\\\n#", "", shipped_recipes()[name])
+    commands = [shlex.split(c) for c in re.findall(r"# +xlstm-distill (.*)", text)]
+    counts = {}
+    for command in commands:
+        found = parser().parse_args(command)
+        assert (found.command, found.recipe) == ("sweep", name)
+        points = sweeps.grid(found.recipe, found.vary, found.seeds, found.set)
+        assert {len(point.runs) for point in points} == {3}
+        counts[Path(found.out).name] = len(points)
+    assert counts == {"mixers": 6, "stages": 3, "modes": 3, "losses": 6, "dropout": 2}
 
 
 def test_no_seeds(root):
