@@ -18,6 +18,7 @@ SMALL = {
     """,
     "03_align": "LENGTH, STEPS, TEXT_TOKENS = 192, 5, 12_000",
     "04_distill": "LENGTH, ALIGN_STEPS, STEPS, CONTEXT = 128, 3, 3, 256",
+    "05_ablations": "SEEDS, ALIGN_STEPS, DISTILL_STEPS, MIXERS = 2, 6, 3, 'hybrid/4,window/4'",
 }
 """What a test puts in place of the numbers in a notebook's cell tagged "parameters": every cell
 runs, with less text and fewer steps than a reader gets."""
