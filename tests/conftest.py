@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -29,6 +30,18 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.section("measured errors, per cent of the tolerance")
     for what, share in sorted(testing.shares.items(), key=lambda x: -x[1])[:40]:
         terminalreporter.write_line(f"{100 * share:8.2f} %  {what}")
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory) -> Path:
+    """A folder with results, fidelity and models that `compare` has been through, into `out`."""
+    from pages import compare_arguments
+
+    from xlstm_distill.cli import main
+
+    folder = tmp_path_factory.mktemp("compared")
+    assert main(compare_arguments(folder)) == 0
+    return folder
 
 
 @pytest.fixture

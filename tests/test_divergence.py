@@ -166,7 +166,8 @@ def test_the_command(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "max 0.0000" in printed and "written 0-8" in printed and "distance 1-32" in printed
     found = json.loads(out.read_text())
-    assert set(found) == {"fidelity", "divergence", "continuations"}
+    assert set(found) == {"teacher", "fidelity", "divergence", "gates", "continuations"}
+    assert found["teacher"] == "teacher (safetensors, as float32)" and found["gates"] is None
     assert found["divergence"]["text"]["kl"] == [0, 0] and found["continuations"]["prompts"] == 2
     assert main([*pair, *options, "--continuations", "1", "--prompt-tokens", "65"]) == 2
     assert "--prompt-tokens 65: more than --context 64" in capsys.readouterr().err

@@ -69,6 +69,7 @@ LEVELS = [
         "data",
         "distill",
         "evaluate",
+        "inside",
         "layerwise",
         "linearize",
         "lm_eval_adapter",

@@ -31,6 +31,7 @@ from .evaluate import (
     fidelity,
     write_results,
 )
+from .inside import median_gates
 from .linearize import linearize
 from .model import Model, load
 from .recipe import GENERALIST, FidelitySection
@@ -158,15 +159,14 @@ class _Assessment:
         texts = list(self.run.evaluation_text().values()) or [
             self.run.rows(name).data for name in self.run.recipe.data.domains
         ]
-        values = []
+        batches = []
         for text in texts:
             rows = Rows(text, min(length, text.tokens))
             wanted = max(1, self.section.gate_tokens // (length * len(texts)))
             for index in range(min(wanted, len(rows))):
                 ids, _, reset = rows.row(index)
-                values.append(merged.gate_values(ids[None], reset[None]))
-        medians = np.median(np.concatenate(values, axis=2), axis=2)
-        return [[None if np.isnan(x) else float(x) for x in row] for row in medians]
+                batches.append((ids[None], reset[None]))
+        return median_gates(merged, batches)
 
     def memory(self) -> dict[str, float]:
         """MiB of one row's decode state after many tokens."""
@@ -339,12 +339,11 @@ def _model_facts(run: Run) -> dict[str, Any]:
     sizes = {name: int(np.prod(_shape(student, name))) for name in student.tensors}
     added = sum(size for name, size in sizes.items() if ".mixer." in name)
     source = str(teacher.get("source", run.recipe.teacher))
-    gguf = source.endswith(".gguf")
     return {
         "teacher": {
             "name": run.recipe.teacher,
             "file": Path(source).name,
-            "form": "GGUF, dequantised to float32" if gguf else "safetensors, as float32",
+            "form": checkpoints.weights_form(source),
             "fingerprint": str(teacher.get("fingerprint", "")),
             "parameters": sum(sizes.values()) - added,
             "layers": c.num_hidden_layers,

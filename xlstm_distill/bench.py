@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from . import runtime
-from .bench_cases import CASES, PEAKS, Case
+from .bench_cases import CASES, CHART_CONTEXTS, PEAKS, Case, model_flops
+from .config import ModelConfig
 from .errors import UserError
-from .model import Compute
+from .model import Compute, state_nbytes
 from .runtime import core
 
 SUITES = tuple(CASES)
@@ -163,6 +164,15 @@ def context_costs(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, d
             of[what][context] = r["tokens_per_second"]
             of["memory"][context] = mib
     return found
+
+
+def counted_costs(config: ModelConfig) -> dict[str, dict[int, float]]:
+    """What one more token costs a model at the end of the same contexts, counted from its sizes:
+    {"work": {context: multiply-adds}, "memory": {context: MiB of the state of one row}}."""
+    return {
+        "work": {c: model_flops(config, 1, 1, past=c - 1) / 2 for c in CHART_CONTEXTS},
+        "memory": {c: state_nbytes(config, c) / 2**20 for c in CHART_CONTEXTS},
+    }
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

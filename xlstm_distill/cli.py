@@ -201,6 +201,8 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument(
         "--drop-chance", action="store_true", help="leave out where the teacher is at chance"
     )
+    several("--fidelity", "NAME=FILE", "a student's fidelity, where it is not beside its results")
+    several("--model", "NAME=MODEL", "a student's or the teacher's, for the cost of a token")
     p.add_argument("--margin", help="tolerance of non-inferiority, chosen before looking")
     p.add_argument(
         "--strict", action="store_true", help="fail where something was measured otherwise"

@@ -37,10 +37,12 @@ from .evaluate import continuations, divergence, load_task, needle_grid, passage
 from .evaluate import evaluate as evaluate_model
 from .evaluate import fidelity as measure_fidelity
 from .evaluate.divergence import Estimate
+from .evaluate.evidence import STUDENT, FidelityFile, evidence
 from .evaluate.fidelity import windows_of
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
 from .evaluate.tasks import FEEL_THE_WINDOW, PASSAGE_TASKS, read_tokens
+from .inside import median_gates
 from .merge import merge as merge_models
 from .model import Compute, Model, load
 from .progress import Reporter
@@ -512,14 +514,18 @@ def _divergence(
     """Fidelity and its details by domain of text, printed."""
     with Reporter(quiet=arguments.json).bar("fidelity") as update:
         means, details = divergence(
-            {"student": student},
+            {STUDENT: student},
             teacher,
             documents,
             context=context,
             max_windows=windows,
             progress=lambda done, total: update({"step": done, "steps": total}),
         )
-    for domain, of in details["student"].items():
+        gates = None
+        if student.config.has_gates:
+            texts = [windows_of(d, context)[:windows] for d in documents.values()]
+            gates = median_gates(student, [(row[None], None) for of in texts for row in of])
+    for domain, of in details[STUDENT].items():
         tails = ", ".join(f"{percent:g} % {kl:.4f}" for percent, kl in of.kl_percentiles.items())
         facts = {
             "KL": f"{_with_error(of.kl)}; {tails}, max {of.kl_max:.4f}",
@@ -527,7 +533,7 @@ def _divergence(
             "RMS of p - p_teacher": _with_error(of.probability_rms),
             "NLL - NLL_teacher": _with_error(of.nll_difference),
         }
-        by_position = means.models["student"][domain].by_position
+        by_position = means.models[STUDENT][domain].by_position
         for (low, high), m in zip(means.buckets, by_position, strict=True):
             facts[f"position {low}-{high}"] = f"KL {m.kl:.4f}, same top-1 {m.agree:.4f}"
         for d in of.by_distance:
@@ -538,10 +544,12 @@ def _divergence(
             )
         _say(arguments, f"{domain}: {means.tokens[domain]} tokens")
         _facts(arguments, facts)
-    return {
-        "fidelity": means.model_dump(),
-        "divergence": {domain: of.model_dump() for domain, of in details["student"].items()},
-    }
+    return FidelityFile(
+        teacher=checkpoints.weights_file(teacher.source),
+        fidelity=means,
+        divergence=details[STUDENT],
+        gates=gates,
+    ).model_dump()
 
 
 def _continuations(
@@ -644,9 +652,10 @@ def compare(arguments: Arguments) -> Result:
     groups = {
         name: tasks.split(",") for name, tasks in _named(arguments.group, "--group", "NAME=A,B")
     }
+    students = dict(_named(arguments.student, "--student", "NAME=FILE"))
     found = compare_results(
         arguments.teacher,
-        dict(_named(arguments.student, "--student", "NAME=FILE")),
+        students,
         controls=arguments.control,
         tasks=arguments.tasks.split(",") if arguments.tasks else None,
         metrics=arguments.metric,
@@ -656,9 +665,19 @@ def compare(arguments: Arguments) -> Result:
         margin=arguments.margin,
         strict=arguments.strict,
         seed=arguments.seed,
-        out=arguments.out,
     )
-    comparison_report(found, arguments.out)
+    known = evidence(
+        {"teacher": arguments.teacher, **students},
+        fidelity=dict(_named(arguments.fidelity, "--fidelity", "NAME=FILE")),
+        models=dict(_named(arguments.model, "--model", "NAME=MODEL")),
+    )
+    if arguments.strict and known.warnings:
+        raise UserError(f"not comparable: {known.warnings[0]}")
+    found.warnings += known.warnings
+    if known.teacher:
+        found.teacher += f", scores of {known.teacher}"
+    found.write(arguments.out)
+    comparison_report(found, arguments.out, known)
     _say(arguments, found.table())
     return {"out": arguments.out, **found.model_dump(mode="json")}
 

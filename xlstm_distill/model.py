@@ -382,7 +382,7 @@ class Model:
 
     def new_state(self, rows: int, tokens: int = 0) -> DecodeState:
         """An empty state for `rows` rows, with room for `tokens` tokens (it grows by itself)."""
-        return DecodeState(self, rows, state_capacity(self, tokens))
+        return DecodeState(self, rows, state_capacity(self.config, tokens))
 
     def _extend(
         self, tokens: IntArray, state: DecodeState, lengths: IntArray | None
@@ -681,7 +681,8 @@ class Model:
         for given in (state, behind):
             if given.rows != len(tokens):
                 raise ValueError(f"the state has {given.rows} rows, ids have {len(tokens)}")
-            if given.capacity != state.capacity or state_capacity(self, seen) > given.capacity:
+            room = given.capacity
+            if room != state.capacity or state_capacity(self.config, seen) > room:
                 raise ValueError(
                     f"the states have room for {state.capacity} and {behind.capacity} tokens, "
                     f"expected the same and {seen} or more (DecodeState.grown)"
@@ -755,6 +756,14 @@ class Model:
                 work,
             )
         return sums[:, 0], sums[:, 1], tokens.size
+
+
+def state_nbytes(config: ModelConfig, tokens: int) -> int:
+    """Memory in bytes of one row's state (`Model.new_state`) in float32, known without a model."""
+    real = core(np.dtype(np.float32))
+    capsule = _capsule(real, config, "f32")
+    _, size = real.plan_list(capsule, 1, state_capacity(config, tokens))
+    return int(size)
 
 
 def _fingerprint(config: ModelConfig, digest: str) -> str:

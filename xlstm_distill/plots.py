@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from .evaluate.comparison import Comparison
+    from .evaluate.divergence import DistanceMeasure
     from .evaluate.fidelity import Fidelity
     from .evaluate.wintie import WinTie
 
@@ -111,18 +112,46 @@ def loss_curves(
 
 def by_position(result: Fidelity, metric: str, models: Sequence[str], title: str) -> Figure:
     """`metric` ("kl", "agree" or "perplexity") of each bucket of positions, mean of the domains."""
-    figure, axes = _axes()
     labels = [f"{lo}–{hi}" for lo, hi in result.buckets]
-    for i, name in enumerate(models):
-        values = [getattr(result.mean(name, b), metric) for b in range(len(labels))]
-        axes.plot(range(len(labels)), values, label=name, markersize=4, **_style(i))
-    axes.set_xticks(range(len(labels)), labels)
+    lines = {
+        name: {label: getattr(result.mean(name, b), metric) for b, label in enumerate(labels)}
+        for name in models
+    }
     words = {"kl": "KL(teacher ‖ model), nats", "agree": "top-1 agreement"}
-    axes.set(title=title, xlabel="position in the window", ylabel=words.get(metric, metric))
+    figure, axes = _by_range(lines, title)
+    axes.set(xlabel="position in the window", ylabel=words.get(metric, metric))
     if metric != "agree":
         axes.set_ylim(bottom=0)
-    axes.legend()
     return figure
+
+
+def by_distance(students: Mapping[str, Sequence[DistanceMeasure]], title: str) -> Figure:
+    """KL of each student by how far back the next token could be copied from; new ones last."""
+    measures = itertools.chain.from_iterable(students.values())
+    ends = {m.range: math.inf if m.low is None else m.low for m in measures}
+    lines = {
+        name: {m.range: m.kl for m in sorted(of, key=lambda m: ends[m.range])}
+        for name, of in students.items()
+    }
+    figure, axes = _by_range(lines, title, sorted(ends, key=lambda name: ends[name]))
+    axes.set(xlabel="distance in tokens", ylabel="KL(teacher ‖ model), nats")
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def _by_range(
+    lines: Mapping[str, Mapping[str, float]], title: str, labels: Sequence[str] = ()
+) -> tuple[Figure, Axes]:
+    """A line a model over ranges: name -> range -> value; labels: all ranges, in order."""
+    figure, axes = _axes()
+    places = labels or list(next(iter(lines.values()), {}))
+    for i, (name, of) in enumerate(lines.items()):
+        at = [places.index(label) for label in of]
+        axes.plot(at, list(of.values()), label=name, markersize=4, **_style(i))
+    axes.set_xticks(range(len(places)), places)
+    axes.set(title=title)
+    axes.legend()
+    return figure, axes
 
 
 def gate_map(values: Sequence[Sequence[float | None]], title: str) -> Figure:
@@ -135,7 +164,7 @@ def gate_map(values: Sequence[Sequence[float | None]], title: str) -> Figure:
     axes.set(title=title, xlabel="head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes, label="output gate (0 attention, 1 mLSTM)")
+    figure.colorbar(image, ax=axes, label="0 attention, 1 mLSTM")
     return figure
 
 
@@ -241,19 +270,22 @@ def recovery_bars(comparison: Comparison) -> Figure:
 
 
 def context_costs(costs: Mapping[str, Mapping[str, Mapping[int, float]]], title: str) -> Figure:
-    """Tokens a second and memory of the state against the length of the context.
+    """Speed or work, and memory of the state, against the length of the context.
 
-    costs: `bench.context_costs`.
+    costs: `bench.context_costs` or `bench.counted_costs`.
     """
-    panels = {
+    words = {
         "reads": "reading, tokens/s",
         "writes": "generating, tokens/s",
+        "work": "multiply-adds a token",
         "memory": "state of one row, MiB",
     }
+    panels = {what: words[what] for what in words if what in next(iter(costs.values()))}
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (what, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        grid = figure.subplots(1, len(panels))
+        for axes, (what, label) in zip(grid, panels.items(), strict=True):
             for i, (who, of) in enumerate(costs.items()):
                 contexts = sorted(of[what])
                 values = [of[what][c] for c in contexts]

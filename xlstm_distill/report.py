@@ -7,11 +7,12 @@ report. Unknown keys are errors.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import yaml
@@ -23,6 +24,7 @@ from rich.text import Text
 
 from .errors import UserError, validated
 from .evaluate.comparison import Comparison
+from .evaluate.evidence import Evidence
 from .evaluate.fidelity import Fidelity
 from .evaluate.uncertainty import Interval
 
@@ -198,14 +200,29 @@ def report(data: ReportData | Mapping[str, Any], out_dir: str | Path) -> Path:
     return _write(files, Path(out_dir))
 
 
-def comparison_report(comparison: Comparison, out_dir: str | Path) -> Path:
-    """Write a comparison alone as `report.html`, one file as that of `report`.
+def comparison_report(
+    comparison: Comparison, out_dir: str | Path, evidence: Evidence | None = None
+) -> Path:
+    """Write a comparison alone as `report.html`, one file as that of `report`, with what else is
+    known of its models; beside it each figure as SVG and PNG.
 
     Returns its path. Raises UserError for a directory that cannot be written.
     """
-    figures = _drawn({"benchmarks": _comparison_figures(comparison)})
-    page = _page("comparison.html.j2", comparison=comparison, figures=figures)
-    return _write({"report.html": page}, Path(out_dir))
+    from . import plots  # slow to import
+
+    found = evidence or Evidence()
+    parts = {"benchmarks": comparison.figures(), "evidence": found.figures()}
+    page = _page(
+        "comparison.html.j2",
+        comparison=comparison,
+        evidence=found,
+        figures=_drawn({section: list(of.values()) for section, of in parts.items() if of}),
+    )
+    place = _write({"report.html": page}, Path(out_dir))
+    for name, (_, figure) in itertools.chain(*(of.items() for of in parts.values())):
+        for ending in (".svg", ".png"):
+            plots.save(figure, place.with_name(name + ending))
+    return place
 
 
 def _write(files: Mapping[str, str], folder: Path) -> Path:
@@ -236,19 +253,31 @@ def _page(template: str, **values: Any) -> str:
     return page
 
 
-def _drawn(
-    figures: Mapping[str, Sequence[tuple[str, Figure]]],
-) -> dict[str, list[tuple[str, Markup]]]:
-    """Section -> (description for readers who do not see it, inline SVG)."""
+class _Drawn(NamedTuple):
+    """A figure on a page: what it shows, for readers who do not see it, inline SVG, and its width
+    in rem, by which letters have one size in all figures."""
+
+    text: str
+    image: Markup
+    width: float
+
+
+_REM_PER_INCH = 5.1
+"""Two figures of the usual width side by side fill the page."""
+
+
+def _drawn(figures: Mapping[str, Sequence[tuple[str, Figure]]]) -> dict[str, list[_Drawn]]:
+    """The figures of each section."""
     from . import plots  # slow to import
 
-    return {
-        section: [(text, Markup(_unique_ids(plots.svg(figure), text))) for text, figure in drawings]
-        for section, drawings in figures.items()
-    }
+    def drawn(text: str, figure: Figure) -> _Drawn:
+        image = Markup(_unique_ids(plots.svg(figure), text))
+        return _Drawn(text, image, round(_REM_PER_INCH * figure.get_figwidth(), 1))
+
+    return {name: [drawn(*one) for one in of] for name, of in figures.items()}
 
 
-def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
+def _figures(facts: ReportData) -> dict[str, list[_Drawn]]:
     from . import plots  # slow to import
 
     found: dict[str, list[tuple[str, Figure]]] = {}
@@ -277,18 +306,8 @@ def _figures(facts: ReportData) -> dict[str, list[tuple[str, Markup]]]:
     if facts.gates is not None:
         add("gates", "Output gates", plots.gate_map(facts.gates.values, "Median output gate"))
     if facts.benchmarks is not None:
-        found["benchmarks"] = _comparison_figures(facts.benchmarks)
+        found["benchmarks"] = list(facts.benchmarks.figures().values())
     return _drawn(found)
-
-
-def _comparison_figures(comparison: Comparison) -> list[tuple[str, Figure]]:
-    from . import plots  # slow to import
-
-    curves = [
-        (f"Win-and-Tie, {g.title}", plots.coverage_curves(g.curves(), g.title))
-        for g in comparison.groups
-    ]
-    return [*curves, ("Recovery rates", plots.recovery_bars(comparison))]
 
 
 def _unique_ids(svg: str, prefix: str) -> str:

@@ -36,10 +36,10 @@ def full_attention(config: ModelConfig) -> list[int]:
     return [n for n, window in _windows(config).items() if window is None]
 
 
-def state_capacity(model: Model, tokens: int) -> int:
+def state_capacity(config: ModelConfig, tokens: int) -> int:
     """Positions that a state must hold for `tokens` tokens; a constant without full attention."""
-    if not full_attention(model.config):
-        return 1 + max((w for w in _windows(model.config).values() if w is not None), default=0)
+    if not full_attention(config):
+        return 1 + max((w for w in _windows(config).values() if w is not None), default=0)
     capacity = FIRST_CAPACITY
     while capacity < tokens:
         capacity *= 2
@@ -116,7 +116,7 @@ class DecodeState:
 
     def grown(self, model: Model, tokens: int) -> DecodeState:
         """This state, or a copy with room for `tokens` tokens a row."""
-        capacity = state_capacity(model, tokens)
+        capacity = state_capacity(model.config, tokens)
         return self if capacity <= self.capacity else self._take(model, range(self.rows), capacity)
 
     def save(self, path: str | Path) -> None:

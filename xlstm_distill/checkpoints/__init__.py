@@ -27,6 +27,8 @@ __all__ = [
     "load_adapter",
     "save",
     "save_adapter",
+    "weights_file",
+    "weights_form",
 ]
 
 
@@ -46,3 +48,14 @@ def load(path_or_name: str | Path) -> Checkpoint:
         return gguf.load(files[0])
     what = "several .gguf files: name one" if files else "neither config.json nor a .gguf file"
     raise UserError(f"{path}: holds {what}")
+
+
+def weights_form(source: str) -> str:
+    """What the weights of a checkpoint's `source` were and are computed as."""
+    gguf_file = source.endswith(".gguf")
+    return "GGUF, dequantised to float32" if gguf_file else "safetensors, as float32"
+
+
+def weights_file(source: str) -> str:
+    """The name of the file or directory of a checkpoint's `source`, and what its weights are."""
+    return f"{Path(source).name} ({weights_form(source)})"

@@ -6,6 +6,7 @@ comparable     which scores may stand side by side
 uncertainty    bootstrap draws, intervals, McNemar's test
 wintie         alpha*, coverage, recovery, exact
 compare        teacher, students and controls side by side; comparison.py is what it finds
+evidence       what else is known of the models compared: needles, fidelity, gates, costs
 tasks          request sets: multiple choice, bits per byte; evaluate
 needle         needles in haystacks, made on the spot
 gsm8k          its questions with written answers; generation.py has them written and scored

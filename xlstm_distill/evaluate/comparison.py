@@ -11,12 +11,15 @@ import json
 import re
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from ..atomic import write_text
 from .wintie import COVERAGES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Range = tuple[float, float]
 """Ends of a 95 % interval."""
@@ -158,7 +161,8 @@ class Group(_Part):
 class Comparison(_Part):
     """All benchmarks, and Win-and-Tie over all of them, by group, and over the separating ones.
 
-    teacher: the name of the file that its scores come from, "" where there is none. warnings: what
+    teacher: the file that its scores come from and, where they are known, its weights; "" where
+    there is none. warnings: what
     was measured otherwise for some model. notes: what was left out or not used. margin: the
     tolerance of non-inferiority, stated beforehand.
     """
@@ -221,13 +225,22 @@ class Comparison(_Part):
         writer.writeheader()
         writer.writerows(rows)
         write_text(files[1], table.getvalue())
+        for name, (_, figure) in self.figures().items():
+            files.append(plots.save(figure, folder / f"{name}.svg"))
+        return files
+
+    def figures(self) -> dict[str, tuple[str, Figure]]:
+        """File name without its ending -> what the figure shows, and the figure."""
+        from .. import plots  # slow to import
+
+        found = {}
         for group in self.groups:
             words = [group.kind, group.name, "separating" if group.separating else ""]
             name = "_".join(re.sub(r"\W+", "_", word) for word in words if word)
             figure = plots.coverage_curves(group.curves(), group.title)
-            files.append(plots.save(figure, folder / f"win_and_tie_{name}.svg"))
-        files.append(plots.save(plots.recovery_bars(self), folder / "recovery.svg"))
-        return files
+            found[f"win_and_tie_{name}"] = f"Win-and-Tie, {group.title}", figure
+        found["recovery"] = "Recovery rates", plots.recovery_bars(self)
+        return found
 
     # -- tables --
 
@@ -257,9 +270,12 @@ class Comparison(_Part):
         if any(b.at_chance for b in self.benchmarks):
             dropped = ", left out" if any(b.dropped for b in self.benchmarks) else ""
             marks.append(f"† the teacher is at chance{dropped}")
-        of = [f"teacher: {self.teacher}"] if self.teacher else []
-        title = "; ".join(["Benchmarks", *of, *marks, self._detects()])
+        title = "; ".join(["Benchmarks", *self._of_teacher(), *marks, self._detects()])
         return Listing(title, titles, rows, 2)
+
+    def _of_teacher(self) -> list[str]:
+        """Whose scores are the measure, for the title of every table."""
+        return [f"teacher: {self.teacher}"] if self.teacher else []
 
     def _detects(self) -> str:
         """What differences the samples can show, for the title of every table."""
@@ -280,7 +296,8 @@ class Comparison(_Part):
                 row = [b.name, name, (s.basis or "unknown") + units]
                 row += [_number(s.corrected), _number(s.mcnemar)]
                 rows.append(row + self._margin_cell(s) + self._recovered_cells(s))
-        title = f"Students against teacher and controls; {self._detects()}"
+        title = "Students against teacher and controls"
+        title = "; ".join([title, *self._of_teacher(), self._detects()])
         return Listing(title, columns, rows, 3)
 
     def _stars(self) -> Listing:
@@ -295,7 +312,8 @@ class Comparison(_Part):
                 row += [f"{c.tolerance[share]:.4f}" for share in COVERAGES]
                 row.append(_number(c.lossless_probability, "unknown"))
                 rows.append(row + self._margin_cell(c) + self._recovered_cells(c))
-        title = f"Win-and-Tie: the tolerance that half of the benchmarks need; {self._detects()}"
+        title = "Win-and-Tie: the tolerance that half of the benchmarks need"
+        title = "; ".join([title, *self._of_teacher(), self._detects()])
         return Listing(title, columns, rows, 3)
 
     def _margin_column(self) -> list[str]:

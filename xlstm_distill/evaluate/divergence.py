@@ -48,6 +48,11 @@ class DistanceMeasure(BaseModel):
     nll: float
     teacher_nll: float
 
+    @property
+    def range(self) -> str:
+        """Its range in words."""
+        return "new" if self.low is None else f"{self.low}–{self.high}"
+
 
 class Divergence(BaseModel):
     """One model on one domain. kl_percentiles: percent -> KL in nats. probability_rms: of the
