@@ -22,8 +22,10 @@ LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 # Tests of several processes run where Open MPI's mpirun and mpi4py are.
 MPI = $(shell mpirun --version 2>/dev/null | grep -q 'Open MPI' && $(PY) -c 'from mpi4py import MPI' 2>/dev/null || echo " and not mpi")
+# Pages are opened where Chromium is (apt-get install chromium).
+BROWSER = $(shell command -v chromium chromium-browser google-chrome >/dev/null || echo " and not browser")
 FAST = not slow and not real and not deep and not data$(MPI)
-TEST = not deep and not data$(MPI)
+TEST = not deep and not data$(MPI)$(BROWSER)
 
 .PHONY: help venv setup setup-test demo test fast deep asan isas lint bench bench-rivals clean
 
