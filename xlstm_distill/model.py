@@ -40,6 +40,7 @@ _TOKENS_AT_ONCE = 8192
 _PREFILL_STEP = 2048
 """Steps of a long prefill that are taken at once."""
 _OWN_GATE = -1.0
+_TAPS = ("o", "f", "q", "k")
 
 
 def _mixer_row(m: MixerConfig) -> list[int]:
@@ -264,9 +265,10 @@ class Model:
         reset: NDArray[np.bool_] | None = None,
         lengths: IntArray | None = None,
         state: DecodeState | None = None,
-        o_gates: NDArray[Any] | None = None,
+        taps: Mapping[str, NDArray[Any]] | None = None,
     ) -> NDArray[Any]:
-        """One call of the core: hidden states after the last norm, [B, T, d]. Advances `state`."""
+        """One call of the core: hidden states after the last norm, [B, T, d]. Advances `state`,
+        fills `taps` (`taps`)."""
         rows, steps = ids.shape
         hidden = np.empty((rows, steps, self.config.hidden_size), dtype=self.dtype)
         if hidden.size == 0:
@@ -288,7 +290,7 @@ class Model:
                 capacity,
                 self._gate(gate),
                 hidden,
-                o_gates,
+                *(None if taps is None else taps.get(name) for name in _TAPS),
                 work,
             )
         if state is not None:
@@ -580,16 +582,30 @@ class Model:
             name: value.reshape(*value.shape[:-1], *tokens.shape) for name, value in out.items()
         }
 
+    def taps(
+        self, names: Iterable[str], ids: ArrayLike, reset: ArrayLike | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """What the mixers compute of int ids [B, T]: of the names "o" and "f" the gates before the
+        sigmoid, [L, B, T, H], of "q" and "k" queries and keys after RoPE, [L, B, T, H or G, D]. NaN
+        in layers without such a gate; f is infinite where nothing is forgotten."""
+        tokens, c = self._ids(ids), self.config
+        rows = (c.num_hidden_layers, *tokens.shape)
+        shapes = {
+            "o": (*rows, c.num_attention_heads),
+            "f": (*rows, c.num_attention_heads),
+            "q": (*rows, c.num_attention_heads, c.head_dim),
+            "k": (*rows, c.num_key_value_heads, c.head_dim),
+        }
+        found = {name: np.empty(shapes[name], dtype=self.dtype) for name in names}
+        self._forward(tokens, reset=self._reset(reset, tokens), taps=found)
+        return found
+
     def gate_values(self, ids: ArrayLike, reset: ArrayLike | None = None) -> NDArray[Any]:
         """Output gates o_t in (0, 1), [L, H, B*T]; NaN in layers without one."""
-        tokens = self._ids(ids)
-        c = self.config
-        shape = (c.num_hidden_layers, *tokens.shape, c.num_attention_heads)
-        pre = np.empty(shape, dtype=self.dtype)
-        self._forward(tokens, reset=self._reset(reset, tokens), o_gates=pre)
+        pre = self.taps(["o"], ids, reset)["o"]
         with np.errstate(over="ignore"):
             o = 1 / (1 + np.exp(-pre))
-        return np.moveaxis(o, 3, 1).reshape(shape[0], shape[3], -1)
+        return np.moveaxis(o, 3, 1).reshape(pre.shape[0], pre.shape[3], -1)
 
     # ---- training -----------------------------------------------------------------------------
 

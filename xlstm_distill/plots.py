@@ -18,10 +18,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from .evaluate.comparison import Comparison
     from .evaluate.divergence import DistanceMeasure
     from .evaluate.fidelity import Fidelity
@@ -155,16 +158,24 @@ def _by_range(
 
 
 def gate_map(values: Sequence[Sequence[float | None]], title: str) -> Figure:
-    """Output gates by layer (rows) and head (columns), 0 attention to 1 mLSTM; None is blank."""
+    """Output gates by layer and head, 0 attention to 1 mLSTM; None is blank."""
     data = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=np.float64)
+    return head_map(data, title, "0 attention, 1 mLSTM")
+
+
+def head_map(values: ArrayLike, title: str, label: str, log: bool = False) -> Figure:
+    """Values by layer (rows) and head (columns), of 0 to 1 or with `log` positive on a logarithmic
+    scale; what is not finite is blank."""
+    data = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
     figure, axes = _axes(1.8 + 0.42 * max(6, data.shape[1]), 1.2 + 0.16 * max(8, data.shape[0]))
     axes.grid(False)
     axes.set_facecolor("#dddddd")
-    image = axes.imshow(np.ma.masked_invalid(data), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    norm = LogNorm() if log else Normalize(0, 1)
+    image = axes.imshow(data, norm=norm, cmap="cividis", aspect="auto")
     axes.set(title=title, xlabel="head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes, label="0 attention, 1 mLSTM")
+    figure.colorbar(image, ax=axes, label=label)
     return figure
 
 

@@ -59,22 +59,37 @@ ptrdiff_t xl_model_forward_scratch(const xl_ctx *ctx, const xl_config *c, const 
     return forward_plan(ctx, c, b, NULL, &w);
 }
 
+/* A layer's part of a tap: `from` [count], NULL where the layer has no such thing. */
+static void tap(real *to, ptrdiff_t layer, ptrdiff_t count, const real *from) {
+    if (!to) return;
+    to += layer * count;
+    if (from)
+        memcpy(to, from, (size_t)count * sizeof(real));
+    else
+        for (ptrdiff_t j = 0; j < count; j++) to[j] = NAN;
+}
+
+static void tap_mixer(const xl_taps *taps, const xl_config *c, ptrdiff_t l, ptrdiff_t N,
+                      const xl_mixer_tape *t) {
+    const xl_mixer *m = &c->mixer[l];
+    tap(taps->o, l, N * c->H, m->kind == XL_MIX_HYBRID ? t->o : NULL);
+    tap(taps->f, l, N * c->H, xl_has_mlstm(m) ? t->f : NULL);
+    tap(taps->q, l, N * c->H * c->D, t->q);
+    tap(taps->k, l, N * c->G * c->D, t->k);
+}
+
 xl_status xl_model_forward(xl_ctx *ctx, const xl_config *c, const xl_params *p, xl_batch *b,
-                           xl_layer_state *states, real *hidden, real *o_gates, void *scratch) {
+                           xl_layer_state *states, real *hidden, const xl_taps *taps,
+                           void *scratch) {
     forward_work w;
     forward_plan(ctx, c, b, scratch, &w);
-    ptrdiff_t gates = rows(b) * c->H;
     real *hm = w.tape.mixer.hm, *hs = w.tape.mixer.hs;
     XL_TRY(start(ctx, c, p, b, w.rope, w.x, NULL));
     for (ptrdiff_t l = 0; l < c->layers; l++) {
         one_branch(&c->mixer[l], &w.tape.mixer, hm, hs);
         XL_TRY(xl_block_forward(ctx, c, l, &p->layer[l], b, &w.tape, w.x, w.x,
                                 layer_state(states, l), layer_state(states, l), w.block));
-        if (!o_gates) continue;
-        if (c->mixer[l].kind == XL_MIX_HYBRID)
-            memcpy(o_gates + l * gates, w.tape.mixer.o, (size_t)gates * sizeof(real));
-        else
-            for (ptrdiff_t j = 0; j < gates; j++) o_gates[l * gates + j] = NAN;
+        tap_mixer(taps, c, l, rows(b), &w.tape.mixer);
     }
     return xl_rmsnorm_forward(ctx, rows(b), c->d, hidden, w.rstd, w.x, p->norm, (real)c->eps);
 }

@@ -6,11 +6,17 @@
 
 #include "model/block.h"
 
+/* What the mixers of a forward computed, each NULL if not wanted, NaN in layers without it. */
+typedef struct {
+    real *o, *f; /* [layers, B, T, H] pre-activations of output and forget gates */
+    real *q, *k; /* [layers, B, T, H or G, D] after RoPE */
+} xl_taps;
+
 /* hidden [B, T, d]: after the last norm. states (NULL or one per layer) are read and advanced, their
- * positions are the caller's. o_gates (NULL or [layers, B, T, H]): pre-activations of the output
- * gates, NaN where a layer has none. batch->rope is made here. */
+ * positions are the caller's. batch->rope is made here. */
 xl_status xl_model_forward(xl_ctx *ctx, const xl_config *c, const xl_params *p, xl_batch *b,
-                           xl_layer_state *states, real *hidden, real *o_gates, void *scratch);
+                           xl_layer_state *states, real *hidden, const xl_taps *taps,
+                           void *scratch);
 ptrdiff_t xl_model_forward_scratch(const xl_ctx *ctx, const xl_config *c, const xl_batch *b);
 
 /* Stage II (paper.md (13)): adds gradients into g, sums[3] as xl_head_loss. g NULL: loss only. With

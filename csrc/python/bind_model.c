@@ -246,10 +246,10 @@ static int place_states(xl_call *c, const xl_config *config, xl_batch *b, PyObje
 }
 
 /* model_forward(config, params, ids, pos, reset, lengths, past, state, capacity, gate, hidden,
- *               o_gates, work) */
+ *               o, f, q, k, work): the last four are what xl_taps asks for */
 static PyObject *model_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 13)) return NULL;
+    if (!xl_begin(&c, module, nargs, 16)) return NULL;
     const xl_config *config = take_config(&c, args[0]);
     if (c.failed) return xl_end(&c, XL_OK);
     xl_params params;
@@ -261,13 +261,17 @@ static PyObject *model_forward(PyObject *module, PyObject *const *args, Py_ssize
     int state = place_states(&c, config, &b, args[7], "state?", 1, capacity, states);
     b.gate = xl_double(&c, args[9], "gate");
     xl_set_dim(&c, 'D', config->d), xl_set_dim(&c, 'L', config->layers);
-    xl_set_dim(&c, 'H', config->H);
+    xl_set_dim(&c, 'H', config->H), xl_set_dim(&c, 'G', config->G);
+    xl_set_dim(&c, 'E', config->D);
     real *hidden = xl_inout(&c, args[10], "hidden", "BTD");
-    real *o_gates = xl_inout(&c, args[11], "o_gates?", "LBTH");
+    xl_taps taps = {.o = xl_inout(&c, args[11], "o?", "LBTH"),
+                    .f = xl_inout(&c, args[12], "f?", "LBTH"),
+                    .q = xl_inout(&c, args[13], "q?", "LBTHE"),
+                    .k = xl_inout(&c, args[14], "k?", "LBTGE")};
     if (c.failed) return xl_end(&c, XL_OK);
-    void *work = take_work(&c, args[12], xl_model_forward_scratch(&c.ctx, config, &b));
+    void *work = take_work(&c, args[15], xl_model_forward_scratch(&c.ctx, config, &b));
     if (c.failed) return xl_end(&c, XL_OK);
-    XL_RUN(&c, xl_model_forward(&c.ctx, config, &params, &b, state ? states : NULL, hidden, o_gates,
+    XL_RUN(&c, xl_model_forward(&c.ctx, config, &params, &b, state ? states : NULL, hidden, &taps,
                                 work));
     return xl_end(&c, c.status);
 }
