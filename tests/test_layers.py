@@ -104,6 +104,7 @@ LEAVES = [
     "atomic",
     "communicator",
     "spool",
+    "rows",
     "errors",
 ]
 # They check everything else and depend on nothing.

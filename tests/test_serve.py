@@ -29,7 +29,7 @@ from tolerances import PREFILL_STEP_F32
 import xlstm_distill
 from xlstm_distill.generate import Batch, Row
 from xlstm_distill.linearize import linearize
-from xlstm_distill.state import state_bytes
+from xlstm_distill.model import state_nbytes
 from xlstm_distill.testing import assert_close
 
 pytest.importorskip("starlette")
@@ -282,8 +282,8 @@ def test_64_clients_are_served_in_one_batch(monkeypatch):
 
 
 def test_rows_wait_where_their_states_have_no_room():
-    most = state_bytes(TEACHER, 2, 300)  # of full attention: more room for more tokens
-    assert state_bytes(TEACHER, 3, 300) > most >= state_bytes(TEACHER, 2, 260)
+    most = state_nbytes(TEACHER.config, 300, 2)  # of full attention: more room for more tokens
+    assert state_nbytes(TEACHER.config, 300, 3) > most >= state_nbytes(TEACHER.config, 260, 2)
 
     async def work() -> None:
         async with served(TEACHER, max_state=most) as server:

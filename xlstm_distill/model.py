@@ -21,12 +21,12 @@ from .config import MixerConfig, ModelConfig
 from .errors import UserError
 from .families import FAMILIES
 from .parameters import Parameters, aligned_bytes, digest_of
+from .rows import IntArray, checked_ids, checked_lengths, checked_reset, next_tokens, positions
 from .runtime import core
 from .state import DecodeState, state_capacity
 from .tokenizer import Tokenizer
 
 FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int32]
 Compute = Literal["f32", "mixed", "bf16", "int8"]
 _COMPUTE: tuple[Compute, ...] = ("f32", "mixed", "bf16", "int8")
 _TRAINS = ("f32", "mixed")
@@ -208,48 +208,7 @@ class Model:
         return int(self.core.work_bytes(what, self.capsule, rows, steps, k, capacity))
 
     def _ids(self, ids: ArrayLike) -> IntArray:
-        a = np.asarray(ids)
-        if a.ndim == 1:
-            a = a[None]
-        if a.ndim != 2 or a.dtype.kind not in "iu":
-            raise ValueError(
-                f"ids have shape {a.shape} and dtype {a.dtype}, expected integers [B, T]"
-            )
-        if a.size and (a.min() < 0 or a.max() >= self.config.vocab_size):
-            bad = int(a.min()) if a.min() < 0 else int(a.max())
-            raise UserError(f"token id {bad} is outside 0..{self.config.vocab_size - 1}")
-        return np.ascontiguousarray(a, dtype=np.int32)
-
-    @staticmethod
-    def _lengths(lengths: ArrayLike | None, ids: IntArray) -> IntArray | None:
-        if lengths is None:
-            return None
-        n = np.ascontiguousarray(lengths, dtype=np.int32)
-        if n.shape != ids.shape[:1] or (n < 0).any() or (n > ids.shape[1]).any():
-            raise ValueError(f"lengths {n.tolist()} do not fit ids of shape {ids.shape}")
-        return n
-
-    @staticmethod
-    def _reset(reset: ArrayLike | None, ids: IntArray) -> NDArray[np.bool_] | None:
-        if reset is None:
-            return None
-        r = np.ascontiguousarray(reset, dtype=np.bool_)
-        if r.shape != ids.shape:
-            raise ValueError(f"reset has shape {r.shape}, ids have {ids.shape}")
-        return r
-
-    @staticmethod
-    def _positions(
-        ids: IntArray, reset: NDArray[np.bool_] | None, past: IntArray | None
-    ) -> IntArray:
-        """Position of every token in its own document, [B, T]."""
-        steps = np.arange(ids.shape[1], dtype=np.int32)[None]
-        start = np.zeros((len(ids), 1), dtype=np.int32) if past is None else -past[:, None]
-        if reset is None:
-            return np.ascontiguousarray(steps - start, dtype=np.int32)
-        starts = np.where(reset, steps, np.iinfo(np.int32).min)
-        latest = np.maximum(np.maximum.accumulate(starts, axis=1), start)
-        return np.ascontiguousarray(steps - latest, dtype=np.int32)
+        return checked_ids(ids, self.config.vocab_size)
 
     @staticmethod
     def _gate(gate: float | None) -> float:
@@ -275,7 +234,7 @@ class Model:
             return hidden
         capacity = 0 if state is None else state.capacity
         past = None if state is None else state.lengths
-        pos = self._positions(ids, reset, past)
+        pos = positions(ids, reset, past)
         with self._lock:
             work = self._workspace(self._need(_FORWARD, rows, steps, capacity=capacity))
             self.core.model_forward(
@@ -313,7 +272,7 @@ class Model:
     ) -> NDArray[Any]:
         """Hidden states after the last norm, [B, T, d]."""
         tokens = self._ids(ids)
-        r, n = self._reset(reset, tokens), self._lengths(lengths, tokens)
+        r, n = checked_reset(reset, tokens), checked_lengths(lengths, tokens)
         parts = [
             self._forward(
                 tokens[s],
@@ -370,17 +329,8 @@ class Model:
         Logits exist for a block of rows at a time only.
         """
         tokens = self._ids(ids)
-        labels = self._next_tokens(tokens, self._lengths(lengths, tokens))
+        labels = next_tokens(tokens, checked_lengths(lengths, tokens))
         return -self._nll(self.hidden(tokens, None, reset, lengths), labels)[:, :-1]
-
-    @staticmethod
-    def _next_tokens(tokens: IntArray, lengths: IntArray | None) -> IntArray:
-        labels = np.full_like(tokens, -1)
-        labels[:, :-1] = tokens[:, 1:]
-        if lengths is not None:
-            steps = np.arange(tokens.shape[1])[None]
-            labels[steps + 1 >= lengths[:, None]] = -1
-        return labels
 
     def new_state(self, rows: int, tokens: int = 0) -> DecodeState:
         """An empty state for `rows` rows, with room for `tokens` tokens (it grows by itself)."""
@@ -405,7 +355,7 @@ class Model:
         """Hidden states after the last norm, [B, T, d], of a segment behind `state`, and the state
         behind it (`state` advanced in place, or a larger one)."""
         tokens = self._ids(ids)
-        return self._extend(tokens, state, self._lengths(lengths, tokens))
+        return self._extend(tokens, state, checked_lengths(lengths, tokens))
 
     def prefill(
         self, ids: ArrayLike, state: DecodeState | None = None, lengths: ArrayLike | None = None
@@ -415,7 +365,7 @@ class Model:
         `state` continues earlier tokens (it is advanced in place or replaced by a larger one).
         """
         tokens = self._ids(ids)
-        n = self._lengths(lengths, tokens)
+        n = checked_lengths(lengths, tokens)
         state = self.new_state(len(tokens), tokens.shape[1]) if state is None else state
         if state.rows != len(tokens):
             raise ValueError(f"the state has {state.rows} rows, ids have {len(tokens)}")
@@ -561,7 +511,7 @@ class Model:
         [B, T] (nll 0 at the last position). Raises ValueError for a student of another width.
         """
         tokens = self._ids(ids)
-        labels = self._next_tokens(tokens, None).reshape(-1)
+        labels = next_tokens(tokens, None).reshape(-1)
         d, n = self.config.hidden_size, tokens.size
         mine = self.hidden(tokens, None, reset).reshape(n, d)
         theirs = [
@@ -597,7 +547,7 @@ class Model:
             "k": (*rows, c.num_key_value_heads, c.head_dim),
         }
         found = {name: np.empty(shapes[name], dtype=self.dtype) for name in names}
-        self._forward(tokens, reset=self._reset(reset, tokens), taps=found)
+        self._forward(tokens, reset=checked_reset(reset, tokens), taps=found)
         return found
 
     def gate_values(self, ids: ArrayLike, reset: ArrayLike | None = None) -> NDArray[Any]:
@@ -640,11 +590,11 @@ class Model:
         the state behind them.
         """
         tokens = self._ids(ids)
-        r = self._reset(reset, tokens)
+        r = checked_reset(reset, tokens)
         past = None if state is None else state.lengths
         capacity = 0 if state is None else state.capacity
         self._check_states(tokens, state, state_behind)
-        pos = self._positions(tokens, r, past)
+        pos = positions(tokens, r, past)
         wanted = np.ascontiguousarray(labels, dtype=np.int32)
         tid = tlogp = None
         if targets is not None:
@@ -749,7 +699,7 @@ class Model:
         hidden: NDArray[Any] | None = None,
         out: NDArray[Any] | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-        r = self._reset(reset, tokens)
+        r = checked_reset(reset, tokens)
         count = self.config.num_hidden_layers
         sums = np.zeros((count, 2))
         flags = None if layers is None else np.isin(np.arange(count), list(layers)).view(np.uint8)
@@ -759,7 +709,7 @@ class Model:
                 self.capsule,
                 self.params.raw,
                 tokens,
-                self._positions(tokens, r, None),
+                positions(tokens, r, None),
                 r,
                 None,
                 None if grads is None else grads.raw,
@@ -774,11 +724,11 @@ class Model:
         return sums[:, 0], sums[:, 1], tokens.size
 
 
-def state_nbytes(config: ModelConfig, tokens: int) -> int:
-    """Memory in bytes of one row's state (`Model.new_state`) in float32, known without a model."""
+def state_nbytes(config: ModelConfig, tokens: int, rows: int = 1) -> int:
+    """Memory in bytes of a state (`Model.new_state`) in float32, known without a model."""
     real = core(np.dtype(np.float32))
     capsule = _capsule(real, config, "f32")
-    _, size = real.plan_list(capsule, 1, state_capacity(config, tokens))
+    _, size = real.plan_list(capsule, rows, state_capacity(config, tokens))
     return int(size)
 
 

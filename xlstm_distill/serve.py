@@ -35,8 +35,7 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import UserError, validated
 from .generate import Batch, Row, Scored, StopStrings, random_stream
-from .model import Model
-from .state import state_bytes
+from .model import Model, state_nbytes
 from .tokenizer import Tokenizer
 
 HOST = "127.0.0.1"
@@ -144,7 +143,7 @@ class Engine:
                 break
             # Room for all that they may write: a state that has joined is never turned away.
             tokens = max(len(row.prompt) + row.max_new_tokens for row in together)
-            too_large = state_bytes(self.model, len(together), tokens) > self.max_state
+            too_large = state_nbytes(self.model.config, tokens, len(together)) > self.max_state
             if len(together) > self.max_rows or (len(together) > 1 and too_large):
                 break
             rows.append(self.waiting.popleft())

@@ -46,12 +46,6 @@ def state_capacity(config: ModelConfig, tokens: int) -> int:
     return capacity
 
 
-def state_bytes(model: Model, rows: int, tokens: int) -> int:
-    """Memory of a state of so many rows with room for `tokens` tokens each."""
-    _, size = model.core.plan_list(model.capsule, rows, state_capacity(model, tokens))
-    return int(size)
-
-
 class DecodeState:
     """State of B rows. `lengths` [B] int32: tokens seen by each row."""
 
@@ -109,7 +103,7 @@ class DecodeState:
         """A new state of these rows and, behind them, those of `other`, with room for the tokens
         that they have: a longer row that was dropped leaves none behind."""
         longest = int(max(self.lengths.max(), other.lengths.max()))
-        both = DecodeState(model, self.rows + other.rows, state_capacity(model, longest))
+        both = DecodeState(model, self.rows + other.rows, state_capacity(model.config, longest))
         both.put(range(self.rows), self)
         both.put(range(self.rows, both.rows), other)
         return both
