@@ -34,12 +34,14 @@ pytestmark = pytest.mark.slow
 # bound that the project promises. Measured: 2e-5.
 LOG_LIKELIHOOD = 1e-4
 
-CHOICE = """
-task: own_choice
+TASK = """
+task: own_{name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: multiple_choice
 test_split: test
+"""
+CHOICE = """
+output_type: multiple_choice
 fewshot_split: test
 fewshot_config: {{sampler: first_n}}
 num_fewshot: 2
@@ -49,21 +51,13 @@ doc_to_target: gold
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 ROLLING = """
-task: own_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
 output_type: loglikelihood_rolling
-test_split: test
 doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: bits_per_byte}}, {{metric: word_perplexity}}]
 """
 WRITTEN = """
-task: own_written
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
 output_type: generate_until
-test_split: test
 doc_to_text: "{{{{q}}}}"
 doc_to_target: "{{{{text}}}}"
 generation_kwargs: {{until: ["e", "\\n"], max_gen_toks: 24, do_sample: false}}
@@ -102,7 +96,9 @@ def root(tmp_path_factory):
             }
             lines.write(json.dumps(document) + "\n")
     for name, text in (("choice", CHOICE), ("text", ROLLING), ("written", WRITTEN)):
-        (place / f"{name}.yaml").write_text(text.format(data=place / "data.jsonl"))
+        (place / f"{name}.yaml").write_text(
+            (TASK + text).format(name=name, data=place / "data.jsonl")
+        )
     return place
 
 

@@ -230,9 +230,7 @@ def test_a_missing_package_is_named_before_work_starts(
     values, tmp_path, capsys, monkeypatch, name, module, command
 ):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        trackers.importlib.util, "find_spec", lambda n: None if n == module else find(n)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == module else find(n))
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump({**values, "trackers": [name]}))
     assert main([*command, str(recipe), "--out", str(out)]) == 2

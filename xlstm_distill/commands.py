@@ -6,7 +6,6 @@ Without `--json` a command writes its result to stdout in words.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from .atomic import write_text
 from .checkpoints import LazyTensors
 from .communicator import world
 from .data import TokenData
-from .errors import UserError
+from .errors import UserError, check_package
 from .evaluate import branches as silenced
 from .evaluate import compare as compare_results
 from .evaluate import continuations, divergence, load_task, needle_grid, passages, write_results
@@ -66,14 +65,6 @@ _COMPUTE: dict[str, Compute] = {
     "int8": "int8",
 }
 _ROWS_AT_ONCE = 4
-
-
-def _needs(package: str, extra: str) -> None:
-    """UserError, naming the extra to install, if a package is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{extra} needs the package {package}: pip install 'xlstm_distill[{extra}]'", usage=True
-        )
 
 
 def _say(arguments: Arguments, text: str) -> None:
@@ -304,8 +295,8 @@ def generate(arguments: Arguments) -> Result:
 
 def serve(arguments: Arguments) -> Result:
     """Serve a model on loopback until Ctrl-C."""
-    _needs("starlette", "serve")
-    _needs("uvicorn", "serve")
+    for package in ("starlette", "uvicorn"):
+        check_package(package, extra="serve", who="serve")
     from .serve import serve as serve_model
 
     if arguments.max_rows < 1:
@@ -586,7 +577,7 @@ def _with_error(estimate: Estimate) -> str:
 
 def lm_eval(arguments: Arguments) -> Result:
     """lm_eval's own command with a model of ours; what it prints is not ours to put into JSON."""
-    _needs("lm_eval", "lm-eval")
+    check_package("lm_eval", extra="lm-eval", who="lm-eval")
     from .lm_eval_adapter import NAME, run_cli
 
     model = [f"pretrained={arguments.model}", f"dtype={_COMPUTE[arguments.dtype]}"]

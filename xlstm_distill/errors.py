@@ -7,6 +7,7 @@ command was used wrongly (`usage=True`). Everything else that escapes is a defec
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -25,6 +26,14 @@ class UserError(ValueError):
     def __init__(self, message: str, *, usage: bool = False) -> None:
         super().__init__(" ".join(message.split()))
         self.usage = usage
+
+
+def check_package(package: str, extra: str, who: str) -> None:
+    """UserError for `who` needs it, naming the extra to install, if a package is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{who} needs the package {package}: pip install 'xlstm_distill[{extra}]'", usage=True
+        )
 
 
 def first_problem(error: ValidationError) -> str:

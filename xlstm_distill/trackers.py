@@ -7,7 +7,6 @@ done again. The packages are optional, and nothing leaves the machine unless the
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from .atomic import write_text
-from .errors import UserError
+from .errors import UserError, check_package
 
 Name = Literal["tensorboard", "wandb"]
 Metrics = Mapping[str, Any]
@@ -93,12 +92,7 @@ class Trackers:
 def check_installed(names: Sequence[str]) -> None:
     """Raise UserError, naming the extra to install, if a tracker's package is missing."""
     for name in names:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(
-                f"trackers: {name} needs the package {_PACKAGES[name]}: "
-                f"pip install 'xlstm_distill[{name}]'",
-                usage=True,
-            )
+        check_package(_PACKAGES[name], extra=name, who=f"trackers: {name}")
 
 
 def scalars(metrics: Metrics) -> Iterator[tuple[str, float]]:
