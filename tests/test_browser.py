@@ -57,7 +57,7 @@ def chromium() -> str:
 
 
 def opened(pages: list[Path], folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """What is measured of pages at all widths, and the lines on the console."""
+    """What is measured of pages at all widths, by page and width, and the lines on the console."""
     frame = folder / "frame.html"
     text = MEASURE.replace("PAGES", json.dumps([page.as_uri() for page in pages]))
     frame.write_text(text.replace("WIDTHS", json.dumps(WIDTHS)), encoding="utf-8")
@@ -75,7 +75,9 @@ def opened(pages: list[Path], folder: Path) -> tuple[list[dict[str, Any]], list[
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found and found[1], "not all pages were loaded"
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return json.loads(html.unescape(found[1])), console
+    # Frames are loaded in any order.
+    measured = json.loads(html.unescape(found[1]))
+    return sorted(measured, key=lambda p: (p["page"], p["width"])), console
 
 
 def test_pages_fit_every_window(compared, tmp_path):
