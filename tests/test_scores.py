@@ -191,6 +191,9 @@ def test_what_questions_are_about():
     assert passage_of(squad) == passage_of(other) is not None
     assert passage_of({"story": "x", "query": "y"}) == passage_of({"story": "x", "query": "z"})
     assert passage_of({"query": "Question: Who?"}) is passage_of({"context": " "}) is None
+    jeopardy = {"category": "science", "query": "Category: SCIENCE\nQuestion: This?\nAnswer:"}
+    assert passage_of(jeopardy) is None
+    assert passage_of({"query": "Category: A\nText of it.\nQuestion: Who?"}) is not None
 
 
 def test_a_table_says_what_it_knows(tmp_path):

@@ -20,6 +20,8 @@ _LARGEST = 64 << 20
 """Bytes of a results file or table; those of lm-evaluation-harness have at most a few million."""
 _PASSAGE = ("passage", "story", "context", "article")
 """Fields of a document that hold the text which several questions may ask about."""
+_CATEGORY = re.compile("Category:[^\n]*")
+"""What stands before a question of jeopardy: its subject, no text that it asks about."""
 
 
 def write_results(results: Mapping[str, Any], path: str | Path) -> list[Path]:
@@ -95,7 +97,8 @@ def passage_of(document: Mapping[str, Any]) -> str | None:
     it, or what stands before the question; None where there is no such text."""
     texts = [document.get(key) for key in _PASSAGE]
     if isinstance(query := document.get("query"), str):
-        texts.append(query.rpartition("\nQuestion:")[0])
+        before = query.rpartition("\nQuestion:")[0]
+        texts.append("" if _CATEGORY.fullmatch(before) else before)
     for text in texts:
         if isinstance(text, str) and text.strip():
             return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
