@@ -27,6 +27,7 @@ from models import random_model
 from tolerances import PREFILL_STEP_F32
 
 import xlstm_distill
+from xlstm_distill.cli import main
 from xlstm_distill.generate import Batch, Row
 from xlstm_distill.linearize import linearize
 from xlstm_distill.model import state_nbytes
@@ -35,7 +36,7 @@ from xlstm_distill.testing import assert_close
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from xlstm_distill.serve import MAX_WAITING, Server
+from xlstm_distill.serve import MAX_WAITING, Server, listen
 
 TEACHER = tiny_run.teacher()
 STUDENT = linearize(TEACHER, window=8, sinks=2)
@@ -446,6 +447,24 @@ def test_malformed_requests_are_4xx_with_one_line(request_):
 
 
 # ---- the command --------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_told_before_the_model_is_looked_at(tmp_path, capsys):
+    with listen(0) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tmp_path / "no model"), "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"--port {port}: " in error and "choose another" in error and "no model" not in error
+    # And what it held is free again when the model could not be loaded.
+    assert main(["serve", str(tmp_path / "no model"), "--port", str(port)]) != 0
+    assert "no model" in capsys.readouterr().err
+    listen(port).close()
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_what_is_no_port_is_refused(tmp_path, capsys, port):
+    assert main(["serve", str(tmp_path), f"--port={port}"]) == 2
+    assert f"--port {port}: " in capsys.readouterr().err
 
 
 def test_the_command_serves_and_stops_on_sigint(tmp_path):

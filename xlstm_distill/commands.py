@@ -297,6 +297,7 @@ def serve(arguments: Arguments) -> Result:
     """Serve a model on loopback until Ctrl-C."""
     for package in ("starlette", "uvicorn"):
         check_package(package, extra="serve", who="serve")
+    from .serve import listen
     from .serve import serve as serve_model
 
     if arguments.max_rows < 1:
@@ -306,8 +307,9 @@ def serve(arguments: Arguments) -> Result:
         say = f"serving {arguments.model} at {address}; Ctrl-C stops"
         print(say, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
-    model = _load(arguments)
-    address = serve_model(model, arguments.model, arguments.port, arguments.max_rows, ready)
+    with listen(arguments.port) as listening:  # before the model, which may take minutes
+        model = _load(arguments)
+        address = serve_model(model, arguments.model, listening, arguments.max_rows, ready)
     return {"model": arguments.model, "address": address}
 
 

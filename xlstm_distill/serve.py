@@ -556,25 +556,30 @@ async def _refusal(_request: Request, error: Exception) -> Response:
     return JSONResponse(_error(status, str(error)), status)
 
 
+def listen(port: int) -> socket.socket:
+    """A socket that holds a port on loopback; 0 takes a free one. Who calls before `serve` runs
+    waits. Raises UserError where the port is taken or none."""
+    try:
+        return socket.create_server((HOST, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port}: {error}; choose another", usage=True) from None
+
+
 def serve(
     model: Model,
     name: str,
-    port: int,
+    listening: socket.socket,
     max_rows: int = MAX_ROWS,
     ready: Callable[[str], None] = print,
 ) -> str:
-    """Serve until Ctrl-C, on loopback; port 0 takes a free one. `ready` hears the address, which is
-    returned in the end. Raises UserError where the port is taken."""
+    """Serve until Ctrl-C on a socket of `listen`, which the caller closes. `ready` hears the
+    address, which is returned in the end."""
     server = Server(model, name, max_rows)
-    try:
-        listening = socket.create_server((HOST, port))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: {error}; choose another", usage=True) from None
     address = f"http://{HOST}:{listening.getsockname()[1]}/v1"
     ready(address)
     config = uvicorn.Config(
         server.app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS
     )
-    with contextlib.suppress(KeyboardInterrupt), listening:
+    with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
     return address
