@@ -144,7 +144,7 @@ def test_nothing_is_asked_of_tables_and_of_tasks_without_lengths(tmp_path):
     ("text", "message"),
     [
         ("{", "fidelity_hybrid.json: not valid JSON"),
-        ("[]", "a JSON object with results is expected"),
+        ("[]", "fidelity_hybrid.json: a JSON object is expected"),
         ("{}", "fidelity_hybrid.json: fidelity: missing"),
         ('{"x": 1}', "fidelity_hybrid.json: fidelity: missing"),
     ],
@@ -175,5 +175,5 @@ def test_what_is_no_fidelity_of_a_student_is_refused(files):
         found_in(files, fidelity={"teacher": "x"})
     with pytest.raises(UserError, match="--model x: expected one of teacher, hybrid, window"):
         found_in(files, models={"x": "y"})
-    with pytest.raises(UserError, match=r"nowhere.json: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.json: cannot read: No such file"):
         found_in(files, fidelity={"hybrid": "nowhere.json"})

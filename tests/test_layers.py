@@ -102,6 +102,7 @@ LEAVES = [
     "config",
     "families",
     "atomic",
+    "json_files",
     "communicator",
     "spool",
     "rows",

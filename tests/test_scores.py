@@ -226,7 +226,7 @@ def results(value: Any) -> tuple[str, str]:
     [
         (("x.json", '{"results": {"a": {"acc,none": 0.5'), "x.json: not valid JSON"),
         (("x.json", ""), "x.json: not valid JSON"),
-        (("x.json", "[1, 2]"), "x.json: a JSON object with results is expected"),
+        (("x.json", "[1, 2]"), "x.json: a JSON object is expected"),
         (("x.json", "[" * 100_000), "x.json: not valid JSON (nested too deeply)"),
         (("x.json", "{}"), "x.json: has no 'results'"),
         (("x.json", '{"results": {"a": {}, "a": {}}}'), "the key 'a' appears twice"),
@@ -294,7 +294,7 @@ def test_groups_that_contain_each_other_end(tmp_path):
 
 
 def test_files_that_are_not_there_or_not_text_or_too_large(tmp_path):
-    with pytest.raises(UserError, match=r"none\.json: No such file"):
+    with pytest.raises(UserError, match=r"none\.json: cannot read: No such file"):
         scores_of(tmp_path / "none.json", "s")
     (tmp_path / "x.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match=r"x\.json: not UTF-8 text"):

@@ -332,9 +332,10 @@ def test_bad_directories(tmp_path: Path, tokenizer: Tokenizer) -> None:
     settings.write_text('{"eos_token": "<nope>"}')
     with pytest.raises(UserError, match=r"tokenizer_config\.json: token '<nope>' is not in"):
         Tokenizer.from_directory(tmp_path)
-    settings.write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
-        Tokenizer.from_directory(tmp_path)
+    for text in ("{", "[" * 100_000):
+        settings.write_text(text)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
+            Tokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: not a valid tokenizer"):
         Tokenizer.from_directory(tmp_path)

@@ -28,6 +28,12 @@ class UserError(ValueError):
         self.usage = usage
 
 
+def short(value: object) -> str:
+    """A value for a message: its beginning where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def check_package(package: str, extra: str, who: str) -> None:
     """UserError for `who` needs it, naming the extra to install, if a package is missing."""
     if importlib.util.find_spec(package) is None:

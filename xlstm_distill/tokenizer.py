@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from .errors import UserError
+from .json_files import read_json
 
 Message = Mapping[str, Any]
 
@@ -360,7 +361,8 @@ class Tokenizer:
             raise UserError(f"{path}: not a valid tokenizer ({error})") from None
         core.no_truncation()
         core.no_padding()
-        settings = _read_settings(folder / "tokenizer_config.json")
+        told = folder / "tokenizer_config.json"
+        settings = read_json(told) if told.is_file() else {}
         token_ids = {
             key: _token_id(core, settings.get(f"{key}_token"), folder)
             for key in ("bos", "eos", "pad", "unk")
@@ -462,18 +464,6 @@ def _gguf_lists(
         left, _, right = merge.partition(" ")
         merges.append((left, right))
     return found["tokens"], found["token_type"], merges
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: a JSON object is expected")
-    return settings
 
 
 def _token_id(core: tokenizers.Tokenizer, named: Any, folder: Path) -> int | None:

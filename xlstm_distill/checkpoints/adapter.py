@@ -14,9 +14,10 @@ import numpy as np
 
 from ..atomic import atomic_directory
 from ..errors import UserError
+from ..json_files import read_json
 from . import safetensors
 from .checkpoint import Array, LazyTensors
-from .directory import PROVENANCE, read_json, write_json
+from .directory import PROVENANCE, write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

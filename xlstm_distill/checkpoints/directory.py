@@ -13,6 +13,7 @@ from ..atomic import atomic_directory
 from ..config import ModelConfig
 from ..errors import UserError
 from ..families import Shape, tensor_shapes
+from ..json_files import read_json
 from ..tokenizer import Tokenizer
 from . import safetensors
 from .checkpoint import Array, Checkpoint, LazyTensors, TensorSource, check_tensors
@@ -139,19 +140,6 @@ def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     return Tokenizer.from_directory(folder, config.eos_token_ids or None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError naming the file if it is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a JSON object is expected")
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

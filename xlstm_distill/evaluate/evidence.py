@@ -21,12 +21,13 @@ from pydantic import BaseModel, ConfigDict
 from .. import checkpoints
 from ..bench import counted_costs
 from ..errors import UserError, validated
+from ..json_files import read_json
 from .comparison import Listing
 from .continuations import Continuations
 from .divergence import DistanceMeasure, Divergence
 from .fidelity import Fidelity
 from .needle import is_needle, needle_grid
-from .results import read_json, read_results
+from .results import read_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -215,7 +216,7 @@ def _needles(results: Path) -> dict[str, dict[int, list[float]]]:
 
 def read_fidelity(file: Path) -> FidelityFile:
     """A fidelity file. Raises UserError for what is none, and for NaN."""
-    values = read_json(file)
+    values = read_json(file, unique=True)
     found = validated(FidelityFile, values, str(file))
     if STUDENT not in found.fidelity.models or "teacher" not in found.fidelity.models:
         raise UserError(f"{file}: fidelity.models: expected 'teacher' and '{STUDENT}'")

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_text
-from ..errors import UserError
+from ..errors import UserError, short
+from ..json_files import read_json
 
-_LARGEST = 64 << 20
-"""Bytes of a results file or table; those of lm-evaluation-harness have at most a few million."""
 _PASSAGE = ("passage", "story", "context", "article")
 """Fields of a document that hold the text which several questions may ask about."""
 _CATEGORY = re.compile("Category:[^\n]*")
@@ -43,7 +42,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     """Read what `write_results` or lm-evaluation-harness wrote, with the samples that lie beside
     the file (of the latter's without prompts and answers). Raises UserError for other files."""
     source = Path(path)
-    results = read_json(source)
+    results = read_json(source, unique=True)
     samples = dict(object_at(results, "samples", str(source)))
     for task in object_at(results, "results", str(source), needed=True):
         for file in _samples_files(source, task):
@@ -105,47 +104,6 @@ def passage_of(document: Mapping[str, Any]) -> str | None:
     return None
 
 
-# ---- JSON ---------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, or a UserError that names the file."""
-    text = text_of(path)
-    try:
-        value = json.loads(text, object_pairs_hook=_without_twins)
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object with results is expected")
-    return value
-
-
-def text_of(path: Path) -> str:
-    """The text of a file of bounded size, or a UserError that names it."""
-    try:
-        if (size := path.stat().st_size) > _LARGEST:
-            raise UserError(
-                f"{path}: has {size >> 20} MiB, more than the {_LARGEST >> 20} MiB of any results "
-                "file or table; samples belong in files of their own beside it"
-            )
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {short(twice)} appears twice in one object")
-    return found
-
-
 def object_at(
     of: Mapping[str, Any], key: str, where: str, needed: bool = False
 ) -> Mapping[str, Any]:
@@ -159,9 +117,3 @@ def object_at(
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {key!r} is {short(value)}, expected an object")
     return value
-
-
-def short(value: Any) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

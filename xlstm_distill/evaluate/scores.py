@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .results import object_at, read_results, short, slim, text_of
+from ..errors import UserError, short
+from ..json_files import text_of
+from .results import object_at, read_results, slim
 from .uncertainty import Outcomes
 
 Number = int | float | str | Decimal | Fraction | np.number[Any]

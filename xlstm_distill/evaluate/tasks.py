@@ -34,11 +34,12 @@ from numpy.typing import NDArray
 from .. import packages
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
+from ..json_files import read_json
 from .generation import Questions, Sample, ScoringTokenizer, answers
 from .gsm8k import GSM8K, gsm8k
 from .needle import TASKS as NEEDLES
 from .needle import is_needle, needle
-from .results import passage_of, read_json
+from .results import passage_of
 from .unfinished import Unfinished
 
 _VARIANTS = {
