@@ -303,6 +303,26 @@ def test_written_files(tmp_path):
     assert again.alpha_star["s"] == found.alpha_star()["s"]
 
 
+def test_no_group_takes_the_file_of_another(tmp_path):
+    groups = {"a b": ["arc"], "a_b": ["squad"], "A-b": ["arc", "squad"], "separating": ["arc"]}
+    students = {"s": STUDENT, "c": CONTROL}
+    found = compare(TEACHER, students, controls=["c"], groups=groups, draws=50)
+    figures = found.figures()
+    assert len(figures) == len(found.groups) + 1 == len({name.lower() for name in figures})
+    assert {f"win_and_tie_accuracy_separating{more}" for more in ("", "_2")} <= set(figures)
+    assert figures["win_and_tie_accuracy_a_b_2"][0] == "Win-and-Tie, accuracy, a_b, all 1"
+    found.write(tmp_path)
+    assert {p.stem for p in tmp_path.glob("*.svg")} == set(figures)
+
+
+@pytest.mark.parametrize("names", [("metric",), ("says nothing",), ("s", "s recovery")])
+def test_a_student_with_the_name_of_a_column_is_refused(tmp_path, names):
+    found = compare(TEACHER, dict.fromkeys(names, STUDENT), draws=50)
+    with pytest.raises(UserError, match=f"two columns of the CSV are named '{names[-1]}'; rename"):
+        found.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,25 @@ def test_the_page_shows_what_the_files_tell(compared):
     # Every table names the weights that are the measure.
     titles = page.count("teacher (safetensors, as float32)")
     assert titles == 1 + page.count("<table")
+
+
+def test_no_student_takes_the_file_of_another(files):
+    """Names that are one when signs and capitals are left out, in file names and in ids of the
+    page."""
+    names = {"a b": "hybrid", "a_b": "window", "A-b": "hybrid"}
+    out = files / "out"
+    arguments = ["compare", "--teacher", str(files / "results_teacher.json"), "--out", str(out)]
+    for name, student in names.items():
+        arguments += ["--student", f"{name}={files / f'results_{student}.json'}"]
+        arguments += ["--fidelity", f"{name}={files / f'fidelity_{student}.json'}"]
+    assert main(arguments) == 0
+    written = {p.stem.lower() for p in out.glob("*.svg")}
+    assert {f"needle_a_b{more}" for more in ("", "_2", "_3")} < written
+    assert {"gates_a_b", "gates_a_b_2"} < written
+    assert (out / "needle_a_b.svg").read_bytes() != (out / "needle_a_b_2.svg").read_bytes()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    ids = [set(re.findall(r'\bid="([^"]*)"', figure)) for figure in page.split("<svg")[1:]]
+    assert len(ids) == len(written) and sum(map(len, ids)) == len(set().union(*ids))
 
 
 def test_figures_and_tables_agree_with_the_files(compared):

@@ -669,7 +669,6 @@ def compare(arguments: Arguments) -> Result:
     found.warnings += known.warnings
     if known.teacher:
         found.teacher += f", scores of {known.teacher}"
-    found.write(arguments.out)
     comparison_report(found, arguments.out, known)
     _say(arguments, found.table())
     return {"out": arguments.out, **found.model_dump(mode="json")}

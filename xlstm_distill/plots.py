@@ -1,6 +1,7 @@
 """Figures, for files and for the report.
 
-Each function returns a matplotlib Figure; `save` writes it, `svg` and `png` give its bytes. Colours
+Each function returns a matplotlib Figure; `save` writes it, `save_all` several under names that
+`file_name` made of any words, `svg` and `png` give its bytes. Colours
 are Okabe and Ito's palette, which colour-blind readers tell apart; lines differ in style and marker
 as well, so that a black and white print still reads. No display is needed.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +72,25 @@ def save(figure: Figure, path: str | Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(_bytes(figure, target.suffix.removeprefix(".") or "svg"))
     return target
+
+
+def file_name(words: str, taken: Iterable[str]) -> str:
+    """A file's name without its ending, made of words that users chose. It differs from those that
+    are taken, also where a file system does not tell capitals: "a b" and "A_b" get numbers."""
+    name, others = re.sub(r"\W+", "_", words), {other.casefold() for other in taken}
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if n.casefold() not in others)
+
+
+def save_all(
+    figures: Mapping[str, tuple[str, Figure]], folder: str | Path, endings: Sequence[str]
+) -> list[Path]:
+    """Write figures (name without ending -> what it shows, and the figure) with each ending."""
+    return [
+        save(figure, Path(folder) / f"{name}{ending}")
+        for name, (_, figure) in figures.items()
+        for ending in endings
+    ]
 
 
 def svg(figure: Figure) -> str:

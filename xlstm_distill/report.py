@@ -204,12 +204,14 @@ def comparison_report(
     comparison: Comparison, out_dir: str | Path, evidence: Evidence | None = None
 ) -> Path:
     """Write a comparison alone as `report.html`, one file as that of `report`, with what else is
-    known of its models; beside it each figure as SVG and PNG.
+    known of its models; beside it comparison.json, comparison.csv and each figure as SVG and PNG.
 
-    Returns its path. Raises UserError for a directory that cannot be written.
+    Returns its path. Raises UserError for a directory that cannot be written, and for students
+    whose names are those of other columns of the CSV.
     """
     from . import plots  # slow to import
 
+    comparison.write_numbers(out_dir)
     found = evidence or Evidence()
     parts = {"benchmarks": comparison.figures(), "evidence": found.figures()}
     page = _page(
@@ -219,9 +221,8 @@ def comparison_report(
         figures=_drawn({section: list(of.values()) for section, of in parts.items() if of}),
     )
     place = _write({"report.html": page}, Path(out_dir))
-    for name, (_, figure) in itertools.chain(*(of.items() for of in parts.values())):
-        for ending in (".svg", ".png"):
-            plots.save(figure, place.with_name(name + ending))
+    for figures in parts.values():
+        plots.save_all(figures, out_dir, [".svg", ".png"])
     return place
 
 
@@ -270,8 +271,10 @@ def _drawn(figures: Mapping[str, Sequence[tuple[str, Figure]]]) -> dict[str, lis
     """The figures of each section."""
     from . import plots  # slow to import
 
+    numbers = itertools.count()
+
     def drawn(text: str, figure: Figure) -> _Drawn:
-        image = Markup(_unique_ids(plots.svg(figure), text))
+        image = Markup(_unique_ids(plots.svg(figure), f"figure{next(numbers)}"))
         return _Drawn(text, image, round(_REM_PER_INCH * figure.get_figwidth(), 1))
 
     return {name: [drawn(*one) for one in of] for name, of in figures.items()}
@@ -310,9 +313,8 @@ def _figures(facts: ReportData) -> dict[str, list[_Drawn]]:
     return _drawn(found)
 
 
-def _unique_ids(svg: str, prefix: str) -> str:
+def _unique_ids(svg: str, stem: str) -> str:
     """Ids of one figure made different from those of the other figures on the page."""
-    stem = re.sub(r"\W+", "-", prefix.lower())
     svg = re.sub(r'\bid="', f'id="{stem}-', svg)
     svg = re.sub(r'xlink:href="#', f'xlink:href="#{stem}-', svg)
     return re.sub(r"url\(#", f"url(#{stem}-", svg)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from ..atomic import write_text
+from ..errors import UserError
 from .wintie import COVERAGES
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Range = tuple[float, float]
 """Ends of a 95 % interval."""
 
+Figures = dict[str, tuple[str, "Figure"]]
+"""File name without its ending -> what the figure shows, and the figure."""
 
 FEW = 30
 """Units from which on the intervals cover what they say (docs/math/wintie.md)."""
@@ -186,22 +188,29 @@ class Comparison(_Part):
         return {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat mapping per benchmark, for CSV; None is an empty cell."""
+        """One flat mapping per benchmark, for CSV; None is an empty cell. Raises UserError where a
+        student's name is that of another column."""
         found = []
         for b in self.benchmarks:
-            row = {"task": b.task, "metric": b.metric, "samples": b.samples, "teacher": b.teacher}
-            row |= {name: b.students[name].score for name in self.students}
-            for name in self.students:
-                columns = self._columns(b.students[name])
-                row |= {f"{name} {what}": value for what, value in columns.items()}
-            row |= {"chance": b.chance, "teacher at chance": b.at_chance}
-            row |= _with_ends("teacher over control", b.lead, b.lead_interval)
-            row["says nothing"] = None if b.separates is None else not b.separates
+            row: dict[str, Any] = {}
+            parts: list[dict[str, Any]] = [
+                {"task": b.task, "metric": b.metric, "samples": b.samples, "teacher": b.teacher},
+                {name: b.students[name].score for name in self.students},
+                *(self._columns(name, b.students[name]) for name in self.students),
+                {"chance": b.chance, "teacher at chance": b.at_chance},
+                _with_ends("teacher over control", b.lead, b.lead_interval),
+                {"says nothing": None if b.separates is None else not b.separates},
+            ]
+            for part in parts:
+                if twice := row.keys() & part.keys():
+                    message = f"two columns of the CSV are named {min(twice)!r}; rename a student"
+                    raise UserError(message, usage=True)
+                row |= part
             found.append(row)
         return found
 
-    def _columns(self, s: Standing) -> dict[str, Any]:
-        """A student's columns in the CSV."""
+    def _columns(self, name: str, s: Standing) -> dict[str, Any]:
+        """A student's columns in the CSV, beside its score."""
         found: dict[str, Any] = _with_ends("recovery", s.recovery, s.recovery_interval)
         found |= {"recovery over chance": s.corrected, "noise known from": s.basis}
         found |= {"detectable": s.detectable, "McNemar p": s.mcnemar}
@@ -209,36 +218,39 @@ class Comparison(_Part):
         for control in self.controls:
             share, ends = s.recovered.get(control), s.recovered_interval.get(control)
             found |= _with_ends(f"recovered from {control}", share, ends)
-        return found
+        return {f"{name} {what}": value for what, value in found.items()}
 
     def write(self, directory: str | Path) -> list[Path]:
-        """Write comparison.json, comparison.csv, and curves and recovery as SVG."""
+        """Write comparison.json, comparison.csv, and curves and recovery as SVG. Raises UserError
+        as `write_numbers`."""
         from .. import plots  # slow to import
 
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        return self.write_numbers(directory) + plots.save_all(self.figures(), directory, [".svg"])
+
+    def write_numbers(self, directory: str | Path) -> list[Path]:
+        """Write comparison.json and comparison.csv. Raises UserError where they cannot be written,
+        and as `rows`."""
+        folder, rows = Path(directory), self.rows()
         files = [folder / "comparison.json", folder / "comparison.csv"]
         text = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)
         write_text(files[0], text + "\n")
-        rows, table = self.rows(), StringIO()
+        table = StringIO()
         writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(files[1], table.getvalue())
-        for name, (_, figure) in self.figures().items():
-            files.append(plots.save(figure, folder / f"{name}.svg"))
         return files
 
-    def figures(self) -> dict[str, tuple[str, Figure]]:
+    def figures(self) -> Figures:
         """File name without its ending -> what the figure shows, and the figure."""
         from .. import plots  # slow to import
 
-        found = {}
+        found: Figures = {}
         for group in self.groups:
-            words = [group.kind, group.name, "separating" if group.separating else ""]
-            name = "_".join(re.sub(r"\W+", "_", word) for word in words if word)
+            words = ["win_and_tie", group.kind, group.name, "separating" * group.separating]
+            name = plots.file_name("_".join(word for word in words if word), found)
             figure = plots.coverage_curves(group.curves(), group.title)
-            found[f"win_and_tie_{name}"] = f"Win-and-Tie, {group.title}", figure
+            found[name] = f"Win-and-Tie, {group.title}", figure
         found["recovery"] = "Recovery rates", plots.recovery_bars(self)
         return found
 

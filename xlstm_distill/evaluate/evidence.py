@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from .. import checkpoints
 from ..bench import counted_costs
 from ..errors import UserError, validated
 from ..json_files import read_json
-from .comparison import Listing
+from .comparison import Figures, Listing
 from .continuations import Continuations
 from .divergence import DistanceMeasure, Divergence
 from .fidelity import Fidelity
@@ -32,7 +31,6 @@ from .results import read_results
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Figures = dict[str, tuple[str, "Figure"]]
 Gates = list[list[float | None]]
 
 STUDENT = "student"
@@ -86,7 +84,7 @@ class Evidence:
         found: Figures = {}
 
         def add(name: str, text: str, figure: Figure) -> None:
-            found[re.sub(r"\W+", "_", name)] = text, figure
+            found[plots.file_name(name, found)] = text, figure
 
         for name, grid in self.needles.items():
             text = f"Needles found: {name}"
