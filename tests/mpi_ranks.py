@@ -1,10 +1,13 @@
 """What the ranks of a job do in test_mpi.py: `mpirun -n N python mpi_ranks.py FOLDER` checks the
-parts, `... failing COMMAND` does a command in which one rank fails."""
+parts, `... failing HOW RANK COMMAND` does a command in which one rank fails, `... script WHERE
+FOLDER` is a program of a user's."""
 
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +23,7 @@ from xlstm_distill.accumulation import Accumulation
 from xlstm_distill.communicator import ALONE, Communicator, world
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import evaluate
+from xlstm_distill.model import Model
 from xlstm_distill.optim import AdamW
 from xlstm_distill.parameters import Parameters
 from xlstm_distill.training import Best, Saver
@@ -38,6 +42,7 @@ def communicator(_: Path) -> None:
     comm.agree("the same", 3)
     with pytest.raises(UserError, match=rf"the rank is 0 on rank 0 .* and {1} on rank 1"):
         comm.agree("the rank", rank)
+    errors_of_one(comm)
     array = np.full(5, rank, np.float32)
     comm.spread(array, size - 1)
     assert (array == size - 1).all()
@@ -57,6 +62,44 @@ def communicator(_: Path) -> None:
         sizes = comm.gather(own.size)
         assert max(sizes) - min(sizes) <= 1 and len(set(comm.gather(number))) == groups
         assert comm.gather(number) == sorted(comm.gather(number))
+
+
+def errors_of_one(comm: Communicator) -> None:
+    """What the last rank meets is raised by all, each in its words, and none waits for another."""
+    last = comm.size - 1
+    mine, its_name = comm.rank == last, comm.gather(comm.name)[last]
+
+    def mapped(error: BaseException, at: int) -> list[int]:
+        def work(n: int) -> int:
+            if n == at:
+                raise error
+            return n
+
+        return list(comm.map(work, range(3 * comm.size)))
+
+    at = 2 * comm.size - 1  # of the last rank, in the second turn
+    with pytest.raises(UserError) as user:
+        mapped(UserError("file.json: damaged", usage=True), at)
+    words = "file.json: damaged"
+    assert str(user.value) == (words if mine else f"{its_name}: {words}") and user.value.usage
+    with pytest.raises(OSError if mine else UserError, match="disk full"):
+        mapped(OSError("disk full"), at)
+    with pytest.raises(KeyboardInterrupt):
+        mapped(KeyboardInterrupt(), at)
+    with pytest.raises(ZeroDivisionError if mine else RuntimeError, match="a defect") as defect:
+        mapped(ZeroDivisionError("a defect"), at)
+    if not mine:
+        assert its_name in str(defect.value) and "in work" in defect.value.__notes__[0]
+
+    def items() -> Iterator[int]:
+        yield from range(comm.size)
+        if mine:
+            raise UserError("the items end here")
+
+    with pytest.raises(UserError, match="the items end here"):
+        list(comm.map(abs, items()))
+    comm.share(None)
+    assert list(comm.map(abs, range(3))) == [0, 1, 2]
 
 
 def sums(_: Path) -> None:
@@ -143,15 +186,20 @@ def optimiser(folder: Path) -> None:
     assert np.array_equal(best.values, taken[1].values())
 
 
+def write_arithmetic(requests: Path) -> None:
+    """A small request set in the place of arc_easy."""
+    asked = [
+        request(n, choice, f"{n} plus {n} is" + " so" * (n % 5), f" {n + choice}", n % 2)
+        for n in range(9)
+        for choice in range(2)
+    ]
+    write_task(requests, "arc_easy/rc_5shot", asked)
+
+
 def tasks(requests: Path) -> None:
     """Request sets give the same results as one process."""
     if world().first:
-        asked = [
-            request(n, choice, f"{n} plus {n} is" + " so" * (n % 5), f" {n + choice}", n % 2)
-            for n in range(9)
-            for choice in range(2)
-        ]
-        write_task(requests, "arc_easy/rc_5shot", asked)
+        write_arithmetic(requests)
     world().barrier()
     model = tiny_run.teacher()
     found = [
@@ -160,24 +208,67 @@ def tasks(requests: Path) -> None:
     assert found[0] == found[1] and len(found[0]["samples"]["arc_easy"]) == 9
 
 
-def failing(arguments: list[str]) -> None:
-    """The command, in which one rank alone meets a defect in the third step of stage I, while the
-    others wait for its gradient."""
-    original, calls = Accumulation.__call__, itertools.count(1)
+def failing(how: str, rank: int, arguments: list[str]) -> None:
+    """The command, in which one rank alone meets a defect or is asked to stop, while the others
+    wait for it: for its gradient in the third step, or for its windows of the evaluation."""
+    calls = itertools.count(1)
+
+    def trouble(at: int) -> None:
+        if next(calls) == at and world().rank == rank:
+            if how == "asked":
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                raise RuntimeError("a defect of one rank")
+
+    add, measure = Accumulation.__call__, Model.divergence
 
     def call(self: Accumulation, *arguments: Any) -> Any:
-        if next(calls) == 3 and self.comm.rank == 1:
-            raise RuntimeError("a defect of one rank")
-        return original(self, *arguments)
+        trouble(3)
+        return add(self, *arguments)
 
-    Accumulation.__call__ = call  # type: ignore[method-assign]
+    def divergence(self: Model, *arguments: Any) -> Any:
+        trouble(1)
+        return measure(self, *arguments)
+
+    if how == "training":
+        Accumulation.__call__ = call  # type: ignore[method-assign]
+    else:
+        Model.divergence = divergence  # type: ignore[method-assign]
     cli._GRACE = 0.5
     sys.exit(cli.main(arguments))
 
 
+def script(where: str, requests: Path) -> None:
+    """What a user's own program does: one rank meets an error of the model, of its disk while the
+    others go on, or is interrupted between two batches."""
+    comm = world()
+    if comm.first:
+        write_arithmetic(requests)
+    comm.barrier()
+    model = tiny_run.teacher()
+    scored = model.score_continuations
+
+    def score(*arguments: Any) -> Any:
+        if where == "model" and comm.rank == 1:
+            raise UserError("a model that fails")
+        return scored(*arguments)
+
+    def progress(_: str, done: int, total: int) -> None:
+        if where == "disk" and comm.first:
+            raise OSError("a full disk")
+        if where == "interrupt" and comm.rank == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    model.score_continuations = score  # type: ignore[method-assign]
+    evaluate(model, ["arc_easy"], requests=requests, progress=progress, comm=comm)
+    evaluate(model, ["arc_easy"], requests=requests, comm=comm)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "script":
+        script(sys.argv[2], Path(sys.argv[3]))
     if sys.argv[1] == "failing":
-        failing(sys.argv[2:])
+        failing(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
     for check in (communicator, sums, optimiser, tasks):
         check(Path(sys.argv[1]))
     print("done", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,13 +269,70 @@ def test_a_lost_rank_ends_the_job_and_another_number_goes_on(root, alone, tmp_pa
     check_the_same(alone, out)
 
 
+def launch_failing(how: str, rank: int, recipe: Path, out: Path) -> subprocess.Popen[str]:
+    """A run of three ranks in which one fails (mpi_ranks.py)."""
+    script = [str(HERE / "mpi_ranks.py"), "failing", how, str(rank)]
+    return launch(3, *script, "run", str(recipe), "--out", str(out))
+
+
 def test_a_defect_of_one_rank_ends_the_job(root, tmp_path):
-    command = ["run", str(root / "tree.yaml"), "--out", str(tmp_path / "out")]
-    status, _, errors = ended(launch(3, str(HERE / "mpi_ranks.py"), "failing", *command))
+    job = launch_failing("training", 1, root / "tree.yaml", tmp_path / "out")
+    status, _, errors = ended(job)
     assert status == 1
     assert "Traceback" in errors
     assert "xlstm-distill: error: rank 1 on " in errors and "a defect of one rank" in errors
     assert (tmp_path / "out" / "student0").is_dir() and not (tmp_path / "out" / "aligned").exists()
+
+
+def test_a_defect_of_one_rank_ends_the_experts_of_all_groups(root, tmp_path):
+    """The third rank is a group by itself; the other group waits for its step."""
+    job = launch_failing("training", 2, root / "at_once.yaml", tmp_path / "out")
+    status, _, errors = ended(job)
+    assert status == 1 and "Traceback" in errors
+    assert "xlstm-distill: error: rank 2 on " in errors and "a defect of one rank" in errors
+    assert (tmp_path / "out" / "aligned").is_dir()
+    assert not (tmp_path / "out" / "experts" / "notes").exists()
+
+
+@pytest.fixture
+def unmeasured(alone, tmp_path):
+    """A finished run without its evaluation."""
+    out = tmp_path / "out"
+    shutil.copytree(alone, out)
+    shutil.rmtree(out / "evaluation")
+    return out
+
+
+def test_a_defect_of_one_rank_ends_the_evaluation(root, unmeasured):
+    status, _, errors = ended(launch_failing("defect", 1, root / "tree.yaml", unmeasured))
+    assert status == 1
+    # The first rank tells it, with the other's traceback.
+    assert "rank 1 on " in errors and "in trouble" in errors and "a defect of one rank" in errors
+    assert not list((unmeasured / "evaluation").glob("parts/*"))
+
+
+def test_all_ranks_stop_evaluating_when_one_is_asked_to(root, alone, unmeasured):
+    status, _, errors = ended(launch_failing("asked", 1, root / "tree.yaml", unmeasured))
+    said = [line for line in errors.splitlines() if line.startswith("xlstm-distill: error: ")]
+    assert status != 0 and said == [
+        "xlstm-distill: error: stopped; the same command continues what can be continued"
+    ]
+    finish(root / "tree.yaml", unmeasured)
+    check_the_same(alone, unmeasured)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("model", "a model that fails"),
+        ("disk", "OSError: a full disk"),
+        ("interrupt", "KeyboardInterrupt"),
+    ],
+)
+def test_what_ends_the_script_of_one_rank_ends_all(tmp_path, where, message):
+    job = launch(3, str(HERE / "mpi_ranks.py"), "script", where, str(tmp_path))
+    status, _, errors = ended(job)
+    assert status != 0 and message in errors
 
 
 # ---- refusals -----------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class _Assessment:
 
             def progress(done: int, total: int) -> None:
                 update({"step": done, "steps": total})
-                self.run.interrupt.check()
+                self.run.check()
 
             found = fidelity(
                 students,
@@ -192,7 +192,7 @@ class _Assessment:
 
             def progress(_: str, done: int, total: int) -> None:
                 update({"step": done, "steps": total})
-                self.run.interrupt.check()
+                self.run.check()
 
             return evaluate(
                 self.models[name],

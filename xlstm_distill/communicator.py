@@ -11,9 +11,12 @@ import functools
 import itertools
 import os
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
 
@@ -85,13 +88,68 @@ class Communicator:
             if other != first[0]:
                 raise UserError(f"{what} is {first[0]} on {first[1]} and {other} on {name}")
 
+    def share(self, error: BaseException | None) -> None:
+        """Raise on every rank what one has met; nothing where none has met an error.
+
+        A rank raises its own error. The others raise KeyboardInterrupt where one was interrupted,
+        or a UserError that names the first rank with an error, or for a defect a RuntimeError that
+        has the other's traceback as a note.
+        """
+        failures = self.gather(None if error is None else _Failure.of(error, self.name))
+        if error is not None:
+            raise error
+        for failure in failures:
+            if failure is not None:
+                raise failure.here()
+
     def map(self, function: Callable[[_Item], _Value], items: Iterable[_Item]) -> Iterator[_Value]:
         """The function of each item in order, on every rank; the ranks take items in turns. Results
-        are pickled."""
+        are pickled. An error in the function or the items of one rank ends all (`share`)."""
         waiting = iter(items)
-        while turn := list(itertools.islice(waiting, self.size)):
-            own = [function(item) for item in turn[self.rank : self.rank + 1]]
+        turn: list[_Item] = []
+        while True:
+            own: list[_Value] = []
+            failure: BaseException | None = None
+            try:
+                turn = list(itertools.islice(waiting, self.size))
+                own = [function(item) for item in turn[self.rank : self.rank + 1]]
+            except (Exception, KeyboardInterrupt) as error:
+                failure = error
+            self.share(failure)
+            if not turn:
+                return
             yield from itertools.chain.from_iterable(self.gather(own))
+
+
+class _Failure(NamedTuple):
+    """What a rank met, in words that can be sent. trace: of a defect, else empty."""
+
+    line: str
+    interrupted: bool
+    usage: bool
+    trace: str
+
+    @classmethod
+    def of(cls, error: BaseException, name: str) -> _Failure:
+        """For the others; `name` is this rank's."""
+        known = isinstance(error, UserError | OSError | MemoryError | FloatingPointError)
+        words = str(error) if isinstance(error, UserError) else repr(error)
+        return cls(
+            line=f"{name}: {words}",
+            interrupted=isinstance(error, KeyboardInterrupt),
+            usage=isinstance(error, UserError) and error.usage,
+            trace="" if known else "".join(traceback.format_exception(error)),
+        )
+
+    def here(self) -> BaseException:
+        """As an exception of a rank that did not meet it."""
+        if self.interrupted:
+            return KeyboardInterrupt()
+        if not self.trace:
+            return UserError(self.line, usage=self.usage)
+        defect = RuntimeError(self.line)
+        defect.add_note(self.trace)
+        return defect
 
 
 class Mpi(Communicator):
@@ -142,6 +200,9 @@ ALONE = Communicator()
 def world() -> Communicator:
     """All processes that mpirun started together; ALONE where there is but one.
 
+    From then on an exception that ends the program of one rank ends the job, once it is printed:
+    the others may wait for this rank, and MPI would wait for them.
+
     UserError if there are several and mpi4py is absent or knows nothing of them.
     """
     size = max(int(os.environ.get(name, 1)) for name in _SIZES)
@@ -159,4 +220,13 @@ def world() -> Communicator:
             f"{size} processes were started together, but mpi4py uses another MPI than they "
             f"({MPI.Get_library_version().splitlines()[0]}): start them with its own mpirun"
         )
-    return Mpi(MPI.COMM_WORLD)
+    found = Mpi(MPI.COMM_WORLD)
+    shown = sys.excepthook
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        shown(kind, error, trace)
+        sys.stderr.flush()
+        found.abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    sys.excepthook = end
+    return found
