@@ -19,7 +19,8 @@ from xlstm_distill.budget import (
 )
 from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate.tasks import DEFAULT_TASKS, ReadTokens
+from xlstm_distill.evaluate import DEFAULT_TASKS
+from xlstm_distill.evaluate.tasks import ReadTokens
 from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan, replan
 from xlstm_distill.recipe import (
     first_difference,

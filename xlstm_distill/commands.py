@@ -38,9 +38,10 @@ from .evaluate import fidelity as measure_fidelity
 from .evaluate.divergence import Estimate
 from .evaluate.evidence import STUDENT, FidelityFile, evidence
 from .evaluate.fidelity import windows_of
+from .evaluate.names import FEEL_THE_WINDOW
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
-from .evaluate.tasks import FEEL_THE_WINDOW, PASSAGE_TASKS, read_tokens
+from .evaluate.tasks import PASSAGE_TASKS, read_tokens
 from .inside import median_gates
 from .merge import merge as merge_models
 from .model import Compute, Model, load

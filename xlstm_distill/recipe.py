@@ -28,7 +28,7 @@ from pydantic import (
 from .accumulation import Order
 from .atomic import write_text
 from .errors import UserError, first_problem
-from .evaluate.tasks import check_name
+from .evaluate.names import check_name
 from .lora import TARGETS, Target
 from .model import KlForm
 from .optim import Group, Schedule

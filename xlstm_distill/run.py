@@ -33,7 +33,7 @@ from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joine
 from .distill import OfRows, distill
 from .errors import UserError
 from .evaluate import passages, questions
-from .evaluate.tasks import find_task
+from .evaluate.names import find_task
 from .layerwise import align_layers, aligned_student, check_room, stream_bytes
 from .linearize import linearize, student_config
 from .lora import Lora

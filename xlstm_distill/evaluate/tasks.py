@@ -16,8 +16,6 @@ Metrics have the names of lm-evaluation-harness:
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import gzip
 import itertools
 import json
@@ -31,50 +29,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import packages
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from ..scoring import Request
 from .generation import Questions, Sample, ScoringTokenizer, answers
 from .gsm8k import GSM8K, gsm8k
-from .needle import TASKS as NEEDLES
+from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name
 from .needle import is_needle, needle
 from .results import passage_of, read_json
 from .unfinished import Unfinished
 
 Logp = NDArray[Any]
 
-_VARIANTS = {
-    # rc_5shot of piqa, hellaswag and boolq is a subset of val_rc_5shot (the first 1,000 documents).
-    "arc_easy": "rc_5shot",
-    "arc_challenge": "rc_5shot",
-    "piqa": "val_rc_5shot",
-    "hellaswag": "val_rc_5shot",
-    "winogrande": "rc_5shot",
-    "boolq": "val_rc_5shot",
-    "squad": "bpb_5shot",
-    "drop": "bpb_5shot",
-    "coqa": "bpb_0shot",
-    "gsm8k": "gold_bpb_5shot",
-    "minerva_math_algebra": "gold_bpb_0shot",
-    "minerva_math_counting_and_probability": "gold_bpb_0shot",
-    "minerva_math_geometry": "gold_bpb_0shot",
-    "minerva_math_intermediate_algebra": "gold_bpb_0shot",
-    "minerva_math_number_theory": "gold_bpb_0shot",
-    "minerva_math_prealgebra": "gold_bpb_0shot",
-    "minerva_math_precalculus": "gold_bpb_0shot",
-    "mt_mbpp_python": "gold_bpb_3shot",
-}
-DEFAULT_TASKS = tuple(_VARIANTS)
-"""Tasks that `evaluate` takes unless told otherwise; each has a default variant."""
-
-FEEL_THE_WINDOW = ("squad", "drop", "coqa", "gsm8k", "minerva_math_*", "mt_mbpp_python")
-"""Tasks whose answers lie far back: on them a student that lost its context is told from the
-teacher, which on multiple choice it often is not."""
-
 _UNCONDITIONAL = 1_000_000
 """Documents from here on repeat the choices after "Answer:" alone, for another normalisation."""
-_REQUESTS = "requests.jsonl.gz"
 _WORTH_SHARING = 12
 """Tokens of a common beginning from which on documents are scored together."""
 _BORDER = 4
@@ -127,72 +95,24 @@ class Task:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def expand_tasks(names: Sequence[str]) -> list[str]:
-    """Task names with `*` patterns expanded: over the default tasks ("minerva_math_*") or, with a
-    length, those of needle.py ("niah_*:4096")."""
-    found: list[str] = []
-    for name in names:
-        base, colon, length = name.partition(":")
-        if is_needle(base) or (colon and fnmatch.filter(NEEDLES, base)):
-            matches = [f"{task}{colon}{length}" for task in fnmatch.filter(NEEDLES, base)]
-        else:
-            matches = fnmatch.filter(_VARIANTS, name) if "*" in name else [name]
-        if not matches:
-            raise UserError(f"task {name!r} matches none of {', '.join(_VARIANTS)}", usage=True)
-        found += [match for match in matches if match not in found]
-    return found
-
-
-def check_name(name: str) -> None:
-    """UserError, with the nearest names, unless `name` is one of a request set with a default
-    variant or names a variant; whether that is there is seen by `find_task` alone."""
-    if name not in _VARIANTS and ":" not in name:
-        near = difflib.get_close_matches(name, _VARIANTS, n=3)
-        known = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(_VARIANTS)}"
-        raise UserError(f"task {name!r} is not known; {known}", usage=True)
-
-
-def find_task(name: str, requests: str | Path | None = None) -> Path:
-    """The directory of a request set; errors and `requests` as for `load_task`."""
-    check_name(name)
-    root = Path(requests) if requests is not None else packages.fetch("olmes")
-    base, _, variant = name.partition(":")
-    folder = root / base / (variant or _VARIANTS.get(base, ""))
-    if not (folder / _REQUESTS).is_file():
-        raise UserError(_not_there(root, base, name), usage=True)
-    return folder
-
-
 def load_task(name: str, requests: str | Path | None = None) -> Task:
-    """Read a request set: "squad" (its default variant) or "arc_easy:rc_0shot".
+    """Read a request set: "squad" (its default variant) or "arc_easy:rc_0shot". The task's name is
+    the one in results.
 
     `requests` is the directory of the request sets (default: `packages.fetch("olmes")`).
     Raises UserError for an unknown task or variant (with those that are there) or a damaged file.
     """
     folder = find_task(name, requests)
-    base, variant = folder.parent.name, folder.name
-    short = base if variant == _VARIANTS.get(base) else f"{base}:{variant}"
-    rows = list(_read_rows(folder / _REQUESTS))
+    rows = list(_read_rows(folder / REQUESTS))
     config_file = folder / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
     try:
         kind, documents = _documents(rows)
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise UserError(f"{folder / _REQUESTS}: not a scorable request set ({error!r})") from None
+        raise UserError(f"{folder / REQUESTS}: not a scorable request set ({error!r})") from None
     if not documents:
-        raise UserError(f"{folder / _REQUESTS}: holds no documents")
-    return Task(short, kind, documents, config)
-
-
-def _not_there(root: Path, base: str, name: str) -> str:
-    if not root.is_dir():
-        return f"{root}: no such directory of request sets"
-    if (root / base).is_dir() and base:
-        variants = sorted(p.parent.name for p in (root / base).glob(f"*/{_REQUESTS}"))
-        return f"task {name!r}: {base} has the variants {', '.join(variants)}"
-    known = sorted(p.name for p in root.iterdir() if p.is_dir())
-    near = difflib.get_close_matches(base, known, n=3) or known
-    return f"task {name!r}: there is no request set {base!r} in {root}; there are {', '.join(near)}"
+        raise UserError(f"{folder / REQUESTS}: holds no documents")
+    return Task(short_name(f"{folder.parent.name}:{folder.name}"), kind, documents, config)
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -335,7 +255,7 @@ def evaluate(
             return gsm8k(task, _subset(task, limit, seed))
         return load_task(name, requests)
 
-    loaded = [load(name) for name in expand_tasks(tasks)]
+    loaded = [load(name) for name in expand_tasks(tasks, requests)]
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     settings = {"limit": limit, "seed": seed, "max_length": max_length}
