@@ -56,6 +56,10 @@ def test_what_is_not_known_is_refused_with_the_nearest(requests):
         expand_tasks(["jeopady*"])
     with pytest.raises(UserError, match=r"'squad:mc_\*': squad has the variants bpb_5shot"):
         expand_tasks(["squad:mc_*"], requests)
+    with pytest.raises(
+        UserError, match=r"'niah_\*': expected a length in tokens, as in niah_\*:4096"
+    ):
+        expand_tasks(["niah_*"])
     with pytest.raises(UserError, match="no such directory of request sets"):
         expand_tasks(["*:mc_5shot"], requests / "none")
     with pytest.raises(UserError, match="csqa has the variants mc_5shot"):

@@ -184,7 +184,7 @@ def test_results_are_compared_by_the_share_found_and_its_samples(tmp_path):
         ("vt", "expected a length in tokens, as in vt:4096"),
         ("niah_single_1:long", "expected a length"),
         ("niah_single_1:300", "too short; the smallest prompt has"),
-        ("niah_*", "matches none of"),
+        ("niah_*", "expected a length in tokens"),
     ],
 )
 def test_what_cannot_be_made_is_refused(name, message):

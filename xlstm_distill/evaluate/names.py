@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import packages
 from ..errors import UserError
 from .needle import TASKS as NEEDLES
-from .needle import is_needle
+from .needle import check_length, is_needle
 
 REQUESTS = "requests.jsonl.gz"
 """The file of a variant's requests, in SET/VARIANT of the directory of request sets."""
@@ -121,9 +121,9 @@ def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> li
     found: dict[str, None] = {}
     for name in names:
         base, colon, variant = name.partition(":")
-        needles = [f"{n}{colon}{variant}" for n in fnmatch.filter(NEEDLES, base) if colon]
+        needles = [f"{needle}{colon}{variant}" for needle in fnmatch.filter(NEEDLES, base)]
         if is_needle(base) or (needles and variant.isdecimal()):
-            matches = needles or [name]
+            matches = needles
         elif "*" not in name:
             check_name(name)
             matches = [name]
@@ -131,6 +131,8 @@ def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> li
             matches = _variants_there(name, requests) or needles
         else:
             matches = fnmatch.filter(VARIANTS, name)
+        if needles and not matches:
+            check_length(name)
         if not matches:
             raise UserError(f"task {name!r} matches nothing; {_nearest(name)}", usage=True)
         found |= dict.fromkeys(map(short_name, matches))
@@ -166,6 +168,14 @@ def check_name(name: str) -> None:
     variant or names a variant; whether that is there is seen by `find_task` alone."""
     if name not in VARIANTS and ":" not in name:
         raise UserError(f"task {name!r} is not known; {_nearest(name)}", usage=True)
+
+
+def check_task(name: str) -> None:
+    """UserError unless `evaluate` may know `name`: as `check_name`, or a needle with its length."""
+    if is_needle(name):
+        check_length(name)
+    else:
+        check_name(name)
 
 
 def _requests_root(requests: str | Path | None) -> Path:

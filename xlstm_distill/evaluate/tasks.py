@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from ..scoring import Request
-from .generation import Questions, Sample, ScoringTokenizer, answers
+from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids
 from .gsm8k import GSM8K, gsm8k
 from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name
 from .needle import is_needle, needle
@@ -113,6 +113,27 @@ def load_task(name: str, requests: str | Path | None = None) -> Task:
     if not documents:
         raise UserError(f"{folder / REQUESTS}: holds no documents")
     return Task(short_name(f"{folder.parent.name}:{folder.name}"), kind, documents, config)
+
+
+def open_task(
+    name: str,
+    tokenizer: ScoringTokenizer,
+    limit: int | None = None,
+    seed: int = 0,
+    requests: str | Path | None = None,
+    haystack: str | Path | None = None,
+) -> Task | Questions:
+    """Whatever `evaluate` knows by a name: a request set, or questions whose answers are written.
+
+    Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, and
+    for a length that is too short for its needles or longer than the haystack.
+    """
+    if is_needle(name):
+        return needle(name, tokenizer, limit=limit, seed=seed, haystack=haystack)
+    if name == GSM8K:
+        task = load_task("gsm8k", requests)
+        return gsm8k(task, _subset(task, limit, seed))
+    return load_task(name, requests)
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -247,15 +268,10 @@ def evaluate(
     if getattr(model, "tokenizer", None) is None:
         raise UserError("evaluate: the model has no tokenizer")
 
-    def load(name: str) -> Task | Questions:
-        if is_needle(name):
-            return needle(name, model.tokenizer, limit=limit, seed=seed, haystack=haystack)
-        if name == GSM8K:
-            task = load_task("gsm8k", requests)
-            return gsm8k(task, _subset(task, limit, seed))
-        return load_task(name, requests)
-
-    loaded = [load(name) for name in expand_tasks(tasks, requests)]
+    loaded = [
+        open_task(name, model.tokenizer, limit, seed, requests, haystack)
+        for name in expand_tasks(tasks, requests)
+    ]
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     settings = {"limit": limit, "seed": seed, "max_length": max_length}
@@ -428,7 +444,7 @@ def _shared_tokens(tokenizer: ScoringTokenizer, documents: Sequence[Document]) -
 
 
 class ReadTokens(NamedTuple):
-    """Tokens that scoring a request set takes: `shared` once, `each` for every document."""
+    """Tokens that scoring a task takes: `shared` once, `each` for every document."""
 
     shared: float
     each: float
@@ -438,8 +454,15 @@ class ReadTokens(NamedTuple):
         return self.shared + self.each * documents if documents else 0.0
 
 
-def read_tokens(tokenizer: ScoringTokenizer, task: Task, measured: int = 8) -> ReadTokens:
-    """What scoring takes, from the first `measured` documents."""
+def read_tokens(
+    tokenizer: ScoringTokenizer, task: Task | Questions, measured: int = 8
+) -> ReadTokens:
+    """What scoring takes, from the first `measured` documents; answers count with all the tokens
+    that they may have, like those that are read."""
+    if isinstance(task, Questions):
+        prompts = [task.question(n).prompt for n in range(min(measured, task.count))]
+        sizes = [len(prompt_ids(tokenizer, p)) + task.max_new_tokens for p in prompts]
+        return ReadTokens(0, float(np.mean(sizes)))
     documents = task.documents[:measured]
     prefix = _shared_tokens(tokenizer, documents)
     new = [_new_tokens(_encoded(tokenizer, document, None), len(prefix)) for document in documents]
