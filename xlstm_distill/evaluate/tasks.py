@@ -47,9 +47,9 @@ _WORTH_SHARING = 12
 """Tokens of a common beginning from which on documents are scored together."""
 _BORDER = 4
 """Tokens left out of a common beginning: near its end the tokens may differ between documents."""
-_TOKENS_TOGETHER = 4096
-"""Tokens of documents that are scored together, and kept as soon as they are: the more, the more
-alike in length are the rows of a batch."""
+_TOKENS_TOGETHER = 2048
+"""Tokens of documents that are scored together, and kept as soon as they are. More of them make the
+rows of a batch more alike in length, but no longer faster (docs/speed.md)."""
 
 
 class ScoringModel(Protocol):
