@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from xlstm_distill.evaluate.generation import Sample, string_match_all
 from xlstm_distill.evaluate.needle import is_needle, needle
 from xlstm_distill.evaluate.tasks import Document, ScoringModel, Task, encode_pair
 from xlstm_distill.model import Model
+from xlstm_distill.scoring import Request
 
 REQUEST_SETS = (
     "arc_easy:rc_5shot",
@@ -128,10 +129,16 @@ class WholeRows:
     def __init__(self, model: Model) -> None:
         self.model, self.tokenizer, self.config = model, model.tokenizer, model.config
 
-    def score_continuations(
-        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[NDArray[Any]]:
-        return [self.model.score_continuations(context, [c])[0] for c in continuations]
+    def scorer(
+        self, prefix: Sequence[int]
+    ) -> Callable[[Sequence[Request]], list[list[NDArray[Any]]]]:
+        return self.score
+
+    def score(self, requests: Sequence[Request]) -> list[list[NDArray[Any]]]:
+        return [
+            [self.model.score_continuations(context, [c])[0] for c in continuations]
+            for context, continuations in requests
+        ]
 
 
 def samples_of(model: ScoringModel, name: str, limit: int) -> list[Sample]:

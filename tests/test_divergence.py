@@ -12,11 +12,13 @@ import tiny_run
 from models import random_model
 from test_tasks import request, write_task
 
+from xlstm_distill import packages
 from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate import continuations, divergence, fidelity, tasks
+from xlstm_distill.evaluate import continuations, divergence, fidelity
 from xlstm_distill.evaluate.divergence import induction_distances
 from xlstm_distill.evaluate.fidelity import windows_of
+from xlstm_distill.evaluate.names import VARIANTS
 from xlstm_distill.evaluate.needle import TASKS as NEEDLES
 from xlstm_distill.linearize import linearize
 
@@ -175,7 +177,7 @@ def test_the_command(capsys, tmp_path):
 
 def test_the_window_suite(capsys, tmp_path, monkeypatch):
     root = tmp_path / "requests"
-    for task, variant in tasks._VARIANTS.items():
+    for task, variant in VARIANTS.items():
         rows = [
             request(
                 n,
@@ -190,7 +192,7 @@ def test_the_window_suite(capsys, tmp_path, monkeypatch):
             for n in range(3)
         ]
         write_task(root, f"{task}/{variant}", rows)
-    monkeypatch.setattr(tasks.packages, "fetch", lambda name: root)
+    monkeypatch.setattr(packages, "fetch", lambda name: root)
     tiny_run.teacher().save(tmp_path / "teacher")
     linearize(tiny_run.teacher(), window=8, sinks=2, mixer="window").save(tmp_path / "student")
     out = tmp_path / "results_student.json"

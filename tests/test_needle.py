@@ -16,6 +16,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import compare, evaluate, needle_grid, write_results
 from xlstm_distill.evaluate.generation import Question, Questions, answers, string_match_all
 from xlstm_distill.evaluate.needle import TASKS, needle
+from xlstm_distill.evaluate.tasks import open_task, read_tokens
 
 TOKENIZER = tiny_run.tokenizer()  # a token a byte
 NIAHS = [task for task in TASKS if task != "vt"]
@@ -184,12 +185,20 @@ def test_results_are_compared_by_the_share_found_and_its_samples(tmp_path):
         ("vt", "expected a length in tokens, as in vt:4096"),
         ("niah_single_1:long", "expected a length"),
         ("niah_single_1:300", "too short; the smallest prompt has"),
-        ("niah_*", "matches none of"),
+        ("niah_*", "expected a length in tokens"),
     ],
 )
 def test_what_cannot_be_made_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         evaluate(Reader(), [name])
+
+
+def test_an_estimate_counts_prompts_and_answers():
+    name = "niah_single_1:1024"
+    task = open_task(name, TOKENIZER)
+    prompt = len(TOKENIZER.encode(task.question(0).prompt))
+    tokens = read_tokens(TOKENIZER, task, measured=1).of(10)
+    assert tokens == 10 * (prompt + 128) <= 10 * 1024
 
 
 def test_a_haystack_of_the_users(tmp_path):

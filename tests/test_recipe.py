@@ -19,7 +19,8 @@ from xlstm_distill.budget import (
 )
 from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate.tasks import DEFAULT_TASKS, ReadTokens
+from xlstm_distill.evaluate import DEFAULT_TASKS
+from xlstm_distill.evaluate.tasks import ReadTokens
 from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan, replan
 from xlstm_distill.recipe import (
     first_difference,
@@ -102,6 +103,17 @@ def changed(path: str, value) -> dict:
         ("evaluate.tasks", {"squad": 0}, "evaluate.tasks.squad"),
         ("evaluate.tasks", {"squda": 9}, "evaluate.tasks: task 'squda' is not known; did you mean"),
         ("evaluate.tasks", {"riddles": 9}, "task 'riddles' is not known; there are arc_easy, arc_"),
+        (
+            "evaluate.tasks",
+            {"niah_single_1": 9},
+            "'niah_single_1': expected a length in tokens",
+        ),
+        ("evaluate.tasks", {"vt:x": 9}, "task 'vt:x': expected a length in tokens, as in vt:4096"),
+        (
+            "evaluate.tasks",
+            {"squad": 1, "squad:bpb_5shot": 1},
+            "squad and squad:bpb_5shot are the",
+        ),
         ("data.contamination", {"tasks": ["arc_eazy"]}, "contamination.tasks: task 'arc_eazy' is"),
         ("seed", -1, "seed"),
     ],

@@ -328,15 +328,35 @@ def test_request_sets_that_are_not_there_are_named_before_any_work(
         ("arc_eezy", "evaluate.tasks: task 'arc_eezy' is not known; did you mean arc_easy?"),
         ("arc_easy:rc_9", "evaluate.tasks: task 'arc_easy:rc_9': arc_easy has the variants rc_5s"),
         ("arc_eezy:rc_5shot", "there is no request set 'arc_eezy' in"),
+        ("gsm8k:generate", "evaluate.tasks: task 'gsm8k': there is no request set 'gsm8k' in"),
+        ("niah_single_1:130", "evaluate.tasks: task niah_single_1:130: too short; the smallest pr"),
+        ("niah_single_2:9000000", "niah_single_2:9000000: the haystack is too short"),
     ):
         changes = {"evaluate": {"tasks": {"arc_easy": 1, name: 1}}}
-        assert run(root, tmp_path / "out", "run", changes) == 2
+        status = 1 if "too short" in message else 2
+        assert run(root, tmp_path / "out", "run", changes) == status
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     # Stages before the evaluation do not ask.
     monkeypatch.setattr(packages, "fetch", lambda _: pytest.fail("request sets are fetched"))
     changes = {"evaluate": {"tasks": {"arc_easy": 1}}}
     assert run(root, tmp_path / "early", "linearize", changes) == 0
+
+
+def test_needles_are_measured_and_reported_as_other_tasks(root, tmp_path, monkeypatch):
+    rows = [request(n, j, f"{n}?", f" {n + j}", 0) for n in range(5) for j in range(2)]
+    write_task(tmp_path / "requests", "csqa/rc_5shot", rows)
+    monkeypatch.setattr(packages, "fetch", lambda _: tmp_path / "requests")
+    changes = {"evaluate": {"tasks": {"niah_single_1:1024": 2, "csqa": 5, "vt:1536": 1}}}
+    out = tmp_path / "out"
+    assert run(root, out, "run", changes) == 0
+    facts = json.loads((out / "report/report.json").read_text())
+    found = {b["task"]: b for b in facts["benchmarks"]["benchmarks"]}
+    assert set(found) == {"niah_single_1:1024", "csqa:rc_5shot", "vt:1536"}
+    assert found["niah_single_1:1024"]["metric"] == "string_match_all,none"
+    results = json.loads((out / "evaluation/results_merged.json").read_text())
+    assert results["n-samples"]["niah_single_1:1024"] == {"original": 500, "effective": 2}
+    assert "niah_single_1:1024" in (out / "report/report.html").read_text()
 
 
 # ---- targets ------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import random_model
+from tolerances import PREFILL_STEP_F32
 
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import (
@@ -25,7 +27,8 @@ from xlstm_distill.evaluate import (
     write_results,
 )
 from xlstm_distill.evaluate.fidelity import BUCKETS, windows_of
-from xlstm_distill.evaluate.tasks import encode_pair, expand_tasks
+from xlstm_distill.evaluate.tasks import encode_pair
+from xlstm_distill.testing import assert_close
 
 
 class Bytes:
@@ -64,13 +67,15 @@ class Bigram:
         mixed.table = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
         return mixed
 
-    def score_continuations(self, context, continuations):
-        assert context
-        out = []
-        for continuation in continuations:
-            ids = [context[-1], *continuation]
-            out.append(self.table[ids[:-1], ids[1:]].astype(np.float32))
-        return out
+    def scorer(self, prefix):
+        return lambda requests: [
+            [self.scored(prefix, context, c) for c in continuations]
+            for context, continuations in requests
+        ]
+
+    def scored(self, prefix, context, continuation):
+        ids = [context[-1], *continuation]
+        return self.table[ids[:-1], ids[1:]].astype(np.float32)
 
     def divergence(self, students, ids):
         self.divergence_calls += 1
@@ -184,9 +189,6 @@ def test_unknown_tasks_are_named(requests, tmp_path):
         load_task("arc_eazy", requests)
     with pytest.raises(UserError, match="no such directory"):
         load_task("arc_easy", tmp_path / "none")
-    assert len(expand_tasks(["minerva_math_*", "squad", "squad"])) == 8
-    with pytest.raises(UserError, match="matches none"):
-        expand_tasks(["nothing*"])
 
 
 def test_damaged_request_sets_are_named(requests):
@@ -289,9 +291,9 @@ def test_long_contexts_lose_their_beginning(requests):
     seen: list[int] = []
 
     class Watching(Bigram):
-        def score_continuations(self, context, continuations):
-            seen.extend(len(context) + len(c) for c in continuations)
-            return super().score_continuations(context, continuations)
+        def scored(self, prefix, context, continuation):
+            seen.append(len(context) + len(continuation))
+            return super().scored(prefix, context, continuation)
 
     whole = evaluate(Watching(1), ["squad"], requests=requests)
     cut = evaluate(Watching(1), ["squad"], requests=requests, max_length=12)
@@ -302,40 +304,43 @@ def test_long_contexts_lose_their_beginning(requests):
 
 
 @pytest.mark.parametrize("name", ["squad", "arc_easy", "winogrande"])
-def test_what_all_contexts_begin_with_is_read_once(requests, monkeypatch, name):
-    calls: list[list[list[int]]] = []
-    shared: list[list[int]] = []
+def test_documents_are_scored_together(requests, monkeypatch, name):
+    calls: list[list[tuple[Any, Any]]] = []
+    prefixes = []
 
     class Watching(Bigram):
-        def score_continuations(self, context, continuations):
-            shared.append(list(context))
-            calls.append([[*context, *c] for c in continuations])
-            return super().score_continuations(context, continuations)
+        def scorer(self, prefix):
+            prefixes.append(bytes(prefix))
+            scorer = super().scorer(prefix)
+            return lambda requests: calls.append(requests) or scorer(requests)
 
     together = evaluate(Watching(1), [name], requests=requests)
-    read = [ids for call in calls for ids in call]
-    expected = [
-        [*context, *rest]
-        for document in load_task(name, requests).documents
-        for context, rest in (encode_pair(Bytes(), *pair) for pair in document.pairs)
-    ]
-    if name == "squad":
-        # Four tokens less than "Read. Number ".
-        assert shared == [list(b"Read. Num")]
-    assert sorted(read) == sorted(expected)
-    # Smaller batches and documents by themselves give the same.
-    monkeypatch.setattr(tasks, "_TOKENS_AT_ONCE", 100)
-    assert evaluate(Bigram(1), [name], requests=requests) == together
-    monkeypatch.setattr(tasks, "_WORTH_SHARING", 10**6)
-    assert evaluate(Bigram(1), [name], requests=requests) == together
+    # Four tokens less than "Read. Number "; "Q" and "The " are not worth it.
+    assert prefixes == [b"Read. Num" if name == "squad" else b""]
+    expected: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for document in load_task(name, requests).documents:
+        for context, rest in (encode_pair(Bytes(), *pair) for pair in document.pairs):
+            expected.setdefault(tuple(context), []).append(tuple(rest))
+    # One request a context, whatever continues it.
+    assert len(calls) == 1 and calls[0] == list(expected.items())
+    monkeypatch.setattr(tasks, "_TOKENS_TOGETHER", 100)
+    calls.clear()
+    assert evaluate(Watching(1), [name], requests=requests) == together
+    assert len(calls) > 3 and list(itertools.chain(*calls)) == list(expected.items())
 
 
-def test_a_long_context_of_its_own_is_read_once_for_all_choices(requests, monkeypatch):
-    monkeypatch.setattr(tasks, "_WORTH_SHARING", 1)
-    monkeypatch.setattr(tasks, "_BORDER", 0)
-    plain = evaluate(Bigram(1), ["arc_easy"], requests=requests)
-    monkeypatch.setattr(tasks, "_LONG_CONTEXT", 11)
-    assert evaluate(Bigram(1), ["arc_easy"], requests=requests) == plain
+@pytest.mark.parametrize("mixer", ["attention", "hybrid"])
+def test_a_document_scores_the_same_whatever_others_there_are(requests, mixer):
+    model = random_model(mixer, vocab_size=258)
+    model.tokenizer = Bytes()
+    for name, metric in (("arc_easy", "loglikelihoods"), ("squad", "loglikelihood")):
+        few, all_of_them = (
+            evaluate(model, [name], limit=n, requests=requests)["samples"][name] for n in (7, None)
+        )
+        by_id = {sample["doc_id"]: np.array(sample[metric]) for sample in all_of_them}
+        for sample in few:
+            found = by_id[sample["doc_id"]]
+            assert_close(np.array(sample[metric]), found, PREFILL_STEP_F32, "log-likelihood")
 
 
 def test_progress_and_a_missing_tokenizer(requests):
@@ -467,15 +472,22 @@ def test_buckets_leave_no_position_out():
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(BUCKETS))
 
 
-def test_request_sets_go_on_where_a_kill_stopped(requests, tmp_path):
-    class Killed(Bigram):
-        calls = 1
+def test_request_sets_go_on_where_a_kill_stopped(requests, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_TOKENS_TOGETHER", 100)
 
-        def score_continuations(self, context, continuations):
-            if self.calls == 0:
-                raise KeyboardInterrupt
-            self.calls -= 1
-            return super().score_continuations(context, continuations)
+    class Killed(Bigram):
+        calls = 2
+
+        def scorer(self, prefix):
+            scorer = super().scorer(prefix)
+
+            def until_the_kill(requests):
+                if self.calls == 0:
+                    raise KeyboardInterrupt
+                self.calls -= 1
+                return scorer(requests)
+
+            return until_the_kill
 
     names = ["arc_easy", "squad"]
     options = {"requests": requests, "unfinished": tmp_path / "unfinished"}

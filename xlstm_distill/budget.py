@@ -26,9 +26,10 @@ from .sampling import sampler
 SAMPLE_BATCH = 64
 SAMPLE_FILLED = 0.75
 """Share of `max_new_tokens` that a sampled document has on average: many end by themselves."""
-_SHORT_ROWS = 2.4
+_SHORT_ROWS = 1.7
 """Requests are short rows of different lengths, read after a shared prefix: their tokens cost so
-many times those of full rows (12 sets of 36 documents took 990 s where full rows take 436)."""
+many times those of full rows (1.4 to 1.6 were measured, docs/speed.md; a student's states and
+answers that are written cost a little more)."""
 _CALIBRATION_ROW = 1024
 """Tokens: the quickstart's windows and packs are as long, and longer rows cost more a token."""
 _CALIBRATION_STEPS = 12

@@ -148,7 +148,7 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument("model", help="model directory, .gguf file or fetched name")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--tasks", help="comma-separated names: squad, arc_easy:rc_0shot, niah_*:4096; patterns *"
+        "--tasks", help="comma-separated: squad, arc_easy:rc_0shot, mt_mbpp_*, *:mc_5shot, vt:512"
     )
     which.add_argument("--suite", choices=list(commands.SUITES), help="tasks that go together")
     p.add_argument("--lengths", metavar="N,N", help="lengths of the suite's needle tasks, tokens")

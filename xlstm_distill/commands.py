@@ -32,15 +32,16 @@ from .data import TokenData
 from .errors import UserError, check_package
 from .evaluate import branches as silenced
 from .evaluate import compare as compare_results
-from .evaluate import continuations, divergence, load_task, needle_grid, passages, write_results
+from .evaluate import continuations, divergence, needle_grid, passages, write_results
 from .evaluate import evaluate as evaluate_model
 from .evaluate import fidelity as measure_fidelity
 from .evaluate.divergence import Estimate
 from .evaluate.evidence import STUDENT, FidelityFile, evidence
 from .evaluate.fidelity import windows_of
+from .evaluate.names import FEEL_THE_WINDOW
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
-from .evaluate.tasks import FEEL_THE_WINDOW, PASSAGE_TASKS, read_tokens
+from .evaluate.tasks import PASSAGE_TASKS, open_task, read_tokens
 from .inside import median_gates
 from .merge import merge as merge_models
 from .model import Compute, Model, load
@@ -177,7 +178,10 @@ def estimate(arguments: Arguments) -> Result:
     if teacher.tokenizer is None:
         raise UserError(f"{recipe.teacher}: holds no tokenizer; a run needs one")
     rates = budget.calibrate(teacher, recipe, Path.cwd(), time.perf_counter() - started)
-    reading = {t: read_tokens(teacher.tokenizer, load_task(t)) for t in recipe.evaluate.tasks}
+    reading = {
+        task: read_tokens(teacher.tokenizer, open_task(task, teacher.tokenizer))
+        for task in recipe.evaluate.tasks
+    }
     found = budget.estimate(recipe, teacher.config, rates, reading)
     _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
     _facts(

@@ -11,7 +11,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -25,6 +25,9 @@ from .rows import IntArray, checked_ids, checked_lengths, checked_reset, next_to
 from .runtime import core
 from .state import DecodeState, state_capacity
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .scoring import Scorer
 
 FloatArray = NDArray[np.float32]
 Compute = Literal["f32", "mixed", "bf16", "int8"]
@@ -386,13 +389,15 @@ class Model:
     def score_continuations(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]]
     ) -> list[NDArray[Any]]:
-        """Log-probability of every token of each continuation after one shared context.
+        """Log-probability of every token of each continuation after one context, which is read
+        once (`scorer`)."""
+        return self.scorer()([(context, continuations)])[0]
 
-        The context is read once; its state is forked for the continuations.
-        """
-        hidden, labels = self._continued(context, continuations)
-        nll = self._nll(hidden, labels)
-        return [-nll[row, : len(c)] for row, c in enumerate(continuations)]
+    def scorer(self, prefix: Sequence[int] = ()) -> Scorer:
+        """Scores continuations of many contexts (scoring.py); `prefix`: what most begin with."""
+        from .scoring import Scorer
+
+        return Scorer(self, prefix)
 
     def topk_continuations(
         self, context: Sequence[int], continuations: Sequence[Sequence[int]], k: int
@@ -469,6 +474,10 @@ class Model:
         tid, logp, mass = self._topk(hidden.reshape(-1, hidden.shape[-1]), k)
         shape = hidden.shape[:2]
         return tid.reshape(*shape, k), logp.reshape(*shape, k), mass.reshape(shape)
+
+    def log_likelihoods(self, hidden: NDArray[Any], labels: ArrayLike) -> NDArray[Any]:
+        """log p of the tokens `labels` [N] that follow hidden states [N, d], [N]."""
+        return -self._nll(hidden, np.asarray(labels, dtype=np.int32))
 
     def score_hidden(
         self, hidden: NDArray[Any], labels: IntArray, k: int

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -28,7 +28,7 @@ from pydantic import (
 from .accumulation import Order
 from .atomic import write_text
 from .errors import UserError, first_problem
-from .evaluate.tasks import check_name
+from .evaluate.names import check_name, check_task, short_name
 from .lora import TARGETS, Target
 from .model import KlForm
 from .optim import Group, Schedule
@@ -39,9 +39,6 @@ GENERALIST = "generalist"
 RESERVED = ("teacher", "untrained", "merged", GENERALIST)
 """Names of the report's own models, which no expert may have."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-Tasks = TypeVar("Tasks", bound=Iterable[str])
 
 
 class _Section(BaseModel):
@@ -134,12 +131,6 @@ class DomainSection(_Section):
         return self
 
 
-def _known_tasks(names: Tasks) -> Tasks:
-    for name in names:
-        check_name(name)
-    return names
-
-
 class ContaminationSection(_Section):
     """Training documents that share a run of `words` words with a question of one of the request
     sets `tasks` are dropped, or only counted."""
@@ -148,7 +139,12 @@ class ContaminationSection(_Section):
     words: int = Field(default=13, ge=1)
     action: Literal["drop", "report"] = "drop"
 
-    _check_tasks = field_validator("tasks")(_known_tasks)
+    @field_validator("tasks")
+    @classmethod
+    def _known_sets(cls, names: list[str]) -> list[str]:
+        for name in names:
+            check_name(name)
+        return names
 
 
 class DataSection(_Section):
@@ -280,7 +276,8 @@ class EvaluateSection(_Section):
     """What is measured at the end.
 
     `branches`: fidelity also of the merged model with a branch silenced (evaluate/branches.py).
-    `tasks`: request set -> largest number of documents. `prompts` are continued as they are,
+    `tasks`: name of a task (evaluate/names.py, without patterns) -> largest number of documents or,
+    of needles ("niah_single_1:1024"), of samples. `prompts` are continued as they are,
     `chats` are answered. `wanted_ratio`: the merged model's KL over the control's that the run must
     reach, at the upper end of its interval; the report says whether it does.
     """
@@ -294,7 +291,15 @@ class EvaluateSection(_Section):
     max_new_tokens: int = Field(default=64, ge=1)
     wanted_ratio: float | None = Field(default=None, gt=0)
 
-    _check_tasks = field_validator("tasks")(_known_tasks)
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, tasks: dict[str, int]) -> dict[str, int]:
+        seen: dict[str, str] = {}
+        for name in tasks:
+            check_task(name)
+            if (other := seen.setdefault(short_name(name), name)) != name:
+                raise ValueError(f"{other} and {name} are the same task; drop one")
+        return tasks
 
 
 class Recipe(_Section):

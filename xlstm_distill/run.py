@@ -33,7 +33,9 @@ from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joine
 from .distill import OfRows, distill
 from .errors import UserError
 from .evaluate import passages, questions
-from .evaluate.tasks import find_task
+from .evaluate.gsm8k import GSM8K
+from .evaluate.names import find_task
+from .evaluate.needle import is_needle, needle
 from .layerwise import align_layers, aligned_student, check_room, stream_bytes
 from .linearize import linearize, student_config
 from .lora import Lora
@@ -66,10 +68,17 @@ def derived_seed(seed: int, *names: object) -> int:
 
 
 def check_tasks(recipe: Recipe) -> None:
-    """UserError that names the key if a request set of `evaluate` is not there."""
+    """UserError that names the key if a task of `evaluate` cannot be scored: a request set that is
+    not there, needles that do not fit into their length."""
+    tokenizer = None
+    if any(map(is_needle, recipe.evaluate.tasks)):
+        tokenizer = checkpoints.load(recipe.teacher).tokenizer
     for task in recipe.evaluate.tasks:
         try:
-            find_task(task)
+            if not is_needle(task):
+                find_task("gsm8k" if task == GSM8K else task)
+            elif tokenizer is not None:  # a teacher without one is refused by the run itself
+                needle(task, tokenizer, seed=recipe.seed)
         except UserError as error:
             raise UserError(f"evaluate.tasks: {error}", usage=error.usage) from None
 

@@ -77,17 +77,20 @@ class DecodeState:
         index = np.asarray(rows, dtype=np.int64)
         other = DecodeState(model, len(index), capacity)
         other.lengths[:] = self.lengths[index]
+        full = {f"layers.{n}.{name}" for n in full_attention(model.config) for name in "kv"}
         for mine, theirs in zip(self.tensors.entries, other.tensors.entries, strict=True):
             source, target = self.tensors.view(mine), other.tensors.view(theirs)
-            if mine.shape[1:] == theirs.shape[1:]:
+            if mine.name in full:  # position p lies in slot p, whatever the capacity
+                for n, (row, seen) in enumerate(zip(index, other.lengths, strict=True)):
+                    target[n, :seen] = source[row, :seen]
+            else:
                 np.take(source, index, axis=0, out=target)
-            else:  # full attention that grows: position p lies in slot p before and after
-                target[:, : source.shape[1]] = source[index]
         return other
 
-    def fork(self, model: Model, rows: Sequence[int]) -> DecodeState:
-        """A new state of the given rows; repeats share a prefix, missing rows are dropped."""
-        return self._take(model, rows, self.capacity)
+    def fork(self, model: Model, rows: Sequence[int], capacity: int | None = None) -> DecodeState:
+        """A new state of the given rows, with the same capacity or another one that holds their
+        tokens; repeats share a prefix, missing rows are dropped."""
+        return self._take(model, rows, self.capacity if capacity is None else capacity)
 
     def put(self, rows: Sequence[int], other: DecodeState) -> None:
         """Set the given rows to those of another state: `fork` the other way. Both have room for

@@ -7,6 +7,7 @@ uncertainty    bootstrap draws, intervals, McNemar's test
 wintie         alpha*, coverage, recovery, exact
 compare        teacher, students and controls side by side; comparison.py is what it finds
 evidence       what else is known of the models compared: needles, fidelity, gates, costs
+names          names of tasks: request sets, their variants, patterns
 tasks          request sets: multiple choice, bits per byte; evaluate
 needle         needles in haystacks, made on the spot
 gsm8k          its questions with written answers; generation.py has them written and scored
@@ -22,10 +23,11 @@ from .comparison import Comparison
 from .continuations import Continuations, continuations
 from .divergence import Divergence, divergence
 from .fidelity import Fidelity, fidelity
+from .names import DEFAULT_TASKS
 from .needle import needle_grid
 from .results import read_results, write_results
 from .scores import scores_of
-from .tasks import DEFAULT_TASKS, evaluate, load_task, passages, questions
+from .tasks import evaluate, load_task, passages, questions
 from .uncertainty import Interval, paired_bootstrap
 from .wintie import WinTie, split_groups, win_and_tie
 

@@ -105,6 +105,15 @@ def is_needle(name: str) -> bool:
     return name.partition(":")[0] in TASKS
 
 
+def check_length(name: str) -> int:
+    """The length in a task's name; UserError unless there is one of a token or more."""
+    base, _, text = name.partition(":")
+    if not text.isdecimal() or int(text) < 1:
+        message = f"task {name!r}: expected a length in tokens, as in {base}:4096"
+        raise UserError(message, usage=True)
+    return int(text)
+
+
 def needle(
     name: str,
     tokenizer: ScoringTokenizer,
@@ -118,11 +127,7 @@ def needle(
     haystack: a text file in place of the language reference. Raises UserError for an unknown length
     and where the length is too short for the task or the haystack too short for the length.
     """
-    base, _, text = name.partition(":")
-    if not text.isdecimal() or int(text) < 1:
-        message = f"task {name!r}: expected a length in tokens, as in {base}:4096"
-        raise UserError(message, usage=True)
-    length = int(text)
+    base, length = name.partition(":")[0], check_length(name)
     essay = _sentences(haystack)
     new = _VT_TOKENS if base == "vt" else _NIAH_TOKENS
     most = len(essay) if _uses_text(base) else length

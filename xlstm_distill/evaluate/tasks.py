@@ -2,8 +2,7 @@
 
 `packages.fetch("olmes")` gives a directory with one folder per task and, in it, one per variant
 (`arc_easy/rc_5shot/requests.jsonl.gz`): contexts with their few-shot examples, continuations, gold
-labels. For these a model needs `score_continuations` only; tasks whose answers it writes are
-`needle.py`'s.
+labels. For these a model needs a `scorer` only; tasks whose answers it writes are `needle.py`'s.
 
 Metrics have the names of lm-evaluation-harness:
 
@@ -17,70 +16,41 @@ Metrics have the names of lm-evaluation-harness:
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import gzip
+import itertools
 import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import packages
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from ..json_files import read_json
-from .generation import Questions, Sample, ScoringTokenizer, answers
+from ..scoring import Request
+from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids
 from .gsm8k import GSM8K, gsm8k
-from .needle import TASKS as NEEDLES
+from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name
 from .needle import is_needle, needle
 from .results import passage_of
 from .unfinished import Unfinished
 
-_VARIANTS = {
-    # rc_5shot of piqa, hellaswag and boolq is a subset of val_rc_5shot (the first 1,000 documents).
-    "arc_easy": "rc_5shot",
-    "arc_challenge": "rc_5shot",
-    "piqa": "val_rc_5shot",
-    "hellaswag": "val_rc_5shot",
-    "winogrande": "rc_5shot",
-    "boolq": "val_rc_5shot",
-    "squad": "bpb_5shot",
-    "drop": "bpb_5shot",
-    "coqa": "bpb_0shot",
-    "gsm8k": "gold_bpb_5shot",
-    "minerva_math_algebra": "gold_bpb_0shot",
-    "minerva_math_counting_and_probability": "gold_bpb_0shot",
-    "minerva_math_geometry": "gold_bpb_0shot",
-    "minerva_math_intermediate_algebra": "gold_bpb_0shot",
-    "minerva_math_number_theory": "gold_bpb_0shot",
-    "minerva_math_prealgebra": "gold_bpb_0shot",
-    "minerva_math_precalculus": "gold_bpb_0shot",
-    "mt_mbpp_python": "gold_bpb_3shot",
-}
-DEFAULT_TASKS = tuple(_VARIANTS)
-"""Tasks that `evaluate` takes unless told otherwise; each has a default variant."""
-
-FEEL_THE_WINDOW = ("squad", "drop", "coqa", "gsm8k", "minerva_math_*", "mt_mbpp_python")
-"""Tasks whose answers lie far back: on them a student that lost its context is told from the
-teacher, which on multiple choice it often is not."""
+Logp = NDArray[Any]
 
 _UNCONDITIONAL = 1_000_000
 """Documents from here on repeat the choices after "Answer:" alone, for another normalisation."""
-_REQUESTS = "requests.jsonl.gz"
 _WORTH_SHARING = 12
 """Tokens of a common beginning from which on documents are scored together."""
 _BORDER = 4
 """Tokens left out of a common beginning: near its end the tokens may differ between documents."""
-_LONG_CONTEXT = 128
-"""Tokens of a document's own context from which on its choices are not read with it each."""
-_TOKENS_AT_ONCE = 8192
-"""Most tokens, prefixes counted for every row, of one call: bounds the forked states' memory."""
+_TOKENS_TOGETHER = 2048
+"""Tokens of documents that are scored together, and kept as soon as they are. More of them make the
+rows of a batch more alike in length, but no longer faster (docs/speed.md)."""
 
 
 class ScoringModel(Protocol):
@@ -89,10 +59,9 @@ class ScoringModel(Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
-    def score_continuations(
-        self, context: Sequence[int], continuations: Sequence[Sequence[int]], /
-    ) -> list[NDArray[Any]]:
-        """Log-probability of every token of each continuation after one shared context."""
+    def scorer(self, prefix: Sequence[int], /) -> Callable[[Sequence[Request]], list[list[Logp]]]:
+        """Something that gives the log-probability of every token of each request's continuations.
+        `prefix`: tokens that most contexts begin with, worth reading once."""
 
 
 @dataclass(frozen=True)
@@ -127,72 +96,45 @@ class Task:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def expand_tasks(names: Sequence[str]) -> list[str]:
-    """Task names with `*` patterns expanded: over the default tasks ("minerva_math_*") or, with a
-    length, those of needle.py ("niah_*:4096")."""
-    found: list[str] = []
-    for name in names:
-        base, colon, length = name.partition(":")
-        if is_needle(base) or (colon and fnmatch.filter(NEEDLES, base)):
-            matches = [f"{task}{colon}{length}" for task in fnmatch.filter(NEEDLES, base)]
-        else:
-            matches = fnmatch.filter(_VARIANTS, name) if "*" in name else [name]
-        if not matches:
-            raise UserError(f"task {name!r} matches none of {', '.join(_VARIANTS)}", usage=True)
-        found += [match for match in matches if match not in found]
-    return found
-
-
-def check_name(name: str) -> None:
-    """UserError, with the nearest names, unless `name` is one of a request set with a default
-    variant or names a variant; whether that is there is seen by `find_task` alone."""
-    if name not in _VARIANTS and ":" not in name:
-        near = difflib.get_close_matches(name, _VARIANTS, n=3)
-        known = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(_VARIANTS)}"
-        raise UserError(f"task {name!r} is not known; {known}", usage=True)
-
-
-def find_task(name: str, requests: str | Path | None = None) -> Path:
-    """The directory of a request set; errors and `requests` as for `load_task`."""
-    check_name(name)
-    root = Path(requests) if requests is not None else packages.fetch("olmes")
-    base, _, variant = name.partition(":")
-    folder = root / base / (variant or _VARIANTS.get(base, ""))
-    if not (folder / _REQUESTS).is_file():
-        raise UserError(_not_there(root, base, name), usage=True)
-    return folder
-
-
 def load_task(name: str, requests: str | Path | None = None) -> Task:
-    """Read a request set: "squad" (its default variant) or "arc_easy:rc_0shot".
+    """Read a request set: "squad" (its default variant) or "arc_easy:rc_0shot". The task's name is
+    the one in results.
 
     `requests` is the directory of the request sets (default: `packages.fetch("olmes")`).
     Raises UserError for an unknown task or variant (with those that are there) or a damaged file.
     """
     folder = find_task(name, requests)
-    base, variant = folder.parent.name, folder.name
-    short = base if variant == _VARIANTS.get(base) else f"{base}:{variant}"
-    rows = list(_read_rows(folder / _REQUESTS))
+    rows = list(_read_rows(folder / REQUESTS))
     config_file = folder / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
     try:
         kind, documents = _documents(rows)
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise UserError(f"{folder / _REQUESTS}: not a scorable request set ({error!r})") from None
+        raise UserError(f"{folder / REQUESTS}: not a scorable request set ({error!r})") from None
     if not documents:
-        raise UserError(f"{folder / _REQUESTS}: holds no documents")
-    return Task(short, kind, documents, config)
+        raise UserError(f"{folder / REQUESTS}: holds no documents")
+    return Task(short_name(f"{folder.parent.name}:{folder.name}"), kind, documents, config)
 
 
-def _not_there(root: Path, base: str, name: str) -> str:
-    if not root.is_dir():
-        return f"{root}: no such directory of request sets"
-    if (root / base).is_dir() and base:
-        variants = sorted(p.parent.name for p in (root / base).glob(f"*/{_REQUESTS}"))
-        return f"task {name!r}: {base} has the variants {', '.join(variants)}"
-    known = sorted(p.name for p in root.iterdir() if p.is_dir())
-    near = difflib.get_close_matches(base, known, n=3) or known
-    return f"task {name!r}: there is no request set {base!r} in {root}; there are {', '.join(near)}"
+def open_task(
+    name: str,
+    tokenizer: ScoringTokenizer,
+    limit: int | None = None,
+    seed: int = 0,
+    requests: str | Path | None = None,
+    haystack: str | Path | None = None,
+) -> Task | Questions:
+    """Whatever `evaluate` knows by a name: a request set, or questions whose answers are written.
+
+    Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, and
+    for a length that is too short for its needles or longer than the haystack.
+    """
+    if is_needle(name):
+        return needle(name, tokenizer, limit=limit, seed=seed, haystack=haystack)
+    if name == GSM8K:
+        task = load_task("gsm8k", requests)
+        return gsm8k(task, _subset(task, limit, seed))
+    return load_task(name, requests)
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -327,15 +269,10 @@ def evaluate(
     if getattr(model, "tokenizer", None) is None:
         raise UserError("evaluate: the model has no tokenizer")
 
-    def load(name: str) -> Task | Questions:
-        if is_needle(name):
-            return needle(name, model.tokenizer, limit=limit, seed=seed, haystack=haystack)
-        if name == GSM8K:
-            task = load_task("gsm8k", requests)
-            return gsm8k(task, _subset(task, limit, seed))
-        return load_task(name, requests)
-
-    loaded = [load(name) for name in expand_tasks(tasks)]
+    loaded = [
+        open_task(name, model.tokenizer, limit, seed, requests, haystack)
+        for name in expand_tasks(tasks, requests)
+    ]
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     settings = {"limit": limit, "seed": seed, "max_length": max_length}
@@ -409,18 +346,8 @@ def _subset(task: Task, limit: int | None, seed: int) -> list[Document]:
     return [task.documents[i] for i in chosen]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A continuation to score: which document and pair it is, its context, its tokens."""
-
-    document: int
-    pair: int
-    context: tuple[int, ...]
-    rest: tuple[int, ...]
-
-
-_Call = tuple[tuple[int, ...], list[_Row], list[Document]]
-"""A shared prefix, the rows that are scored together after it, their documents"""
+_Encoded = list[tuple[tuple[int, ...], tuple[int, ...]]]
+"""(context, continuation) of each pair of a document, as tokens"""
 
 
 def _scored_samples(
@@ -433,65 +360,78 @@ def _scored_samples(
 ) -> Iterator[list[Sample]]:
     """Samples of the documents, in order and a batch at a time, behind the first `done`."""
     sample = _gold_sample if task.kind == "bpb" else _choice_sample
+    # What all contexts begin with (the few-shot examples: up to nine tenths of the tokens).
+    prefix = _shared_tokens(model.tokenizer, documents)
+    scorer = model.scorer(prefix)
 
-    def scored(call: _Call) -> list[Sample]:
-        found = _scored(model, *call)
-        samples = [sample(task, d, of) for d, of in zip(call[2], found, strict=True)]
-        for document, kept in zip(call[2], samples, strict=True):
+    def scored(batch: list[tuple[Document, _Encoded]]) -> list[Sample]:
+        samples = []
+        found = _log_likelihoods(scorer, [pairs for _, pairs in batch])
+        for (document, pairs), scores in zip(batch, found, strict=True):
+            for score in scores:
+                if not math.isfinite(score):
+                    raise UserError(f"document {document.doc_id}: log-likelihood is {score}")
+            lengths = [len(rest) for _, rest in pairs]
+            made = sample(task, document, list(zip(scores, lengths, strict=True)))
             if (passage := passage_of(document.fields)) is not None:
-                kept["passage"] = passage
+                made["passage"] = passage
+            samples.append(made)
         return samples
 
-    def later() -> Iterator[_Call]:
-        seen = 0
-        for call in _calls(model.tokenizer, documents, max_length):
-            seen += len(call[2])
-            if call[2] and seen > done:
-                yield call
-
-    return comm.map(scored, later())
+    return comm.map(scored, _together(model.tokenizer, documents[done:], prefix, max_length))
 
 
-def _calls(
-    tokenizer: ScoringTokenizer, documents: Sequence[Document], max_length: int | None
-) -> Iterator[_Call]:
-    """What is scored together: all documents, in order.
-
-    What all contexts begin with (the few-shot examples: up to nine tenths of the tokens) is read
-    once for a batch of documents; the rest of a context is then read as part of its continuation.
-    """
-    prefix = _shared_tokens(tokenizer, documents)
-    batch: list[_Row] = []
-    waiting: list[Document] = []
+def _together(
+    tokenizer: ScoringTokenizer,
+    documents: Sequence[Document],
+    prefix: Sequence[int],
+    max_length: int | None,
+) -> Iterator[list[tuple[Document, _Encoded]]]:
+    """Documents that are scored together: all, in order."""
+    batch: list[tuple[Document, _Encoded]] = []
+    tokens = 0
     for document in documents:
-        rows = _rows(tokenizer, len(waiting), document, max_length)
-        own = max(len(r.context) for r in rows) - len(prefix)
-        together = all(r.context[: len(prefix)] == prefix for r in rows) and own > 0
-        # Several choices after a long context of their own: the context is better read once.
-        if not prefix or not together or (len(rows) > 1 and own > _LONG_CONTEXT):
-            yield prefix, batch, waiting
-            batch, waiting = [], []
-            yield (), [replace(r, document=0) for r in rows], [document]
-            continue
-        longest = max(len(r.context) + len(r.rest) for r in [*batch, *rows])
-        if batch and longest * (len(batch) + len(rows)) > _TOKENS_AT_ONCE:
-            yield prefix, batch, waiting
-            batch, waiting = [], []
-            rows = [replace(r, document=0) for r in rows]
-        batch += rows
-        waiting.append(document)
-    yield prefix, batch, waiting
+        pairs = _encoded(tokenizer, document, max_length)
+        new = _new_tokens(pairs, len(prefix))
+        if batch and tokens + new > _TOKENS_TOGETHER:
+            yield batch
+            batch, tokens = [], 0
+        batch.append((document, pairs))
+        tokens += new
+    if batch:
+        yield batch
 
 
-def _rows(
-    tokenizer: ScoringTokenizer, index: int, document: Document, max_length: int | None
-) -> list[_Row]:
-    encoded = [encode_pair(tokenizer, *pair) for pair in document.pairs]
-    longest = max(len(rest) for _, rest in encoded)
-    return [
-        _Row(index, i, tuple(_fit(context, longest, max_length)), tuple(rest))
-        for i, (context, rest) in enumerate(encoded)
-    ]
+def _encoded(tokenizer: ScoringTokenizer, document: Document, max_length: int | None) -> _Encoded:
+    pairs = [encode_pair(tokenizer, *pair) for pair in document.pairs]
+    longest = max(len(rest) for _, rest in pairs)
+    return [(tuple(_fit(context, longest, max_length)), tuple(rest)) for context, rest in pairs]
+
+
+def _new_tokens(pairs: _Encoded, prefix: int) -> int:
+    """Tokens of a document that are read, behind a prefix of so many: each context once."""
+    contexts = {context for context, _ in pairs}
+    return sum(max(0, len(c) - prefix) for c in contexts) + sum(len(rest) for _, rest in pairs)
+
+
+def _log_likelihoods(
+    scorer: Callable[[Sequence[Request]], list[list[Logp]]], documents: Sequence[_Encoded]
+) -> list[list[float]]:
+    """Of every pair of each document. The pairs of one context are one request."""
+    requests: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
+    places: list[tuple[int, int]] = []  # of pairs: the request, and which of its continuations
+    for pairs in documents:
+        own: dict[tuple[int, ...], int] = {}
+        for context, rest in pairs:
+            if context not in own:
+                own[context] = len(requests)
+                requests.append((context, []))
+            continuations = requests[own[context]][1]
+            places.append((own[context], len(continuations)))
+            continuations.append(rest)
+    found = scorer(requests)
+    totals = iter(float(np.sum(found[i][j], dtype=np.float64)) for i, j in places)
+    return [list(itertools.islice(totals, len(pairs))) for pairs in documents]
 
 
 def _shared_tokens(tokenizer: ScoringTokenizer, documents: Sequence[Document]) -> tuple[int, ...]:
@@ -505,7 +445,7 @@ def _shared_tokens(tokenizer: ScoringTokenizer, documents: Sequence[Document]) -
 
 
 class ReadTokens(NamedTuple):
-    """Tokens that scoring a request set takes: `shared` once, `each` for every document."""
+    """Tokens that scoring a task takes: `shared` once, `each` for every document."""
 
     shared: float
     each: float
@@ -515,43 +455,19 @@ class ReadTokens(NamedTuple):
         return self.shared + self.each * documents if documents else 0.0
 
 
-def read_tokens(tokenizer: ScoringTokenizer, task: Task, measured: int = 8) -> ReadTokens:
-    """What scoring takes, from the first `measured` documents."""
+def read_tokens(
+    tokenizer: ScoringTokenizer, task: Task | Questions, measured: int = 8
+) -> ReadTokens:
+    """What scoring takes, from the first `measured` documents; answers count with all the tokens
+    that they may have, like those that are read."""
+    if isinstance(task, Questions):
+        prompts = [task.question(n).prompt for n in range(min(measured, task.count))]
+        sizes = [len(prompt_ids(tokenizer, p)) + task.max_new_tokens for p in prompts]
+        return ReadTokens(0, float(np.mean(sizes)))
     documents = task.documents[:measured]
     prefix = _shared_tokens(tokenizer, documents)
-    totals = []
-    for document in documents:
-        rows = _rows(tokenizer, 0, document, None)
-        if prefix:
-            totals.append(sum(len(r.context) - len(prefix) + len(r.rest) for r in rows))
-        else:
-            contexts = {r.context for r in rows}
-            totals.append(sum(map(len, contexts)) + sum(len(r.rest) for r in rows))
-    return ReadTokens(len(prefix), float(np.mean(totals)))
-
-
-def _scored(
-    model: ScoringModel,
-    prefix: tuple[int, ...],
-    rows: Sequence[_Row],
-    documents: Sequence[Document],
-) -> Iterator[list[tuple[float, int]]]:
-    """Score the rows of `documents` after one prefix, or each context by itself without one."""
-    groups: dict[tuple[int, ...], list[_Row]] = {}
-    for row in rows:
-        groups.setdefault(prefix or row.context, []).append(row)
-    found: list[dict[int, tuple[float, int]]] = [{} for _ in documents]
-    for shared, members in groups.items():
-        pieces = [[*row.context[len(shared) :], *row.rest] for row in members]
-        scores = model.score_continuations(list(shared), pieces)
-        for row, logp in zip(members, scores, strict=True):
-            total = float(np.sum(logp[-len(row.rest) :], dtype=np.float64))
-            if not math.isfinite(total):
-                name = documents[row.document].doc_id
-                raise UserError(f"document {name}: log-likelihood is {total}")
-            found[row.document][row.pair] = total, len(row.rest)
-    for of_document in found:
-        yield [of_document[i] for i in range(len(of_document))]
+    new = [_new_tokens(_encoded(tokenizer, document, None), len(prefix)) for document in documents]
+    return ReadTokens(len(prefix), float(np.mean(new)))
 
 
 def _choice_sample(task: Task, document: Document, found: list[tuple[float, int]]) -> Sample:

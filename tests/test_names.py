@@ -1,0 +1,88 @@
+"""Names of tasks: variants of request sets, patterns, and what cannot be meant."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from test_tasks import Bigram, request, write_task
+
+from xlstm_distill import packages
+from xlstm_distill.errors import UserError
+from xlstm_distill.evaluate import DEFAULT_TASKS, evaluate, load_task
+from xlstm_distill.evaluate.names import REQUESTS, VARIANTS, expand_tasks, find_task
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    rows = [request(n, 0, f"What is {n}? Answer:", f" {n}", None) for n in range(3)]
+    for name in ("squad/bpb_5shot", "jeopardy/bpb_5shot", "csqa/mc_5shot", "own/mc_5shot"):
+        write_task(tmp_path, name, rows)
+    return tmp_path
+
+
+def test_a_bare_name_is_the_default_variant_and_names_in_results_stay(requests):
+    assert find_task("jeopardy", requests) == requests / "jeopardy/bpb_5shot"
+    # As in result files from before jeopardy had a default variant.
+    for name in ("jeopardy", "jeopardy:bpb_5shot"):
+        assert load_task(name, requests).name == "jeopardy:bpb_5shot"
+        out = evaluate(Bigram(1), [name], requests=requests)
+        assert list(out["results"]) == ["jeopardy:bpb_5shot"]
+    assert load_task("squad:bpb_5shot", requests).name == "squad"
+    assert load_task("own:mc_5shot", requests).name == "own:mc_5shot"
+
+
+def test_patterns_match_over_all_sets_and_variants(requests):
+    assert expand_tasks(["squad", "squad:bpb_5shot", "own:x"]) == ["squad", "own:x"]
+    assert expand_tasks(["jeop*", "jeopardy"]) == ["jeopardy:bpb_5shot"]
+    skills = expand_tasks(["basic_skills_*"])
+    assert len(skills) == 6 and all(name.endswith(":rc_5shot") for name in skills)
+    assert "minerva_math_500:gold_bpb_0shot" in expand_tasks(["minerva_math_*"])
+    assert "minerva_math_algebra" in expand_tasks(["minerva_math_*"])
+    assert len(expand_tasks(["*"])) == len(VARIANTS) > len(DEFAULT_TASKS)
+    assert expand_tasks(["*:mc_5shot"], requests) == ["csqa:mc_5shot", "own:mc_5shot"]
+    assert expand_tasks(["s*:*"], requests) == ["squad"]
+    assert expand_tasks(["*:512"])[-1] == "vt:512"
+    assert expand_tasks(["niah_single_*:512"]) == [f"niah_single_{n}:512" for n in (1, 2, 3)]
+
+
+def test_what_is_not_known_is_refused_with_the_nearest(requests):
+    with pytest.raises(UserError, match="'jeopady' is not known; did you mean jeopardy"):
+        expand_tasks(["jeopady"])
+    with pytest.raises(UserError, match=r"'mmlu\*' matches nothing; there are arc_easy, "):
+        expand_tasks(["mmlu*"])
+    with pytest.raises(UserError, match=r"'jeopady\*' matches nothing; did you mean jeopardy"):
+        expand_tasks(["jeopady*"])
+    with pytest.raises(UserError, match=r"'squad:mc_\*': squad has the variants bpb_5shot"):
+        expand_tasks(["squad:mc_*"], requests)
+    with pytest.raises(
+        UserError, match=r"'niah_\*': expected a length in tokens, as in niah_\*:4096"
+    ):
+        expand_tasks(["niah_*"])
+    with pytest.raises(UserError, match="no such directory of request sets"):
+        expand_tasks(["*:mc_5shot"], requests / "none")
+    with pytest.raises(UserError, match="csqa has the variants mc_5shot"):
+        find_task("csqa", requests)
+
+
+@pytest.mark.real
+def test_default_variants_follow_the_rule():
+    root = packages.fetch("olmes")
+    found = {}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        shots = {}
+        variants = [p.parent.name for p in folder.glob(f"*/{REQUESTS}")]
+        for variant in variants:
+            # test_, val_ and xl_ stand in front of what would be a name by itself, mc_ is letters.
+            if m := re.fullmatch(r"(?:(?:rc|bpb|gold_bpb)_(\d+)shot|10way)", variant):
+                shots[variant] = int(m[1] or 0)
+        found[folder.name] = plain = max(shots, key=shots.__getitem__)
+        if f"val_{plain}" in variants:
+            part, whole = (
+                {d.pairs for d in load_task(f"{folder.name}:{variant}").documents}
+                for variant in (plain, f"val_{plain}")
+            )
+            if part < whole:
+                found[folder.name] = f"val_{plain}"
+    assert found == VARIANTS
