@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -260,6 +261,20 @@ def test_a_run_that_fails_does_not_end_the_sweep(root, tmp_path, capsys):
     values = json.loads((out / "sweep.json").read_text())
     assert list(values["failed"]) == ["lr=1e30,seed=3"]
     assert [len(p["runs"]) for p in values["points"]] == [0, 1]
+
+
+def test_a_run_that_fails_when_it_was_asked_to_stop_ends_the_sweep(root, tmp_path, monkeypatch):
+    """Who stops a sweep and fills the disk with the state that is saved gets no further run."""
+
+    def full(*_: Any, **values: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise UserError("log.jsonl: cannot write: No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "log", full)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.sweep(sweeps.grid(root / "recipe.yaml", [VARY]), out)
+    assert (out / NAMES[0]).is_dir() and not (out / NAMES[1]).exists()
 
 
 # ---- the results --------------------------------------------------------------------------------

@@ -273,16 +273,18 @@ def sweep(points: Sequence[Point], out: str | Path, reporter: Reporter | None = 
     _check(recipes)
     with RunDirectory(out) as held:  # its lock alone: one sweep at a time works here
         failed: dict[str, str] = {}
+        interrupt = Interrupt()
         turns = itertools.chain.from_iterable(zip(*(p.runs for p in points), strict=True))
         for number, name in enumerate(turns, start=1):
             place = held.path / name
             if not (place / "report" / "report.json").is_file():
                 reporter.note(f"run {number} of {len(recipes)}: {name}")
                 try:
-                    _run(place, recipes, reporter)
+                    _run(place, recipes, reporter, interrupt)
                 except (UserError, FloatingPointError, MemoryError) as error:
                     failed[name] = " ".join(str(error).split()) or "out of memory"
                     reporter.note(f"{name} failed: {failed[name]}")
+                    interrupt.check()  # a run that was asked to stop may fail while it saves
             found = results(points, held.path, failed)
             write_text(held.path / RESULTS, _json(found))
         _plot(found, held.path / PLOT)
@@ -322,8 +324,9 @@ def _files(recipe: Recipe) -> Iterator[str]:
                 yield source.prompts
 
 
-def _run(place: Path, recipes: dict[Path, Recipe], reporter: Reporter) -> None:
-    interrupt = Interrupt()
+def _run(
+    place: Path, recipes: dict[Path, Recipe], reporter: Reporter, interrupt: Interrupt
+) -> None:
     with interrupt.listening(), RunDirectory(place) as directory:
         recipe = directory.begin(recipes[place])
         for part, other in _share(directory, recipe, recipes).items():
