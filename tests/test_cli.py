@@ -161,6 +161,29 @@ def test_threads_of_the_environment(variables, threads):
     assert done.stdout.split() == [str(threads), next(k for k, v in variables.items() if v)]
 
 
+@pytest.mark.parametrize("variables", [{}, {"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "active"}])
+def test_how_threads_wait_is_the_users(variables):
+    """The core is loaded with short spins where nobody asked for others, and the environment, which
+    programs inherit that are started from here, is as before."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    program = (
+        "import os, xlstm_distill.runtime\n"
+        f"print({{n: os.environ[n] for n in {names} if n in os.environ}})"
+    )
+    plain = {k: v for k, v in os.environ.items() if k not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**plain, "PYTHONPATH": PACKAGE, "OMP_DISPLAY_ENV": "VERBOSE", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(variables)
+    if "GOMP_SPINCOUNT = " in done.stderr:  # libgomp says what it read; other runtimes do not
+        wanted = variables.get("GOMP_SPINCOUNT", "10000")
+        assert ("OMP_WAIT_POLICY" in variables) or f"GOMP_SPINCOUNT = '{wanted}'" in done.stderr
+
+
 def json_of(capsys, *arguments):
     status, out, err = call(capsys, *arguments, "--json")
     assert status == 0, err

@@ -4,19 +4,44 @@ The C sources are built twice (csrc/base/real.h): `_core_f32` does the work, `_c
 sharp gradient checks. Everything else in the package asks `core(dtype)` and never names a module.
 
 Environment: ``XLSTM_DISTILL_THREADS``, or else ``OMP_NUM_THREADS``, and ``XLSTM_DISTILL_ISA``
-override what is chosen.
+override what is chosen; ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` how threads wait for each other.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-import xlstm_distill._core_f32 as _core_f32
-import xlstm_distill._core_f64 as _core_f64
+
+@contextmanager
+def _short_spins() -> Iterator[None]:
+    """Let threads that wait for others spin for about a quarter of a millisecond, then sleep.
+
+    libgomp's own value is thirty times that where there are as many threads as processors, and
+    then two programs like this one spin each other's time slices away: side by side on two cores a
+    forward pass of 128 tokens took 0.9 to 3.9 s, with this value 0.6 to 0.8, and alone 0.27 either
+    way (docs/speed.md). libgomp reads the variable once, when it is loaded with the core; then it
+    is taken back, so that programs that are started from here and other OpenMP runtimes of the
+    process keep their own.
+    """
+    if any(name in os.environ for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")):
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = "10000"
+    try:
+        yield
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+
+
+with _short_spins():
+    import xlstm_distill._core_f32 as _core_f32
+    import xlstm_distill._core_f64 as _core_f64
 
 _MODULES: tuple[ModuleType, ...] = (_core_f32, _core_f64)
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
