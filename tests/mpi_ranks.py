@@ -246,12 +246,12 @@ def script(where: str, requests: Path) -> None:
         write_arithmetic(requests)
     comm.barrier()
     model = tiny_run.teacher()
-    scored = model.score_continuations
+    scorer = model.scorer
 
-    def score(*arguments: Any) -> Any:
+    def failing_scorer(*arguments: Any) -> Any:
         if where == "model" and comm.rank == 1:
             raise UserError("a model that fails")
-        return scored(*arguments)
+        return scorer(*arguments)
 
     def progress(_: str, done: int, total: int) -> None:
         if where == "disk" and comm.first:
@@ -259,7 +259,7 @@ def script(where: str, requests: Path) -> None:
         if where == "interrupt" and comm.rank == 1:
             signal.raise_signal(signal.SIGINT)
 
-    model.score_continuations = score  # type: ignore[method-assign]
+    model.scorer = failing_scorer  # type: ignore[method-assign]
     evaluate(model, ["arc_easy"], requests=requests, progress=progress, comm=comm)
     evaluate(model, ["arc_easy"], requests=requests, comm=comm)
 

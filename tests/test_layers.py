@@ -87,6 +87,7 @@ LEVELS = [
         "training",
     ],
     ["model", "generate"],
+    ["scoring"],
     ["state"],
     ["parameters"],
     ["ops"],

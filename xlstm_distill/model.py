@@ -11,7 +11,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -23,11 +23,9 @@ from .families import FAMILIES
 from .parameters import Parameters, aligned_bytes, digest_of
 from .rows import IntArray, checked_ids, checked_lengths, checked_reset, next_tokens, positions
 from .runtime import core
+from .scoring import Scorer
 from .state import DecodeState, state_capacity
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from .scoring import Scorer
 
 FloatArray = NDArray[np.float32]
 Compute = Literal["f32", "mixed", "bf16", "int8"]
@@ -395,8 +393,6 @@ class Model:
 
     def scorer(self, prefix: Sequence[int] = ()) -> Scorer:
         """Scores continuations of many contexts (scoring.py); `prefix`: what most begin with."""
-        from .scoring import Scorer
-
         return Scorer(self, prefix)
 
     def topk_continuations(

@@ -80,7 +80,9 @@ class DecodeState:
         full = {f"layers.{n}.{name}" for n in full_attention(model.config) for name in "kv"}
         for mine, theirs in zip(self.tensors.entries, other.tensors.entries, strict=True):
             source, target = self.tensors.view(mine), other.tensors.view(theirs)
-            if mine.name in full:  # position p lies in slot p, whatever the capacity
+            # Position p lies in slot p of full attention, whatever the capacity, and of a window
+            # that is wider than one of the two states: nothing in it was overwritten yet.
+            if mine.name in full or mine.shape[1:] != theirs.shape[1:]:
                 for n, (row, seen) in enumerate(zip(index, other.lengths, strict=True)):
                     target[n, :seen] = source[row, :seen]
             else:
