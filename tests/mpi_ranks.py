@@ -267,8 +267,9 @@ def script(where: str, requests: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "script":
         script(sys.argv[2], Path(sys.argv[3]))
-    if sys.argv[1] == "failing":
+    elif sys.argv[1] == "failing":
         failing(sys.argv[2], int(sys.argv[3]), sys.argv[4:])
-    for check in (communicator, sums, optimiser, tasks):
-        check(Path(sys.argv[1]))
+    else:
+        for check in (communicator, sums, optimiser, tasks):
+            check(Path(sys.argv[1]))
     print("done", flush=True)
