@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,16 +20,20 @@ import pytest
 import tiny_run
 import yaml
 
-from xlstm_distill import packages
+from xlstm_distill import packages, runtime
 from xlstm_distill import sweep as sweeps
 from xlstm_distill.cli import main, parser
+from xlstm_distill.communicator import Communicator
 from xlstm_distill.errors import UserError
+from xlstm_distill.processes import RunProcess
+from xlstm_distill.progress import Reporter
 from xlstm_distill.recipe import load_recipe, shipped_recipes
 from xlstm_distill.run import run
 from xlstm_distill.rundir import RunDirectory
 
 VARY = "distill.ce_weight/distill.kl_weight=.1/.9,1/0"
 LOSSES = ("ce_weight=0.1,kl_weight=0.9", "ce_weight=1,kl_weight=0")
+TWO_THREADS = {**os.environ, "XLSTM_DISTILL_THREADS": "2"}
 NAMES = [f"{loss},seed={seed}" for seed in (3, 4) for loss in LOSSES]
 
 
@@ -212,18 +217,20 @@ def test_a_sweep_that_is_stopped_while_sharing_continues(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["student0", "experts"])
-def test_a_sweep_that_is_killed_continues(root, swept, tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "at_once"), [("student0", "1"), ("experts", "1"), ("experts", "2")]
+)
+def test_a_sweep_that_is_killed_continues(root, swept, tmp_path, place, at_once):
     out, _, expected = swept
     again = tmp_path / "again"
     command = [sys.executable, "-m", "xlstm_distill", "sweep", str(root / "recipe.yaml")]
-    command += ["--out", str(again), "--vary", VARY, "--seeds", "2"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as child:
+    command += ["--out", str(again), "--vary", VARY, "--seeds", "2", "--at-once", at_once]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=TWO_THREADS) as child:
         while child.poll() is None and not (again / NAMES[1] / place).exists():
             time.sleep(0.002)
         child.kill()
     assert child.returncode == -signal.SIGKILL
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=TWO_THREADS)
     assert json.loads((again / "sweep.json").read_text())["points"] == expected["points"]
     for name in NAMES:
         assert bits(again / name) == bits(out / name)
@@ -275,6 +282,196 @@ def test_a_run_that_fails_when_it_was_asked_to_stop_ends_the_sweep(root, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         sweeps.sweep(sweeps.grid(root / "recipe.yaml", [VARY]), out)
     assert (out / NAMES[0]).is_dir() and not (out / NAMES[1]).exists()
+
+
+# ---- several runs at once -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads():
+    before = runtime.threads()
+    runtime.set_threads(2)
+    yield
+    runtime.set_threads(before)
+
+
+@pytest.fixture(scope="module")
+def at_once(root):
+    """The runs of `swept`, two at a time."""
+    out, stderr = root / "at once", root / "stderr"
+    command = [sys.executable, "-m", "xlstm_distill", "sweep", str(root / "recipe.yaml")]
+    command += ["--out", str(out), "--vary", VARY, "--seeds", "2", "--at-once", "2"]
+    with stderr.open("w") as file:
+        subprocess.run(command, check=True, stdout=file, stderr=file, env=TWO_THREADS)
+    return out, stderr.read_text()
+
+
+@pytest.mark.slow
+def test_runs_at_once_are_the_same_bits(swept, at_once):
+    out, _, expected = swept
+    assert json.loads((at_once[0] / "sweep.json").read_text())["points"] == expected["points"]
+    for name in NAMES:
+        assert bits(at_once[0] / name) == bits(out / name)
+
+
+@pytest.mark.slow
+def test_runs_at_once_make_what_they_share_once(at_once):
+    out, _ = at_once
+    made: list[tuple[str, str]] = []
+    for name in NAMES:
+        with RunDirectory(out / name) as directory:
+            made += [
+                (line["stage"], name.split(",")[-1])
+                for line in directory.read_log()
+                if line.get("event") == "done" and "taken_from" not in line
+            ]
+    for stage in ("data notes", "data general", "linearize", "align", "targets notes"):
+        seeds = [seed for own, seed in made if own == stage]
+        assert seeds == (["seed=3"] if stage == "linearize" else ["seed=3", "seed=4"])
+
+
+@pytest.mark.slow
+def test_runs_at_once_say_which_one_speaks(at_once):
+    _, said = at_once
+    lines = said.splitlines()
+    for number, name in enumerate(NAMES, start=1):
+        assert f"run {number} of 4: {name}" in lines and f"{name} is done" in lines
+        assert any(re.match(f"{re.escape(name)}: fidelity at 64: 6/6", line) for line in lines)
+
+
+def wait_for(what, child: subprocess.Popen) -> None:
+    until = time.monotonic() + 60
+    while not what():
+        assert child.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_runs_at_once_are_saved_when_the_sweep_is_stopped(root, tmp_path, number):
+    command = [sys.executable, "-m", "xlstm_distill", "sweep", str(root / "recipe.yaml")]
+    command += ["--out", str(tmp_path), "--vary", VARY, "--at-once", "2"]
+    command += ["--set", "distill.steps=100000", "--set", "targets.online=true"]
+
+    def steps() -> list[int]:
+        logs = [RunDirectory(tmp_path / name).steps("distill general") for name in NAMES[:2]]
+        return [log[-1]["step"] if log else 0 for log in logs]
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, env=TWO_THREADS, start_new_session=True
+    ) as child:
+        wait_for(lambda: min(steps()) > 3, child)
+        os.killpg(child.pid, number)  # as a terminal does
+        _, error = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert error.splitlines()[-1].startswith(b"xlstm-distill: error: stopped; the same command")
+    assert b"failed" not in error and not (tmp_path / "sweep.json").exists()
+    for name in NAMES[:2]:
+        with RunDirectory(tmp_path / name):  # nobody works there any more
+            assert (tmp_path / name / "experts" / "general.state").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_at_once_that_fails_does_not_end_the_others(root, tmp_path, capsys, two_threads):
+    arguments = ["sweep", str(root / "recipe.yaml"), "--out", str(tmp_path), "--at-once", "2"]
+    arguments += ["--set", "distill.steps=2", "--vary", "align.lr=1e30,0.02,0.01"]
+    assert main(arguments) == 1
+    found = capsys.readouterr()
+    assert "1 of 3 runs failed; lr=1e30,seed=3: " in found.err.splitlines()[-1]
+    values = json.loads((tmp_path / "sweep.json").read_text())
+    assert list(values["failed"]) == ["lr=1e30,seed=3"]
+    assert not values["failed"]["lr=1e30,seed=3"].startswith("xlstm-distill")
+    assert [len(p["runs"]) for p in values["points"]] == [0, 1, 1]
+    # The teacher's targets do not depend on the rate, and are made once.
+    assert same_file(tmp_path, "targets/notes/manifest.json", "lr=0.02,seed=3", "lr=0.01,seed=3")
+
+
+@pytest.mark.slow
+def test_why_a_process_failed(tmp_path):
+    said: list[str] = []
+    process = RunProcess(tmp_path / "none", "run", 1, said.append)
+    while not process.ended:
+        time.sleep(0.02)
+    process.close()
+    assert said == [f"xlstm-distill: error: {process.failure}"] and not process.trace
+    assert "none/recipe.yaml: cannot read" in process.failure
+    process = RunProcess(tmp_path / "none", "run", 1, said.append)
+    process.close()
+    assert process.failure == "ended by SIGKILL" and not process.stopped
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(0, "expected at least 1"), (3, "there are 2 threads to share")]
+)
+def test_how_many_runs_at_once_are_refused(
+    root, tmp_path, capsys, monkeypatch, two_threads, count, message
+):
+    out = tmp_path / "out"
+    arguments = ["sweep", str(root / "recipe.yaml"), "--out", str(out), "--at-once", str(count)]
+    assert main(arguments) == 2 and not out.exists()
+    assert f"--at-once {count}: {message}" in capsys.readouterr().err
+
+
+def test_ranks_do_not_do_several_runs_at_once(root, tmp_path, monkeypatch, two_threads):
+    ranks = Communicator()
+    ranks.size = 2
+    monkeypatch.setattr(sweeps, "world", lambda: ranks)
+    with pytest.raises(UserError, match="--at-once 2: start the sweep without mpirun"):
+        sweeps.sweep(sweeps.grid(root / "recipe.yaml", [VARY]), tmp_path / "out", at_once=2)
+
+
+def agenda_of(root: Path, out: Path, vary: list[str]) -> tuple[list[Path], sweeps._Agenda]:
+    points = sweeps.grid(root / "recipe.yaml", vary)
+    recipes = {out / name: recipe for p in points for name, recipe in p.runs.items()}
+    return list(recipes), sweeps._Agenda(recipes)
+
+
+def log(place: Path, stage: str, **values: Any) -> None:
+    with RunDirectory(place) as directory:
+        directory.log(stage, **values)
+
+
+def test_a_run_goes_as_far_as_no_other_makes_what_it_wants(root, tmp_path):
+    """Stage I is another one for each rate, the teacher's targets are those of all."""
+    (a, b), agenda = agenda_of(root, tmp_path, ["align.lr=1,2"])
+    assert agenda.until(a, {}) == "report"
+    assert agenda.until(b, {a: "report"}) is None  # it waits for the text
+    for stage in ("data general", "data notes", "linearize"):
+        log(a, stage, event="done")
+    agenda.look(a)
+    assert agenda.until(b, {a: "report"}) == "align"
+    agenda.look(b, "align")
+    assert agenda.until(b, {a: "report"}) is None
+    assert agenda.until(b, {a: "align"}) == "report"
+    assert agenda.until(b, {}) == "report"
+
+
+def test_nobody_waits_for_what_a_run_has_nothing_to_do_for(root, tmp_path):
+    """Targets of a domain that no row is drawn from are never made."""
+    (a, b), agenda = agenda_of(root, tmp_path, ["distill.lr=1,2"])
+    for stage in ("data general", "data notes", "linearize", "align", "targets general"):
+        log(a, stage, event="done")
+    agenda.look(a)
+    assert agenda.until(b, {a: "report"}) is None
+    log(a, "distill general", step=1)
+    agenda.look(a)
+    assert agenda.until(b, {a: "report"}) == "report"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_each_of_several_runs_has_its_line(terminal):
+    stream = io.StringIO()
+    reporter = Reporter(stream=stream)
+    reporter.console._force_terminal = terminal
+    with reporter.side_by_side() as show:
+        for name in ("a", "b"):
+            show(name, "stage I: 1/6")
+        show("a", "stage I: 2/6")
+        show("a", "")
+        show("b", "stage I: 3/6")
+    text = re.sub("\x1b[^A-Za-z]*[A-Za-z]", "", stream.getvalue())
+    assert ("a: stage I: 2/6" in text.splitlines()) != terminal
+    assert "stage I: 3/6" in text.strip().splitlines()[-1]
 
 
 # ---- the results --------------------------------------------------------------------------------

@@ -92,6 +92,13 @@ def _add_runs(add: _Add) -> None:
         help="values of a key; keys that change together: KEY/OTHER=V1/W1,V2/W2",
     )
     p.add_argument("--seeds", type=int, default=1, help="runs of each point (%(default)s)")
+    p.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at the same time, each with 1/N of the threads (%(default)s)",
+    )
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
     p = add("recipes", "the recipes that come with the package", commands.recipes)
     p.add_argument("name", nargs="?", help="print this one")

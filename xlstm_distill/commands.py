@@ -117,7 +117,7 @@ def _finished(arguments: Arguments, out: Path, seconds: float) -> Result:
 def sweep(arguments: Arguments) -> Result:
     """A grid of recipes with a table of what came out."""
     points = sweeps.grid(arguments.recipe, arguments.vary, arguments.seeds, arguments.set)
-    found: Result = sweeps.sweep(points, arguments.out, Reporter())
+    found: Result = sweeps.sweep(points, arguments.out, Reporter(), arguments.at_once)
     if not arguments.json:
         Console().print(sweeps.table(found))
     place = Path(arguments.out) / sweeps.RESULTS

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 Metrics = Mapping[str, Any]
 
@@ -47,6 +54,33 @@ class Reporter:
         """A function that shows metrics as they come."""
         with self._bars({title: title}) as update:
             yield update[title]
+
+    @contextmanager
+    def side_by_side(self) -> Iterator[Callable[[str, str], None]]:
+        """A function that shows what each of several runs says: (name of the run, a line; "" once
+        it is over). On a terminal each has one line, which changes; otherwise lines follow each
+        other, each with its run. It may be called from any thread."""
+        if self.quiet:
+            yield lambda name, line: None
+        elif self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                TextColumn("{task.fields[line]}", markup=False),
+            )
+            with Progress(*columns, console=self.console) as progress:
+                tasks: dict[str, TaskID] = {}
+
+                def show(name: str, line: str) -> None:
+                    if line:
+                        if name not in tasks:
+                            tasks[name] = progress.add_task(name, line=line)
+                        progress.update(tasks[name], line=line)
+                    elif name in tasks:
+                        progress.remove_task(tasks.pop(name))
+
+                yield show
+        else:
+            yield lambda name, line: self.note(f"{name}: {line}") if line else None
 
     @contextmanager
     def _bars(self, titles: Mapping[str, str]) -> Iterator[dict[str, Callable[[Metrics], None]]]:

@@ -18,8 +18,11 @@ import os
 import re
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +30,17 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from . import checkpoints
+from . import checkpoints, runtime
 from .assess import CONTROL, MERGED, read_piece
 from .atomic import atomic_directory, write_text
+from .communicator import world
 from .errors import UserError
 from .evaluate import Fidelity
 from .linearize import student_config
+from .processes import RunProcess
 from .progress import Reporter
 from .recipe import Recipe, first_difference, make_recipe, read_values, set_key
-from .run import Run, check_tasks
+from .run import STAGES, Run, check_tasks
 from .rundir import Interrupt, RunDirectory
 from .trackers import check_installed
 
@@ -46,6 +51,8 @@ RESULTS, PLOT = "sweep.json", "sweep.svg"
 _METRICS = ("kl", "agree", "perplexity")
 _ALL = "all"
 """Name of the mean of the domains in tables."""
+_POLL = 0.5
+"""Seconds between two looks at the runs that go on at the same time."""
 _SAFE = re.compile(r"[A-Za-z0-9._+-]{1,40}")
 
 
@@ -178,6 +185,16 @@ class _Part:
     log: tuple[str, ...]
     depends: dict[str, Any]
 
+    @property
+    def stage(self) -> int:
+        """Its stage's place in STAGES."""
+        return STAGES.index(self.log[-1].split()[0])
+
+    @cached_property
+    def key(self) -> str:
+        """The same for the same part of two runs."""
+        return json.dumps((self.place, self.depends), sort_keys=True)
+
 
 def _parts(recipe: Recipe) -> Iterator[_Part]:
     """What a run can take from another one whose recipe agrees in `depends`.
@@ -258,37 +275,63 @@ def _link(source: str, target: str) -> None:
 # ---- the runs -----------------------------------------------------------------------------------
 
 
-def sweep(points: Sequence[Point], out: str | Path, reporter: Reporter | None = None) -> Any:
+def sweep(
+    points: Sequence[Point],
+    out: str | Path,
+    reporter: Reporter | None = None,
+    at_once: int = 1,
+) -> Any:
     """Do all runs of a grid in `out` that are not done, and return the results (`results`).
+
+    at_once: so many runs go on at the same time, each in a process of its own with its share of the
+    threads; one goes on in this process. The results are the same, bit for bit.
 
     Seeds come one after the other, so that all points have their first run early. A run that fails
     is noted in the results and the others go on; Ctrl-C ends the sweep. Raises UserError before
-    anything starts if `out` holds a run of another recipe, or if a teacher, a file or a request
-    set of any point is not there.
+    anything starts if `out` holds a run of another recipe, if a teacher, a file or a request
+    set of any point is not there, or if there are not as many threads as runs at once.
     """
     reporter = reporter or Reporter()
+    _check_at_once(at_once)
     if RunDirectory(out).has_recipe:
         raise UserError(f"{out}: is a run directory; choose another --out", usage=True)
     recipes = {Path(out) / name: recipe for p in points for name, recipe in p.runs.items()}
     _check(recipes)
     with RunDirectory(out) as held:  # its lock alone: one sweep at a time works here
-        failed: dict[str, str] = {}
-        interrupt = Interrupt()
         turns = itertools.chain.from_iterable(zip(*(p.runs for p in points), strict=True))
-        for number, name in enumerate(turns, start=1):
-            place = held.path / name
-            if not (place / "report" / "report.json").is_file():
-                reporter.note(f"run {number} of {len(recipes)}: {name}")
-                try:
-                    _run(place, recipes, reporter, interrupt)
-                except (UserError, FloatingPointError, MemoryError) as error:
-                    failed[name] = " ".join(str(error).split()) or "out of memory"
-                    reporter.note(f"{name} failed: {failed[name]}")
-                    interrupt.check()  # a run that was asked to stop may fail while it saves
-            found = results(points, held.path, failed)
-            write_text(held.path / RESULTS, _json(found))
+        left = {
+            held.path / name: f"run {number} of {len(recipes)}: {name}"
+            for number, name in enumerate(turns, start=1)
+            if not _finished(held.path / name)
+        }
+        failed: dict[str, str] = {}
+        if at_once == 1:
+            ended = _one_by_one(left, recipes, reporter)
+        else:
+            ended = _side_by_side(left, recipes, reporter, at_once)
+        with closing(ended):
+            for place, failure in ended:
+                if failure:
+                    failed[place.name] = failure
+                write_text(held.path / RESULTS, _json(results(points, held.path, failed)))
+        found = results(points, held.path, failed)
+        write_text(held.path / RESULTS, _json(found))
         _plot(found, held.path / PLOT)
     return found
+
+
+def _check_at_once(at_once: int) -> None:
+    where = f"--at-once {at_once}"
+    if at_once < 1:
+        raise UserError(f"{where}: expected at least 1", usage=True)
+    if at_once > runtime.threads():
+        raise UserError(f"{where}: there are {runtime.threads()} threads to share", usage=True)
+    if at_once > 1 and world().size > 1:
+        raise UserError(f"{where}: start the sweep without mpirun", usage=True)
+
+
+def _finished(place: Path) -> bool:
+    return (place / "report" / "report.json").is_file()
 
 
 def _check(recipes: dict[Path, Recipe]) -> None:
@@ -324,15 +367,147 @@ def _files(recipe: Recipe) -> Iterator[str]:
                 yield source.prompts
 
 
-def _run(
-    place: Path, recipes: dict[Path, Recipe], reporter: Reporter, interrupt: Interrupt
-) -> None:
-    with interrupt.listening(), RunDirectory(place) as directory:
-        recipe = directory.begin(recipes[place])
-        for part, other in _share(directory, recipe, recipes).items():
-            reporter.note(f"{part} is that of {other.name}")
-        interrupt.check()
-        Run(directory, recipe, reporter, interrupt).execute()
+# Runs that are left, in order, each with the note that it begins with; they become pairs of a run
+# and why it failed, empty if it did not.
+_Left = dict[Path, str]
+_Ended = Generator[tuple[Path, str], None, None]
+
+
+def _one_by_one(left: _Left, recipes: dict[Path, Recipe], reporter: Reporter) -> _Ended:
+    interrupt = Interrupt()
+    for place, note in left.items():
+        reporter.note(note)
+        failure = ""
+        try:
+            with interrupt.listening(), RunDirectory(place) as directory:
+                recipe = _begin(directory, recipes, reporter)
+                interrupt.check()
+                Run(directory, recipe, reporter, interrupt).execute()
+        except (UserError, FloatingPointError, MemoryError) as error:
+            failure = " ".join(str(error).split()) or "out of memory"
+            reporter.note(f"{place.name} failed: {failure}")
+            interrupt.check()  # a run that was asked to stop may fail while it saves
+        yield place, failure
+
+
+def _begin(directory: RunDirectory, recipes: dict[Path, Recipe], reporter: Reporter) -> Recipe:
+    """Begin a run, or take it up, and give it what others have for it; its recipe."""
+    recipe = directory.begin(recipes[directory.path])
+    for part, other in _share(directory, recipe, recipes).items():
+        reporter.note(f"{directory.path.name}: {part} is that of {other.name}")
+    return recipe
+
+
+# ---- several at once ----------------------------------------------------------------------------
+
+
+class _Agenda:
+    """Which runs can go on, and how far, so that no part is made by two of them."""
+
+    def __init__(self, recipes: dict[Path, Recipe]) -> None:
+        self._ahead = {place: list(_parts(recipe)) for place, recipe in recipes.items()}
+        self._made: set[str] = set()
+        for place in recipes:
+            self.look(place)
+
+    def look(self, place: Path, until: str | None = None) -> None:
+        """Learn from its log what a run has made. until: the stage with which a process of this run
+        came to its end; not every stage up to it had something to do."""
+        ahead = self._ahead[place]
+        if not ahead:
+            return
+        lines = RunDirectory(place).read_log()
+        done = {line["stage"] for line in lines if line.get("event") == "done"}
+        self._made |= {part.key for part in ahead if part.log[-1] in done}
+        own = {line["stage"].split()[0] for line in lines if "taken_from" not in line}
+        at = max((STAGES.index(stage) for stage in own if stage in STAGES), default=0)
+        if until is not None:
+            at = max(at, STAGES.index(until) + 1)
+        self._ahead[place] = [p for p in ahead if p.log[-1] not in done and p.stage >= at]
+
+    def until(self, place: Path, active: Mapping[Path, str]) -> str | None:
+        """The stage up to which a run can go now: before the first part that it wants and an active
+        run (place -> the stage that it goes to) makes. None: it has to wait."""
+        busy = {
+            part.key
+            for other, until in active.items()
+            for part in self._ahead[other]
+            if part.stage <= STAGES.index(until)
+        }
+        wanted = [part for part in self._ahead[place] if part.key not in self._made]
+        end = min((part.stage for part in wanted if part.key in busy), default=len(STAGES))
+        if end < len(STAGES) and all(part.stage >= end for part in wanted):
+            return None
+        return STAGES[end - 1]
+
+
+def _side_by_side(
+    left: _Left, recipes: dict[Path, Recipe], reporter: Reporter, at_once: int
+) -> _Ended:
+    interrupt, agenda = Interrupt(), _Agenda(recipes)
+    threads = runtime.threads() // at_once
+    notes, waiting = dict(left), set(left)
+    active: dict[Path, str] = {}
+    processes: dict[Path, RunProcess] = {}
+
+    def start(place: Path, until: str) -> None:
+        waiting.discard(place)
+        if note := notes.pop(place, ""):
+            reporter.note(note)
+        with RunDirectory(place) as directory:
+            _begin(directory, recipes, reporter)
+        command = "run" if until == STAGES[-1] else until
+        processes[place] = RunProcess(place, command, threads, partial(show, place.name))
+        active[place] = until
+
+    def end(place: Path) -> str | None:
+        """What came of a run whose process is over: why it failed, or empty if it is done; None if
+        it is neither."""
+        process, until = processes.pop(place), active.pop(place)
+        process.close()
+        show(place.name, "")
+        agenda.look(place, None if process.failure else until)
+        if _finished(place):
+            reporter.note(f"{place.name} is done")
+            return ""
+        if not process.failure:
+            waiting.add(place)
+        elif not (interrupt.asked and process.stopped):
+            if process.trace:
+                reporter.note(process.trace)
+            reporter.note(f"{place.name} failed: {process.failure}")
+            return process.failure
+        return None
+
+    with interrupt.listening(), reporter.side_by_side() as show:
+        try:
+            asked = False
+            while active or (waiting and not interrupt.asked):
+                for place in left:  # in the order of the turns
+                    if interrupt.asked or len(active) == at_once:
+                        break
+                    until = agenda.until(place, active) if place in waiting else None
+                    if until is not None:
+                        try:
+                            start(place, until)
+                        except UserError as error:
+                            reporter.note(f"{place.name} failed: {error}")
+                            yield place, str(error)
+                time.sleep(_POLL)
+                for place in [p for p in active if processes[p].ended]:
+                    failure = end(place)
+                    if failure is not None:
+                        yield place, failure
+                if interrupt.asked and not asked:
+                    asked = True
+                    for process in processes.values():
+                        process.stop()
+                for place in active if waiting else ():
+                    agenda.look(place)
+        finally:  # after a second Ctrl-C they end where they are
+            for process in processes.values():
+                process.close()
+    interrupt.check()
 
 
 # ---- the results --------------------------------------------------------------------------------
