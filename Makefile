@@ -36,10 +36,21 @@ help: ## this list
 
 # ---- set-up --------------------------------------------------------------------------------------
 
+# What to install is Debian's names for what is missing, all in one line.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "$(PYTHON) is older than 3.11: name a newer one, make PYTHON=python3.12 ..." >&2; exit 1; }
-	@command -v cc >/dev/null || { echo "no C compiler: install gcc (apt-get install gcc)" >&2; exit 1; }
+	    { echo "$(PYTHON) is missing or older than 3.11: name a newer one, make PYTHON=python3.12 ..." >&2; exit 1; }
+	@python=$$($(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])'); words=""; packages=""; \
+	need() { words="$$words$${words:+, }$$1"; packages="$$packages $$2"; }; \
+	cc=$${CC:-cc}; program() { printf '#include <math.h>\n%s\nint main(void) { return 0; }\n' "$$2" | \
+	    $$cc $$1 -x c - -o /dev/null 2>/dev/null; }; \
+	if ! program "" ""; then need "a C compiler with its library" "gcc libc6-dev"; \
+	elif ! program -fopenmp '#include <omp.h>'; then need "OpenMP for $$cc" \
+	    "$$($$cc --version | grep -q clang && echo libomp-dev || echo gcc)"; fi; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || \
+	    need "Python's headers" "$$python-dev"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || need "Python's venv" "$$python-venv"; \
+	[ -z "$$words" ] || { echo "missing: $$words (apt-get install$$packages)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "setuptools>=68" "numpy>=2.0"
 	@touch $@
@@ -68,7 +79,7 @@ setup-test: $(VENV)/.tested $(VENV)/.built ## the same with what tests and lint 
 
 # ---- the demonstration ---------------------------------------------------------------------------
 
-demo: setup ## a real transformer becomes a hybrid xLSTM student, with a report (MINUTES=30)
+demo: setup ## a real transformer becomes a hybrid xLSTM student, with a report (MINUTES=30 OUT=runs/quickstart)
 	$(BIN)/xlstm-distill quickstart --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES))
 
 # ---- tests ---------------------------------------------------------------------------------------

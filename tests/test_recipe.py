@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import tiny_run
 import yaml
 
+from xlstm_distill import packages
 from xlstm_distill.budget import (
     Rates,
     calibrate,
     estimate,
+    estimate_room,
     evaluation_seconds,
     fidelity_seconds,
 )
@@ -21,7 +26,7 @@ from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import DEFAULT_TASKS
 from xlstm_distill.evaluate.tasks import ReadTokens
-from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan, replan
+from xlstm_distill.quickstart import TASKS, base_recipe, describe, plan, quickstart, replan
 from xlstm_distill.recipe import (
     first_difference,
     load_recipe,
@@ -31,6 +36,7 @@ from xlstm_distill.recipe import (
     save_recipe,
     shipped_recipes,
 )
+from xlstm_distill.rundir import RunDirectory
 
 
 def values(**changes):
@@ -288,6 +294,40 @@ def test_the_smallest_budget_is_still_a_recipe():
     recipe = plan(SLOW, 0.1, READING, spent=60)
     assert recipe.align.steps >= 2 and recipe.distill.steps >= 2
     assert not recipe.evaluate.tasks
+
+
+@pytest.fixture
+def on_tiny(tmp_path, monkeypatch):
+    """The quickstart with a tiny teacher, which is never measured."""
+    tiny_run.teacher().save(tmp_path / "teacher")
+    module = import_module("xlstm_distill.quickstart")  # the package has its function by this name
+    monkeypatch.setattr(module, "TEACHER", str(tmp_path / "teacher"))
+    monkeypatch.setattr(module, "calibrate", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(packages, "fetch", lambda _: None)
+
+
+def test_a_quickstart_without_room_is_refused_before_anything_is_measured(
+    on_tiny, tmp_path, monkeypatch
+):
+    needed = estimate_room(make_recipe(base_recipe()), TINY_CONFIG)
+    usage, real = shutil.disk_usage(tmp_path), os.sysconf
+    with monkeypatch.context() as patch:
+        free = needed["disk_mib"] * 2**20 - 1
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+        with pytest.raises(UserError, match=r"needs 0\.0 GiB of disk in .*run; there are 0\.0 GiB"):
+            quickstart(tmp_path / "run")
+    pages = needed["memory_mib"] * 2**20 // real("SC_PAGE_SIZE") - 1
+    monkeypatch.setattr(os, "sysconf", lambda n: pages if n == "SC_PHYS_PAGES" else real(n))
+    with pytest.raises(UserError, match=r"needs 0\.0 GiB of memory; there are"):
+        quickstart(tmp_path / "run")
+
+
+def test_another_budget_is_refused_with_a_way_out(on_tiny, tmp_path):
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.begin(plan(SLOW, 30, READING))
+    message = r"began with --minutes 30, here it is 10; choose another --out \(OUT= of make demo\)"
+    with pytest.raises(UserError, match=message):
+        quickstart(tmp_path / "run", 10)
 
 
 def test_evaluation_is_counted_as_it_is_done():

@@ -174,8 +174,7 @@ def estimate(
     )
     steps = sum(map(recipe.steps_of, trained))
     stage_two = steps * recipe.distill.rows * length
-    student = student_config(config, recipe.teacher, **recipe.student.model_dump())
-    stage_one = recipe.align.steps * recipe.align.rows * length if alignable_layers(student) else 0
+    stage_one = _stage_one_tokens(recipe, config)
     stored = _target_rows(recipe) * length
     online = stage_two if recipe.distill.kl_weight and recipe.targets.online else 0
     moved = rates.save + rates.load
@@ -191,24 +190,40 @@ def estimate(
         "merge": moved,
         "evaluate": evaluation_seconds(recipe, rates, reading),
     }
+    return {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "total_seconds": round(sum(seconds.values()), 1),
+        **estimate_room(recipe, config),
+    }
+
+
+def estimate_room(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
+    """`memory_mib` and `disk_mib`, the most memory and disk of a recipe, in MiB."""
+    length = recipe.data.length
     weights = 4 * config_size(config) / 2**20
     rows = min(recipe.distill.micro_rows, recipe.distill.rows)
     layers = config.num_hidden_layers
     held = layers + 24 if recipe.distill.recompute else 24 * layers  # reals a token, times width
     activations = 4 * rows * length * held * config.hidden_size / 2**20
+    hidden = 0.0
     if recipe.align.order == "layer":
-        hidden = stream_bytes(config.hidden_size, stage_one, recipe.align.stream) / 2**20
-    else:
-        hidden = 0.0
+        tokens = _stage_one_tokens(recipe, config)
+        hidden = stream_bytes(config.hidden_size, tokens, recipe.align.stream) / 2**20
     # ids with float16 or, of draws, with counts: no more tokens than draws, and mostly far fewer
     k = min(recipe.targets.k, config.vocab_size)
     token = k * ((2 if config.vocab_size <= 1 << 16 else 4) + 2) + 4
+    stored = _target_rows(recipe) * length
+    models = 3 + 2 * len(recipe.trained)
     return {
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "total_seconds": round(sum(seconds.values()), 1),
         "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations),
-        "disk_mib": round((3 + 2 * len(trained)) * weights + max(hidden, stored * token / 2**20)),
+        "disk_mib": round(models * weights + max(hidden, stored * token / 2**20)),
     }
+
+
+def _stage_one_tokens(recipe: Recipe, config: ModelConfig) -> int:
+    student = student_config(config, recipe.teacher, **recipe.student.model_dump())
+    steps = recipe.align.steps if alignable_layers(student) else 0
+    return steps * recipe.align.rows * recipe.data.length
 
 
 def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:

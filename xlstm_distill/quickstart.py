@@ -9,6 +9,8 @@ does neither again.
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,8 +21,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from . import packages
-from .budget import SAMPLE_BATCH, SAMPLE_FILLED, Rates, calibrate, fidelity_seconds, task_seconds
+from . import checkpoints, packages
+from .budget import (
+    SAMPLE_BATCH,
+    SAMPLE_FILLED,
+    Rates,
+    calibrate,
+    estimate_room,
+    fidelity_seconds,
+    task_seconds,
+)
 from .errors import UserError
 from .evaluate.tasks import ReadTokens, load_task, read_tokens
 from .model import load
@@ -217,7 +227,7 @@ def quickstart(
     """Run the quickstart in `out`, or continue the one that began there; returns `out`.
 
     Set-up (fetching the teacher and the request sets) does not count. UserError if `minutes` is
-    given and the run there began with another number.
+    given and the run there began with another number, or if disk or memory are too small.
     """
     reporter = reporter or Reporter()
     if minutes is not None and not minutes > 0:
@@ -233,16 +243,18 @@ def quickstart(
             if minutes is not None and recipe.minutes != minutes:
                 raise UserError(
                     f"{out}: the run began with --minutes {recipe.minutes:g}, here it is "
-                    f"{minutes:g}; choose another --out",
+                    f"{minutes:g}; choose another --out (OUT= of make demo)",
                     usage=True,
                 )
             reporter.note(f"continuing the run in {out}")
         else:
             wanted = DEFAULT_MINUTES if minutes is None else minutes
-            reporter.note(f"measuring this machine, then {wanted:g} minutes of work in {out}")
-            teacher = load(TEACHER)
-            load_seconds = time.perf_counter() - started
             draft = make_recipe(base_recipe())
+            _check_room(directory.path, draft)
+            reporter.note(f"measuring this machine, then {wanted:g} minutes of work in {out}")
+            loading = time.perf_counter()
+            teacher = load(TEACHER)
+            load_seconds = time.perf_counter() - loading
             rates = calibrate(teacher, draft, directory.path, load_seconds)
             interrupt.check()
             assert teacher.tokenizer is not None
@@ -259,6 +271,22 @@ def quickstart(
         work.recipe = _replanned(directory, recipe, reporter)
         work.execute()
     return Path(out)
+
+
+def _check_room(place: Path, draft: Recipe) -> None:
+    """UserError if the disk or this machine's memory is too small for any quickstart: most of what
+    it needs are models, whatever the budget."""
+    needed = estimate_room(draft, checkpoints.load(TEACHER).config)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for need, found, what in (
+        (needed["disk_mib"], shutil.disk_usage(place).free, f"disk in {place}"),
+        (needed["memory_mib"], memory, "memory"),
+    ):
+        if need * 2**20 > found:
+            raise UserError(
+                f"the quickstart needs {need / 2**10:.1f} GiB of {what}; there are "
+                f"{found / 2**30:.1f} GiB"
+            )
 
 
 def _replanned(directory: RunDirectory, recipe: Recipe, reporter: Reporter) -> Recipe:
