@@ -114,24 +114,24 @@ class Accumulation:
         """The same for the numbers between `ends` of each rank; there may be none."""
         me = self.comm.rank
         low, high = ends[me]
-        subtrees = {rank: shares.whole_subtrees(rank) for rank in range(self.comm.size)}
-        found: dict[int, NDArray[Any]] = {
-            rank: np.empty((len(own), high - low), grads.dtype)
-            for rank, own in subtrees.items()
-            if own and low < high
+        others = {r: shares.whole_subtrees(r) for r in range(self.comm.size) if r != me}
+        size = max(0, high - low)
+        found = {r: np.empty((len(trees), size), grads.dtype) for r, trees in others.items()}
+        pieces = [list(self.shards.pieces(*part)) for part in ends]
+        # Neither side makes a copy: what is sent lies in the buffers, tensor after tensor.
+        sent = {r: [b.flat[piece.place] for b in held for piece in pieces[r]] for r in others}
+        received = {
+            r: [row[piece.own] for row in rows for piece in pieces[me]] for r, rows in found.items()
         }
-        sent = {
-            rank: np.stack([self.shards.read(buffer.flat, *part) for buffer in held])
-            for rank, part in enumerate(ends)
-            if held and part[0] < part[1]
-        }
-        if me in sent:
-            found[me] = sent.pop(me)
-        self.comm.exchange(sent, {rank: rows for rank, rows in found.items() if rank != me})
-        if low >= high:
-            return
-        sums = {tree: row for r in found for tree, row in zip(subtrees[r], found[r], strict=True)}
-        self.shards.write(grads.flat, low, _total(sums, 0, shares.starts[-1]))
+        self.comm.exchange(sent, received)
+        mine = shares.whole_subtrees(me)
+        for piece in pieces[me]:
+            sums = {tree: b.flat[piece.place] for tree, b in zip(mine, held, strict=True)}
+            for rank, trees in others.items():
+                sums |= {t: row[piece.own] for t, row in zip(trees, found[rank], strict=True)}
+            total = _total(sums, 0, shares.starts[-1])
+            if me > 0:  # it is in the array of the first subtree: the first rank's, there `grads`
+                grads.flat[piece.place] = total
 
 
 def _middle(low: int, high: int) -> int:

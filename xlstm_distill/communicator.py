@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,15 +59,14 @@ class Communicator:
         return value
 
     def exchange(
-        self, sent: Mapping[int, NDArray[Any]], received: Mapping[int, NDArray[Any]]
+        self,
+        sent: Mapping[int, Sequence[NDArray[Any]]],
+        received: Mapping[int, Sequence[NDArray[Any]]],
     ) -> None:
-        """Send contiguous arrays to other ranks, and receive what others send into arrays of the
-        same size and dtype, all at the same time."""
+        """Send contiguous arrays to other ranks, and receive what others send into as many arrays
+        of the same sizes and dtypes in the same order, all at the same time."""
         if others := {*sent, *received}:
             raise ValueError(f"there is no rank {min(others)} beside this one")
-
-    def spread(self, array: NDArray[Any], source: int = 0) -> None:
-        """Give a contiguous array the contents that it has on one rank, on every rank."""
 
     def split(self, groups: int) -> tuple[int, Communicator]:
         """(number, communicator) of the group that this rank belongs to: neighbouring ranks, in
@@ -173,15 +172,15 @@ class Mpi(Communicator):
         return found
 
     def exchange(
-        self, sent: Mapping[int, NDArray[Any]], received: Mapping[int, NDArray[Any]]
+        self,
+        sent: Mapping[int, Sequence[NDArray[Any]]],
+        received: Mapping[int, Sequence[NDArray[Any]]],
     ) -> None:
-        waiting = [self._comm.Irecv(array, source=rank) for rank, array in received.items()]
-        waiting += [self._comm.Isend(array, dest=rank) for rank, array in sent.items()]
+        # Arrays between two ranks arrive in the order in which they were sent.
+        waiting = [self._comm.Irecv(a, source=rank) for rank, own in received.items() for a in own]
+        waiting += [self._comm.Isend(a, dest=rank) for rank, own in sent.items() for a in own]
         for request in waiting:
             request.Wait()
-
-    def spread(self, array: NDArray[Any], source: int = 0) -> None:
-        self._comm.Bcast(array, root=source)
 
     def split(self, groups: int) -> tuple[int, Communicator]:
         if groups == 1:

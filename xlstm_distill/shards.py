@@ -101,13 +101,13 @@ class Shards:
 
     def share(self, params: Parameters) -> None:
         """Give every rank the numbers of all shards, each from the rank that holds it."""
-        if self.comm.size == 1:
-            return
-        for rank in range(self.comm.size):
-            low, high = self.range_of(rank)
-            for start in range(low, high, PIECE):
-                for piece in self.pieces(start, min(start + PIECE, high)):
-                    self.comm.spread(params.flat[piece.place], rank)
+        me, flat = self.comm.rank, params.flat
+        others = [rank for rank in range(self.comm.size) if rank != me]
+        own = [flat[piece.place] for piece in self.own]
+        self.comm.exchange(
+            dict.fromkeys(others, own),
+            {r: [flat[piece.place] for piece in self.pieces(*self.range_of(r))] for r in others},
+        )
 
     def gathered(self, own: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """On the first rank the numbers of all shards in order, in pieces; the others have none,
@@ -118,9 +118,9 @@ class Shards:
                 if rank == self.comm.rank:
                     piece = own[start - low : start - low + PIECE]
                     if not self.comm.first:
-                        self.comm.exchange({0: piece}, {})
+                        self.comm.exchange({0: [piece]}, {})
                 elif self.comm.first:
                     piece = np.empty(min(PIECE, high - start), own.dtype)
-                    self.comm.exchange({}, {rank: piece})
+                    self.comm.exchange({}, {rank: [piece]})
                 if self.comm.first:
                     yield piece
