@@ -255,8 +255,9 @@ def evaluate(
     request sets in tokens (default: the model's `max_position_embeddings`); longer contexts lose
     their beginning. haystack: a text file to hide needles in. unfinished: a directory that keeps
     the samples found so far; with it the same call goes on where a killed one stopped, with the
-    same results. progress(task, documents done, total). The ranks of `comm` take batches of
-    documents in turns, with the same results.
+    same results. progress(task, documents done, total) is called for every task before its first
+    batch, also where nothing is left to do, and behind each batch. The ranks of `comm` take batches
+    of documents in turns, with the same results.
 
     Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none`,
     `string_match_all,none`, `exact_match,none` and `..._stderr,none`), `higher_is_better`,
@@ -300,13 +301,14 @@ def evaluate(
         else:
             total, original = len(documents), len(task.documents)
             batches = _scored_samples(model, task, documents, len(samples), max_length, comm)
+        if progress is not None:
+            progress(task.name, len(samples), total)
         for batch in batches:
             if kept is not None:
                 kept.add(task.name, batch)
-            for sample in batch:
-                samples.append(sample)
-                if progress is not None:
-                    progress(task.name, len(samples), total)
+            samples += batch
+            if progress is not None:
+                progress(task.name, len(samples), total)
         metrics = _metrics(task)
         out["results"][task.name] = {"alias": task.name, **_aggregate(metrics, samples)}
         out["higher_is_better"][task.name] = {m: m != "bits_per_byte" for m in metrics}
