@@ -34,9 +34,9 @@ from ..errors import UserError
 from ..json_files import read_json
 from ..scoring import Request
 from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids
-from .gsm8k import GSM8K, gsm8k
-from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name
-from .needle import is_needle, needle
+from .gsm8k import gsm8k
+from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name, source_of
+from .needle import needle
 from .results import passage_of
 from .unfinished import Unfinished
 
@@ -129,12 +129,11 @@ def open_task(
     Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, and
     for a length that is too short for its needles or longer than the haystack.
     """
-    if is_needle(name):
+    source = source_of(name)
+    if source.requests is None:
         return needle(name, tokenizer, limit=limit, seed=seed, haystack=haystack)
-    if name == GSM8K:
-        task = load_task("gsm8k", requests)
-        return gsm8k(task, _subset(task, limit, seed))
-    return load_task(name, requests)
+    task = load_task(source.requests, requests)
+    return gsm8k(task, _subset(task, limit, seed)) if source.written else task
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
