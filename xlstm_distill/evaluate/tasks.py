@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from ..json_files import read_json
-from ..scoring import Request
+from ..scoring import Request, score_pairs
 from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids
 from .gsm8k import gsm8k
 from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name, source_of
@@ -418,21 +418,9 @@ def _new_tokens(pairs: _Encoded, prefix: int) -> int:
 def _log_likelihoods(
     scorer: Callable[[Sequence[Request]], list[list[Logp]]], documents: Sequence[_Encoded]
 ) -> list[list[float]]:
-    """Of every pair of each document. The pairs of one context are one request."""
-    requests: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
-    places: list[tuple[int, int]] = []  # of pairs: the request, and which of its continuations
-    for pairs in documents:
-        own: dict[tuple[int, ...], int] = {}
-        for context, rest in pairs:
-            if context not in own:
-                own[context] = len(requests)
-                requests.append((context, []))
-            continuations = requests[own[context]][1]
-            places.append((own[context], len(continuations)))
-            continuations.append(rest)
-    found = scorer(requests)
-    totals = iter(float(np.sum(found[i][j], dtype=np.float64)) for i, j in places)
-    return [list(itertools.islice(totals, len(pairs))) for pairs in documents]
+    """Of every pair of each document."""
+    found = iter(score_pairs(scorer, itertools.chain.from_iterable(documents)))
+    return [[float(np.sum(next(found), dtype=np.float64)) for _ in pairs] for pairs in documents]
 
 
 def _shared_tokens(tokenizer: ScoringTokenizer, documents: Sequence[Document]) -> tuple[int, ...]:
