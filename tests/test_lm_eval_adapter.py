@@ -163,22 +163,54 @@ def test_log_likelihoods_of_odd_requests(models):
     assert ours.loglikelihood_rolling(requests("loglikelihood_rolling", ("",))) == [0.0]
 
 
-def test_rows_share_what_they_begin_with():
+def test_contexts_share_what_they_begin_with():
     random = np.random.default_rng(3)
-    shots = [list(map(int, random.integers(0, 9, 200))) for _ in range(2)]
-    rows = [
-        ([*shots[n % 2], 7, *map(int, random.integers(0, 9, 5 + n))], [n, 1 + n % 4])
-        for n in range(40)
-        for _ in range(3)
-    ]
-    calls = list(_together(rows))
-    assert len(calls) < 8 and all(len(shared) >= 200 for shared, _ in calls)
-    assert sorted(i for _, members in calls for i in members) == list(range(len(rows)))
+
+    def tokens(n):
+        return tuple(map(int, random.integers(0, 9, n)))
+
+    shots = [tokens(200) for _ in range(2)]
+    contexts = [(*shots[n % 2], 7, *tokens(5 + n)) for n in range(40)]
+    contexts.append(shots[0])  # nothing behind what the others share
+    calls = list(_together(contexts))
+    assert len(calls) == 2 and [len(shared) for shared, _ in calls] in ([199, 201], [201, 199])
+    assert sorted(c for _, members in calls for c in members) == sorted(contexts)
     for shared, members in calls:
-        assert all(rows[i][0][: len(shared)] == shared for i in members)
-    apart = [([n] * 50, [1]) for n in range(5)]
-    assert [members for _, members in _together(apart)] == [[n] for n in range(5)]
+        assert all(context[: len(shared)] == shared != context for context in members)
+    # Contexts of other tasks, which share little with these or with one another, are kept apart.
+    apart = [(n,) * 50 for n in range(5)] + [(9,) * 5 + (n,) * 5 for n in range(5)]
+    assert list(_together(apart)) == [((), sorted(apart))]
+    assert len(list(_together([*contexts, *apart]))) == 3
+    # Two long beginnings are not given up for a short one.
+    nested = [(*tokens(30), *tokens(100)) for _ in range(2)]
+    nested[1] = nested[0][:30] + nested[1][30:]
+    both = [(*long, n, n) for long in nested for n in range(9)]
+    assert [len(shared) for shared, _ in _together(both)] == [130, 130]
     assert list(_together([])) == []
+
+
+def test_requests_are_read_once_and_reported_as_they_are_done(root, monkeypatch):
+    ours = XlstmDistillLM(str(root / "model"))
+    seen, read = [], ours.model.hidden_after
+
+    def watching(ids, state, lengths=None):
+        seen.append(int(np.size(ids) if lengths is None else np.sum(lengths)))
+        return read(ids, state, lengths)
+
+    monkeypatch.setattr(ours.model, "hidden_after", watching)
+    monkeypatch.setattr(lm_eval_adapter, "_TOKENS_SHOWN", 50)
+    words = tiny_run.TEXT[0].split()
+    shots = " ".join(words)
+    pairs = [(f"{shots} {word}?", f" {rest}") for word in words[:6] for rest in words[:4]]
+    encoded = [ours._encode_pair(*pair) for pair in pairs]
+    ours.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    contexts = {tuple(context) for context, _ in encoded}
+    ((prefix, _),) = _together(contexts)
+    own = sum(len(context) - len(prefix) for context in contexts)
+    assert sum(seen) == len(prefix) + own + sum(len(rest) - 1 for _, rest in encoded)
+    batches = [members for _, members in ours._batches(encoded)]
+    done = [n for members in batches for n in members]
+    assert len(batches) > 2 and sorted(done) == list(range(len(pairs)))
 
 
 def test_chats_are_written_as_by_transformers(models):

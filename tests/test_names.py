@@ -11,7 +11,7 @@ from test_tasks import Bigram, request, write_task
 from xlstm_distill import packages
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import DEFAULT_TASKS, evaluate, load_task
-from xlstm_distill.evaluate.names import REQUESTS, VARIANTS, expand_tasks, find_task
+from xlstm_distill.evaluate.names import REQUESTS, VARIANTS, expand_tasks, find_task, source_of
 
 
 @pytest.fixture
@@ -45,6 +45,18 @@ def test_patterns_match_over_all_sets_and_variants(requests):
     assert expand_tasks(["s*:*"], requests) == ["squad"]
     assert expand_tasks(["*:512"])[-1] == "vt:512"
     assert expand_tasks(["niah_single_*:512"]) == [f"niah_single_{n}:512" for n in (1, 2, 3)]
+
+
+def test_a_name_says_what_its_task_is_made_of():
+    for name, source in (
+        ("squad", ("squad", False)),
+        ("arc_easy:rc_0shot", ("arc_easy:rc_0shot", False)),
+        ("gsm8k", ("gsm8k", False)),
+        ("gsm8k:generate", ("gsm8k", True)),
+        ("vt:512", (None, True)),
+        ("niah_single_1:long", (None, True)),  # its length is checked elsewhere
+    ):
+        assert source_of(name) == source
 
 
 def test_what_is_not_known_is_refused_with_the_nearest(requests):

@@ -194,6 +194,12 @@ def test_what_questions_are_about():
     jeopardy = {"category": "science", "query": "Category: SCIENCE\nQuestion: This?\nAnswer:"}
     assert passage_of(jeopardy) is None
     assert passage_of({"query": "Category: A\nText of it.\nQuestion: Who?"}) is not None
+    papers = [
+        {"id": f"{n}", "abstract": f"We {verb}.", "full_text": {"paragraphs": []}, "query": f"{n}?"}
+        for n, verb in enumerate(("read", "read", "write"))
+    ]
+    first, second, other = map(passage_of, papers)
+    assert first == second is not None and other not in (first, None)
 
 
 def test_a_table_says_what_it_knows(tmp_path):

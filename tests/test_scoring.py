@@ -8,6 +8,7 @@ from models import random_model
 from tolerances import PREFILL_STEP_F32
 
 from xlstm_distill import scoring
+from xlstm_distill.scoring import score_pairs
 from xlstm_distill.testing import assert_close
 
 PREFIX = [5, 9, 2, 30, 11, 8, 60, 3, 17]
@@ -55,6 +56,35 @@ def test_scores_are_those_of_whole_rows_in_any_order_and_any_batch(mixer, prefix
     monkeypatch.setattr(scoring, "_STATE_BYTES", 1)  # a row at a time
     assert_same(scorer(asked), expected)
     assert_same([model.score_continuations(*asked[3])], expected[3:4])
+
+
+def test_a_greedy_scorer_says_which_tokens_are_the_most_probable():
+    model = random_model("hybrid")
+    asked = requests(PREFIX)
+    for n, (context, rest) in enumerate(asked):  # some continuations that greedy decoding writes
+        rest[0] = model.generate_batch([context], 1 + n % 4, 0.0, stop_ids=())[0]
+    plain, found = (model.scorer(PREFIX, greedy=greedy)(asked) for greedy in (False, True))
+    best_ones = 0
+    for (context, rest), of_request, wanted in zip(asked, found, plain, strict=True):
+        for c, values, logp in zip(rest, of_request, wanted, strict=True):
+            assert_close(values[:, 0], logp, PREFILL_STEP_F32, "log p of a continuation")
+            logits = model.logits([*context, *c])[0, len(context) - 1 : -1]
+            assert np.array_equal(values[:, 1], logits.argmax(axis=1) == c)
+            best_ones += values[:, 1].all()
+    assert len(asked) <= best_ones < sum(len(rest) for _, rest in asked)
+
+
+def test_pairs_of_one_context_are_one_request():
+    calls = []
+
+    def scorer(asked):
+        calls.append(asked)
+        return [[np.array([len(context), *c]) for c in rest] for context, rest in asked]
+
+    pairs = [([1, 2], [3]), ([1], [4, 5]), ([1, 2], [6]), ([1, 2], [3])]
+    found = [values.tolist() for values in score_pairs(scorer, pairs)]
+    assert found == [[2, 3], [1, 4, 5], [2, 6], [2, 3]]
+    assert calls == [[((1, 2), [[3], [6], [3]]), ((1,), [[4, 5]])]]
 
 
 def watched(monkeypatch, model):

@@ -343,10 +343,23 @@ def test_a_document_scores_the_same_whatever_others_there_are(requests, mixer):
             assert_close(np.array(sample[metric]), found, PREFILL_STEP_F32, "log-likelihood")
 
 
-def test_progress_and_a_missing_tokenizer(requests):
+def test_progress_comes_before_the_first_batch_and_behind_each(requests, tmp_path, monkeypatch):
     calls = []
-    evaluate(Bigram(1), ["boolq"], limit=3, requests=requests, progress=lambda *a: calls.append(a))
-    assert calls == [("boolq", 1, 3), ("boolq", 2, 3), ("boolq", 3, 3)]
+    options = {
+        "limit": 3,
+        "requests": requests,
+        "unfinished": tmp_path,
+        "progress": lambda *a: calls.append(a),
+    }
+    evaluate(Bigram(1), ["boolq"], **options)
+    assert calls == [("boolq", 0, 3), ("boolq", 3, 3)]
+    calls.clear()
+    monkeypatch.setattr(tasks, "_TOKENS_TOGETHER", 1)
+    evaluate(Bigram(1), ["boolq", "arc_easy"], **options)
+    assert calls == [("boolq", 3, 3), *[("arc_easy", n, 3) for n in range(4)]]
+
+
+def test_a_missing_tokenizer_is_refused(requests):
     model = Bigram(1)
     model.tokenizer = None
     with pytest.raises(UserError, match="no tokenizer"):

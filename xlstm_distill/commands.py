@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from .evaluate import fidelity as measure_fidelity
 from .evaluate.divergence import Estimate
 from .evaluate.evidence import STUDENT, FidelityFile, evidence
 from .evaluate.fidelity import windows_of
-from .evaluate.names import FEEL_THE_WINDOW
+from .evaluate.names import FEEL_THE_WINDOW, expand_tasks
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
 from .evaluate.tasks import PASSAGE_TASKS, open_task, read_tokens
@@ -415,7 +415,7 @@ _SUITE_CONTEXT, _SUITE_WINDOWS = 1024, 8
 
 def evaluate(arguments: Arguments) -> Result:
     """Score a model on tasks and write the results, and a grid of needles if there are some."""
-    tasks = _tasks(arguments)
+    tasks = expand_tasks(_tasks(arguments))
     model = _load(arguments)
     teacher = tokenizer = None
     if arguments.teacher:
@@ -423,7 +423,7 @@ def evaluate(arguments: Arguments) -> Result:
         tokenizer = _check_pair(teacher, model, arguments)
     out = Path(arguments.out)
     unfinished = out.with_suffix(".unfinished")
-    with Reporter(quiet=arguments.json).bar("evaluate") as update:
+    with Reporter(quiet=arguments.json).in_turn(tasks) as progress:
         results = evaluate_model(
             model,
             tasks,
@@ -431,7 +431,7 @@ def evaluate(arguments: Arguments) -> Result:
             seed=arguments.seed,
             haystack=arguments.haystack,
             unfinished=unfinished,
-            progress=_progress(update),
+            progress=progress,
         )
     write_results(results, out)
     for task, metrics in results["results"].items():
@@ -638,10 +638,6 @@ def _check_pair(teacher: Model, student: Model, arguments: Arguments) -> Tokeniz
             f"{arguments.model}: is not a student of {arguments.teacher}: widths differ"
         )
     return teacher.tokenizer
-
-
-def _progress(update: Callable[[Mapping[str, Any]], None]) -> Callable[[str, int, int], None]:
-    return lambda task, done, total: update({"step": done, "steps": total})
 
 
 def compare(arguments: Arguments) -> Result:

@@ -5,7 +5,7 @@ This is the one module that imports lm_eval (the extra `lm-eval`). Importing it 
 
 Text becomes tokens as lm_eval's `hf` model does it, control tokens written in it included, and
 what is too long loses its beginning as there: scores of both are of the same tokens. Rows are
-batched by what they share (`_together`), whatever `batch_size` is.
+batched by what their contexts share (`_together`, scoring.py), whatever `batch_size` is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,16 @@ from tqdm import tqdm
 from .errors import UserError
 from .generate import StopStrings
 from .model import Compute, Model, load
+from .scoring import Scorer, score_pairs
 
 NAME = "xlstm-distill"
 
 _TOKENS_AT_ONCE = 8192
-"""Most tokens, shared beginnings counted for every row, of one call: bounds the states' memory."""
+"""Most tokens of prompts and answers that are written together: bounds the states' memory."""
+_TOKENS_SHOWN = 2048
+"""Tokens read from which on a batch ends and is seen to be done, and cached."""
+_WORTH_SHARING = 12
+"""Tokens of a common beginning from which on it is read once."""
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 """Generation arguments, as `normalize_gen_kwargs` leaves them."""
 
@@ -148,21 +153,36 @@ class XlstmDistillLM(TemplateLM):
         rows = [self._fitted(context, rest) for _, context, rest in requests]
         out = [(0.0, False)] * len(rows)
         with tqdm(total=len(rows), desc="log-likelihoods", disable=disable_tqdm) as bar:
-            for shared, members in _together(rows):
-                pieces = [[*rows[i][0][len(shared) :], *rows[i][1]] for i in members]
-                found = self.model.topk_continuations(shared, pieces, 1)
-                for i, (logp, best, _best_logp) in zip(members, found, strict=True):
-                    rest = rows[i][1]
-                    total = float(np.sum(logp[-len(rest) :], dtype=np.float64))
+            for scorer, members in self._batches(rows):
+                found = score_pairs(scorer, [rows[i] for i in members])
+                for i, values in zip(members, found, strict=True):
+                    total = float(np.sum(values[:, 0], dtype=np.float64))
                     if not math.isfinite(total):
                         raise UserError(
                             f"request {i + 1} of {len(rows)}: log-likelihood is {total}"
                         )
-                    out[i] = total, best[-len(rest) :, 0].tolist() == rest
+                    out[i] = total, bool(values[:, 1].all())
                     if requests[i][0] is not None:  # None: a window of a longer text
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], out[i])
                 bar.update(len(members))
         return out
+
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[tuple[Scorer, list[int]]]:
+        """What scores rows, and the numbers of those that are seen to be done together."""
+        numbers: dict[tuple[int, ...], list[int]] = {}
+        for n, (tokens, _) in enumerate(rows):
+            numbers.setdefault(tuple(tokens), []).append(n)
+        for prefix, contexts in _together(numbers):
+            scorer = self.model.scorer(prefix, greedy=True)
+            members: list[int] = []
+            read = 0
+            for context in contexts:
+                own = numbers[context]
+                members += own
+                read += len(context) - len(prefix) + sum(len(rows[n][1]) for n in own)
+                if read >= _TOKENS_SHOWN or context is contexts[-1]:
+                    yield scorer, members
+                    members, read = [], 0
 
     def _fitted(self, context: list[int], rest: list[int]) -> _Row:
         """The end of the context that leaves room: all tokens but the last are read."""
@@ -265,26 +285,29 @@ def _generation(arguments: Mapping[str, Any], max_gen_toks: int) -> _Generation:
     )
 
 
-def _together(rows: Sequence[_Row]) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows that are scored in one call: the tokens that their contexts begin with, which are read
-    once, and their numbers."""
-    members: list[int] = []
-    shared: list[int] = []
-    longest = 0
-    for i in sorted(range(len(rows)), key=rows.__getitem__):
-        context, rest = rows[i]
-        size = len(context) + len(rest)
-        common = _common(shared, context)
-        # What the members would share no longer is then read for each of them.
-        dearer = (len(shared) - common) * len(members) >= common
-        if members and (dearer or max(longest, size) * (len(members) + 1) > _TOKENS_AT_ONCE):
-            yield shared, members
-            members, longest = [], 0
-        shared = shared[:common] if members else context
-        members.append(i)
-        longest = max(longest, size)
-    if members:
-        yield shared, members
+def _together(
+    contexts: Iterable[tuple[int, ...]],
+) -> Iterator[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+    """Tokens worth reading once, and the contexts that begin with them; in the end, with none, the
+    contexts that share too little."""
+    alone: list[tuple[int, ...]] = []
+    members: list[tuple[int, ...]] = []
+    shared: tuple[int, ...] = ()
+    for context in (*sorted(contexts), ()):  # the empty one ends the last group
+        # Something must be left to read behind what is shared.
+        common = _common(shared, context[:-1])
+        # What the members would share no longer is then read for each of them but one.
+        dearer = (len(shared) - common) * (len(members) - 1) >= common
+        if common < _WORTH_SHARING or dearer:
+            if len(members) > 1:
+                yield shared, members
+            else:
+                alone += members
+            members = []
+        shared = shared[:common] if members else context[:-1]
+        members.append(context)
+    if alone:
+        yield (), alone
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -391,41 +391,9 @@ class Model:
         once (`scorer`)."""
         return self.scorer()([(context, continuations)])[0]
 
-    def scorer(self, prefix: Sequence[int] = ()) -> Scorer:
+    def scorer(self, prefix: Sequence[int] = (), greedy: bool = False) -> Scorer:
         """Scores continuations of many contexts (scoring.py); `prefix`: what most begin with."""
-        return Scorer(self, prefix)
-
-    def topk_continuations(
-        self, context: Sequence[int], continuations: Sequence[Sequence[int]], k: int
-    ) -> list[tuple[NDArray[Any], IntArray, NDArray[Any]]]:
-        """`score_continuations`, and for every token the k most probable ones in its place: for
-        each continuation log-probabilities [T], ids [T, k] (best first, ties to the lower id) and
-        theirs [T, k]."""
-        hidden, labels = self._continued(context, continuations)
-        valid = labels >= 0
-        parts = self.score_hidden(hidden[valid], labels[valid], k)
-        ends = np.cumsum([len(c) for c in continuations])[:-1]
-        return list(zip(*(np.split(part, ends) for part in parts), strict=True))
-
-    def _continued(
-        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> tuple[NDArray[Any], IntArray]:
-        """Hidden states [B, T, d] that predict the tokens of each continuation, and these tokens,
-        [B, T], -1 behind a row's end."""
-        if not context or not all(len(c) for c in continuations):
-            raise ValueError("context and continuations need at least one token each")
-        state = self.new_state(1, len(context) + max(map(len, continuations)))
-        if len(context) > 1:
-            _, state = self._extend(self._ids(np.array(context[:-1])), state, None)
-        state = state.fork(self, [0] * len(continuations))
-        lengths = np.array([len(c) for c in continuations], dtype=np.int32)
-        ids = np.zeros((len(continuations), int(lengths.max())), dtype=np.int64)
-        labels = np.full(ids.shape, -1, dtype=np.int32)
-        for row, c in enumerate(continuations):
-            ids[row, : len(c)] = [context[-1], *c[:-1]]
-            labels[row, : len(c)] = c
-        hidden, _ = self._extend(self._ids(ids), state, lengths)
-        return hidden, labels
+        return Scorer(self, prefix, greedy)
 
     def generate_batch(
         self,

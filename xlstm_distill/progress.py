@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -50,9 +50,10 @@ class Reporter:
                 yield stage, m
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[Callable[[Metrics], None]]:
-        """A function that shows metrics as they come."""
-        with self._bars({title: title}) as update:
+    def bar(self, title: str, done: int = 0) -> Iterator[Callable[[Metrics], None]]:
+        """A function that shows metrics as they come. done: steps from before, which took none of
+        the time that is seen to pass."""
+        with self._bars({title: title}, done) as update:
             yield update[title]
 
     @contextmanager
@@ -83,8 +84,27 @@ class Reporter:
             yield lambda name, line: self.note(f"{name}: {line}") if line else None
 
     @contextmanager
-    def _bars(self, titles: Mapping[str, str]) -> Iterator[dict[str, Callable[[Metrics], None]]]:
-        """Such a function for each of several things that go on together."""
+    def in_turn(self, names: Sequence[str]) -> Iterator[Callable[[str, int, int], None]]:
+        """A function (name, steps done, steps) that shows each of `names` in a bar of its own, one
+        after the other. What the first call for a name finds done was done before."""
+        titles = {name: f"{name} ({n} of {len(names)})" for n, name in enumerate(names, 1)}
+        updates: dict[str, Callable[[Metrics], None]] = {}
+        with ExitStack() as shown:
+
+            def show(name: str, done: int, total: int) -> None:
+                if name not in updates:
+                    shown.close()  # the bar before
+                    updates[name] = shown.enter_context(self.bar(titles[name], done))
+                updates[name]({"step": done, "steps": total})
+
+            yield show
+
+    @contextmanager
+    def _bars(
+        self, titles: Mapping[str, str], done: int | None = None
+    ) -> Iterator[dict[str, Callable[[Metrics], None]]]:
+        """Such a function for each of several things that go on together. done: steps from before,
+        where it is known; else the first call is taken to come behind the first step."""
         if self.quiet:
             yield dict.fromkeys(titles, lambda m: None)
         elif self.console.is_terminal:
@@ -96,13 +116,13 @@ class Reporter:
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=self.console) as progress:
-                yield {key: _bar(progress, title) for key, title in titles.items()}
+                yield {key: _bar(progress, title, done or 0) for key, title in titles.items()}
         else:
-            yield {key: _Lines(self, title) for key, title in titles.items()}
+            yield {key: _Lines(self, title, done) for key, title in titles.items()}
 
 
-def _bar(progress: Progress, title: str) -> Callable[[Metrics], None]:
-    task = progress.add_task(title, total=None, figures="")
+def _bar(progress: Progress, title: str, done: int) -> Callable[[Metrics], None]:
+    task = progress.add_task(title, total=None, completed=done, figures="")
 
     def show(m: Metrics) -> None:
         progress.update(task, total=m.get("steps"), completed=m.get("step"), figures=_figures(m))
@@ -113,11 +133,10 @@ def _bar(progress: Progress, title: str) -> Callable[[Metrics], None]:
 class _Lines:
     """Plain lines: the first, then one every few seconds, and the last."""
 
-    def __init__(self, reporter: Reporter, title: str) -> None:
-        self.reporter, self.title = reporter, title
+    def __init__(self, reporter: Reporter, title: str, first: int | None) -> None:
+        self.reporter, self.title, self.first = reporter, title, first
         self.started = time.monotonic()
         self.shown = float("-inf")
-        self.first: int | None = None
 
     def __call__(self, m: Metrics) -> None:
         now = time.monotonic()
@@ -128,9 +147,10 @@ class _Lines:
             return
         self.shown = now
         done = step - self.first
-        left = (now - self.started) / max(1, done) * (steps - step)
-        text = f"{self.title}: {step}/{steps} {_figures(m)}"
-        self.reporter.note(text + (f", {_minutes(left)} left" if step < steps else ""))
+        parts = [f"{self.title}: {step}/{steps} {_figures(m)}".rstrip()]
+        if done > 0 and step < steps:
+            parts.append(f"{_minutes((now - self.started) / done * (steps - step))} left")
+        self.reporter.note(", ".join(parts))
 
 
 def _figures(m: Metrics) -> str:

@@ -33,9 +33,8 @@ from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joine
 from .distill import OfRows, distill
 from .errors import UserError
 from .evaluate import passages, questions
-from .evaluate.gsm8k import GSM8K
-from .evaluate.names import find_task
-from .evaluate.needle import is_needle, needle
+from .evaluate.names import find_task, source_of
+from .evaluate.needle import needle
 from .layerwise import align_layers, aligned_student, check_room, stream_bytes
 from .linearize import linearize, student_config
 from .lora import Lora
@@ -70,13 +69,12 @@ def derived_seed(seed: int, *names: object) -> int:
 def check_tasks(recipe: Recipe) -> None:
     """UserError that names the key if a task of `evaluate` cannot be scored: a request set that is
     not there, needles that do not fit into their length."""
-    tokenizer = None
-    if any(map(is_needle, recipe.evaluate.tasks)):
-        tokenizer = checkpoints.load(recipe.teacher).tokenizer
-    for task in recipe.evaluate.tasks:
+    sets = {task: source_of(task).requests for task in recipe.evaluate.tasks}
+    tokenizer = checkpoints.load(recipe.teacher).tokenizer if None in sets.values() else None
+    for task, requests in sets.items():
         try:
-            if not is_needle(task):
-                find_task("gsm8k" if task == GSM8K else task)
+            if requests is not None:
+                find_task(requests)
             elif tokenizer is not None:  # a teacher without one is refused by the run itself
                 needle(task, tokenizer, seed=recipe.seed)
         except UserError as error:

@@ -7,11 +7,11 @@ fork of its state. Rows are read in batches of like length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .state import DecodeState, state_capacity
 
@@ -36,21 +36,40 @@ class _Row(NamedTuple):
     base: int
     labels: Sequence[int]
     out: NDArray[Any]
-    """where the log-probabilities of the labels belong"""
+    """where what is found of the labels belongs"""
+
+
+def score_pairs(
+    scorer: Callable[[Sequence[Request]], list[list[NDArray[Any]]]],
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
+) -> list[NDArray[Any]]:
+    """What `scorer` finds of the continuation of each (context, continuation). All pairs of one
+    context are one request, so that it is read once."""
+    rests: dict[tuple[int, ...], list[Sequence[int]]] = {}
+    places = []  # of pairs: the context, and which of its continuations
+    for context, rest in pairs:
+        own = rests.setdefault(tuple(context), [])
+        places.append((tuple(context), len(own)))
+        own.append(rest)
+    found = dict(zip(rests, scorer(list(rests.items())), strict=True))
+    return [found[context][n] for context, n in places]
 
 
 class Scorer:
     """Scores requests of which most begin with `prefix` (token ids; may be empty), which is read
-    once, with the first of them: parameters of the model must not change in between."""
+    once, with the first of them: parameters of the model must not change in between. greedy: also
+    finds out which tokens are the most probable ones in their places."""
 
-    def __init__(self, model: Model, prefix: Sequence[int] = ()) -> None:
+    def __init__(self, model: Model, prefix: Sequence[int] = (), greedy: bool = False) -> None:
         self.model = model
         self.prefix = list(prefix)
+        self.greedy = greedy
         self._behind_prefix: DecodeState | None = None
 
     def __call__(self, requests: Sequence[Request]) -> list[list[NDArray[Any]]]:
         """Log-probability of every token of each request's continuations, in nats: an array [T] a
-        continuation, of the model's dtype.
+        continuation, of the model's dtype. With `greedy` [T, 2]: behind it 1 where greedy decoding
+        would write the token, else 0.
 
         Neither the order of requests nor what else is among them matters, beyond the rounding of
         sums in another order. Raises ValueError for an empty context or continuation, UserError for
@@ -58,8 +77,8 @@ class Scorer:
         """
         if not all(len(context) and all(map(len, rest)) for context, rest in requests):
             raise ValueError("context and continuations need at least one token each")
-        dtype = self.model.dtype
-        out = [[np.empty(len(c), dtype=dtype) for c in rest] for _, rest in requests]
+        dtype, more = self.model.dtype, (2,) * self.greedy
+        out = [[np.empty((len(c), *more), dtype=dtype) for c in rest] for _, rest in requests]
         n = len(self.prefix)
         parts: dict[int, list[tuple[Request, list[NDArray[Any]]]]] = {n: [], 0: []}
         for (context, rest), arrays in zip(requests, out, strict=True):
@@ -113,9 +132,7 @@ class Scorer:
             for n, ((_, rest), arrays) in enumerate(requests)
             for c, out in zip(rest, arrays, strict=True)
         ]
-        first = self.model.log_likelihoods(
-            last[[n for n, _, _ in every]], [c[0] for _, c, _ in every]
-        )
+        first = self._values(last[[n for n, _, _ in every]], [c[0] for _, c, _ in every])
         for (_, _, out), value in zip(every, first, strict=True):
             out[0] = value
         longer = [_Row(c[:-1], n, c[1:], out[1:]) for n, c, out in every if len(c) > 1]
@@ -128,10 +145,18 @@ class Scorer:
         ends = [(len(row.ids) - len(row.labels), len(row.ids)) for row in rows]
         wanted = [hidden[n, begin:end] for n, (begin, end) in enumerate(ends)]
         labels = np.concatenate([row.labels for row in rows])
-        logp = self.model.log_likelihoods(np.concatenate(wanted), labels)
+        values = self._values(np.concatenate(wanted), labels)
         cuts = np.cumsum([len(row.labels) for row in rows])[:-1]
-        for row, part in zip(rows, np.split(logp, cuts), strict=True):
+        for row, part in zip(rows, np.split(values, cuts), strict=True):
             row.out[:] = part
+
+    def _values(self, hidden: NDArray[Any], labels: ArrayLike) -> NDArray[Any]:
+        """What belongs into the arrays of tokens `labels` [N] that follow hidden states [N, d]."""
+        if not self.greedy:
+            return self.model.log_likelihoods(hidden, labels)
+        labels = np.asarray(labels, dtype=np.int32)
+        logp, best, _ = self.model.score_hidden(hidden, labels, 1)
+        return np.stack([logp, best[:, 0] == labels], axis=1)
 
     def _hidden(self, rows: Sequence[_Row], state: DecodeState) -> tuple[NDArray[Any], DecodeState]:
         """Hidden states [B, T, d] of rows behind those of `state`, and the state behind them."""

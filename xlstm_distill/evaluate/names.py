@@ -13,9 +13,11 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import packages
 from ..errors import UserError
+from .gsm8k import GSM8K
 from .needle import TASKS as NEEDLES
 from .needle import check_length, is_needle
 
@@ -172,10 +174,27 @@ def check_name(name: str) -> None:
 
 def check_task(name: str) -> None:
     """UserError unless `evaluate` may know `name`: as `check_name`, or a needle with its length."""
-    if is_needle(name):
+    if source_of(name).requests is None:
         check_length(name)
     else:
         check_name(name)
+
+
+class Source(NamedTuple):
+    """What a task is made of. requests: the name of the request set that its documents come from,
+    None where they are made on the spot (needle.py). written: whether the model writes answers."""
+
+    requests: str | None
+    written: bool
+
+
+def source_of(name: str) -> Source:
+    """What kind of task a name is; also of names that are not known, taken for request sets."""
+    if is_needle(name):
+        return Source(None, written=True)
+    if name == GSM8K:
+        return Source("gsm8k", written=True)
+    return Source(name, written=False)
 
 
 def _requests_root(requests: str | Path | None) -> Path:

@@ -17,8 +17,9 @@ from ..atomic import write_text
 from ..errors import UserError, short
 from ..json_files import read_json
 
-_PASSAGE = ("passage", "story", "context", "article")
-"""Fields of a document that hold the text which several questions may ask about."""
+_PASSAGE = ("passage", "story", "context", "article", "abstract")
+"""Fields of a document that hold the text which several questions may ask about. An abstract stands
+for its paper: qasper's questions are about papers, and show a paragraph or two of them."""
 _CATEGORY = re.compile("Category:[^\n]*")
 """What stands before a question of jeopardy: its subject, no text that it asks about."""
 

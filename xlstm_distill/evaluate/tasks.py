@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from ..json_files import read_json
-from ..scoring import Request
+from ..scoring import Request, score_pairs
 from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids
-from .gsm8k import GSM8K, gsm8k
-from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name
-from .needle import is_needle, needle
+from .gsm8k import gsm8k
+from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name, source_of
+from .needle import needle
 from .results import passage_of
 from .unfinished import Unfinished
 
@@ -129,12 +129,11 @@ def open_task(
     Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, and
     for a length that is too short for its needles or longer than the haystack.
     """
-    if is_needle(name):
+    source = source_of(name)
+    if source.requests is None:
         return needle(name, tokenizer, limit=limit, seed=seed, haystack=haystack)
-    if name == GSM8K:
-        task = load_task("gsm8k", requests)
-        return gsm8k(task, _subset(task, limit, seed))
-    return load_task(name, requests)
+    task = load_task(source.requests, requests)
+    return gsm8k(task, _subset(task, limit, seed)) if source.written else task
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -255,8 +254,9 @@ def evaluate(
     request sets in tokens (default: the model's `max_position_embeddings`); longer contexts lose
     their beginning. haystack: a text file to hide needles in. unfinished: a directory that keeps
     the samples found so far; with it the same call goes on where a killed one stopped, with the
-    same results. progress(task, documents done, total). The ranks of `comm` take batches of
-    documents in turns, with the same results.
+    same results. progress(task, documents done, total) is called for every task before its first
+    batch, also where nothing is left to do, and behind each batch. The ranks of `comm` take batches
+    of documents in turns, with the same results.
 
     Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none`,
     `string_match_all,none`, `exact_match,none` and `..._stderr,none`), `higher_is_better`,
@@ -300,13 +300,14 @@ def evaluate(
         else:
             total, original = len(documents), len(task.documents)
             batches = _scored_samples(model, task, documents, len(samples), max_length, comm)
+        if progress is not None:
+            progress(task.name, len(samples), total)
         for batch in batches:
             if kept is not None:
                 kept.add(task.name, batch)
-            for sample in batch:
-                samples.append(sample)
-                if progress is not None:
-                    progress(task.name, len(samples), total)
+            samples += batch
+            if progress is not None:
+                progress(task.name, len(samples), total)
         metrics = _metrics(task)
         out["results"][task.name] = {"alias": task.name, **_aggregate(metrics, samples)}
         out["higher_is_better"][task.name] = {m: m != "bits_per_byte" for m in metrics}
@@ -417,21 +418,9 @@ def _new_tokens(pairs: _Encoded, prefix: int) -> int:
 def _log_likelihoods(
     scorer: Callable[[Sequence[Request]], list[list[Logp]]], documents: Sequence[_Encoded]
 ) -> list[list[float]]:
-    """Of every pair of each document. The pairs of one context are one request."""
-    requests: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
-    places: list[tuple[int, int]] = []  # of pairs: the request, and which of its continuations
-    for pairs in documents:
-        own: dict[tuple[int, ...], int] = {}
-        for context, rest in pairs:
-            if context not in own:
-                own[context] = len(requests)
-                requests.append((context, []))
-            continuations = requests[own[context]][1]
-            places.append((own[context], len(continuations)))
-            continuations.append(rest)
-    found = scorer(requests)
-    totals = iter(float(np.sum(found[i][j], dtype=np.float64)) for i, j in places)
-    return [list(itertools.islice(totals, len(pairs))) for pairs in documents]
+    """Of every pair of each document."""
+    found = iter(score_pairs(scorer, itertools.chain.from_iterable(documents)))
+    return [[float(np.sum(next(found), dtype=np.float64)) for _ in pairs] for pairs in documents]
 
 
 def _shared_tokens(tokenizer: ScoringTokenizer, documents: Sequence[Document]) -> tuple[int, ...]:
