@@ -93,7 +93,9 @@ def test_reserved_rows_are_never_drawn(text):
 
 
 def test_keep_best_ends_with_the_lowest_validation_loss(teacher, text):
-    settings = {"lr": 0.3, "schedule": "constant", "warmup": 0.0}  # far too high: it gets worse
+    # It rises to a hundred times what is bearable, so that the last is not the best whatever the
+    # instruction set's rounding.
+    settings = {"lr": 3.0, "schedule": "constant", "warmup": 1.0}
     last, generator = stage(teacher, text, **settings)
     by_step = {
         m["step"]: (m["validation"], last.params.flat.copy())
