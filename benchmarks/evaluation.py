@@ -87,6 +87,15 @@ class Rival:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """By the rule of `evaluate`: where the two merge at the border, as Python's "```python" and
+        "def" do, the continuation is encoded by itself."""
+        kept = context.rstrip()
+        first, whole = self.encode(kept), self.encode(context + continuation)
+        if whole[: len(first)] == first:
+            return first, whole[len(first) :]
+        return first, self.encode(context[len(kept) :] + continuation)
+
     def log_likelihoods(self, rows: Sequence[tuple[list[int], list[int]]]) -> Logp:
         """Of each row's second part behind its first: one pass over both. Rows that differ in the
         last token alone (labels) have one pass, as in lm-evaluation-harness."""
@@ -180,8 +189,7 @@ def request_set(model: Model, rival: Rival, name: str, requests: int) -> Result:
         encoded = [encode_pair(tokenizer, *pair) for pair in document.pairs]
         theirs.append(rival.log_likelihoods(encoded))
         for (context, continuation), (first, rest) in zip(document.pairs, encoded, strict=True):
-            whole = rival.encode(context + continuation)
-            same_tokens += (rival.encode(context.rstrip()), whole) == (first, first + rest)
+            same_tokens += rival.encode_pair(context, continuation) == (first, rest)
         rows += encoded
     differences = np.abs(np.concatenate(ours) - np.concatenate(theirs))
     reported = found["results"][task.name]
