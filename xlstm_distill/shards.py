@@ -9,6 +9,7 @@ numbers are divided.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -101,13 +102,17 @@ class Shards:
 
     def share(self, params: Parameters) -> None:
         """Give every rank the numbers of all shards, each from the rank that holds it."""
-        me, flat = self.comm.rank, params.flat
-        others = [rank for rank in range(self.comm.size) if rank != me]
-        own = [flat[piece.place] for piece in self.own]
-        self.comm.exchange(
-            dict.fromkeys(others, own),
-            {r: [flat[piece.place] for piece in self.pieces(*self.range_of(r))] for r in others},
-        )
+        others = [rank for rank in range(self.comm.size) if rank != self.comm.rank]
+        own = self._messages(params.flat, self.comm.rank)
+        received = {rank: self._messages(params.flat, rank) for rank in others}
+        self.comm.exchange(dict.fromkeys(others, own), received)
+
+    def _messages(self, flat: NDArray[Any], rank: int) -> list[NDArray[Any]]:
+        """A rank's shard where it lies in a flat buffer, in parts of at most PIECE numbers."""
+        low, high = self.range_of(rank)
+        starts = range(low, high, PIECE)
+        parts = (self.pieces(start, min(start + PIECE, high)) for start in starts)
+        return [flat[piece.place] for piece in itertools.chain.from_iterable(parts)]
 
     def gathered(self, own: NDArray[Any]) -> Iterator[NDArray[Any]]:
         """On the first rank the numbers of all shards in order, in pieces; the others have none,
