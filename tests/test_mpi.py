@@ -368,6 +368,14 @@ def test_trouble_is_one_line_of_the_first_rank(
     assert found == status and len(said) == 1 and message in said[0]
 
 
+def test_a_stage_that_is_not_reached_refuses_nobody(root, tmp_path):
+    """Stage I with two ranks, although stage II is for one."""
+    out, changes = tmp_path / "out", ("distill.rows=1", "distill.state_passing=true")
+    more = [word for change in changes for word in ("--set", change)]
+    found, _, errors = ended(launch_run(2, root / "tree.yaml", out, *more, until="align"))
+    assert found == 0 and (out / "aligned" / "config.json").is_file(), errors
+
+
 def test_a_job_that_mpi4py_knows_nothing_of_is_refused():
     """As where mpirun is of another MPI than mpi4py: every process would take itself for all."""
     process = subprocess.run(

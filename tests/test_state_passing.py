@@ -18,7 +18,7 @@ from xlstm_distill.linearize import linearize
 from xlstm_distill.recipe import make_recipe
 from xlstm_distill.run import run
 from xlstm_distill.sweep import _parts
-from xlstm_distill.targets import TargetCache
+from xlstm_distill.targets import OnlineTargets, TargetCache, identity_of, write_targets
 
 LENGTH = 32
 CE = {"ce_weight": 1.0, "kl_weight": 0.0}
@@ -207,6 +207,26 @@ def test_rows_of_a_stream_go_on(reserve):
     assert rows.identity == {**plain.identity, "streams": 4}
 
 
+def test_what_stands_before_a_row_is_its_document():
+    data = documents(60)
+    rows = Rows(data, 16, 3, 5, streams=4)
+    found = []
+    for n in [*range(len(rows)), *rows.reserved]:
+        ids, _, reset = rows.row(n)
+        before = rows.before(n, 2)
+        assert before.dtype == np.int32 and len(rows.before(n, 0)) == 0
+        assert np.array_equal(before, rows.before(n, 9)[-32:])
+        if reset[0]:
+            assert len(before) == 0
+            continue
+        # tokens are numbered through: those before are the numbers before, in one document
+        begin = data.offsets[np.searchsorted(data.offsets, ids[0], side="right") - 1]
+        assert np.array_equal(before, np.arange(ids[0] - len(before), ids[0]))
+        assert before[0] == begin or (before[0] > begin and len(before) in (16, 32))
+        found.append(len(before))
+    assert 32 in found and min(found) < 16 and len(set(found)) > 5
+
+
 def test_a_batch_has_no_two_rows_of_a_stream():
     sources = {
         name: Rows(documents(30 + 9 * n, n), 16, 1, streams=5) for n, name in enumerate("abc")
@@ -342,6 +362,80 @@ def test_what_cannot_pass_a_state_is_refused(teacher, text):
     assert "layer 1 attends without a window" in message(full, text)
 
 
+# ---- targets with the text before a row ---------------------------------------------------------
+
+
+def test_targets_behind_rows_are_those_of_the_document(teacher, text):
+    rows = Rows(text, LENGTH, 1, streams=3)
+    behind, alone = OnlineTargets(teacher, rows, 8, rows_before=2), OnlineTargets(teacher, rows, 8)
+    differ = 0
+    for n in range(len(rows)):
+        ids, _, reset = rows.row(n)
+        own, before = np.append(np.flatnonzero(reset[1:]) + 1, LENGTH)[0], rows.before(n, 2)
+        tid, logp = (x[0] for x in behind.get([n]))
+        wanted = [x[0, len(before) :] for x in teacher.topk([*before, *ids[:own]], 8)[:2]]
+        assert np.array_equal(tid[:own], wanted[0])
+        # float16: relative error at most 2^-11
+        assert (np.abs(logp[:own] / wanted[1] - 1) <= 2.0**-11 + OP_F32).all()
+        cut = alone.get([n])[1][0]
+        # the same float16 where nothing stands before, or a neighbour
+        assert np.abs(logp[own:] / cut[own:] - 1).max(initial=0) <= 2.0**-10
+        if len(before):
+            differ += np.abs(logp[0] - cut[0]).max() > 0.01
+        else:
+            assert np.array_equal(logp, cut)
+    assert differ > 0.9 * sum(len(rows.before(n, 2)) > 0 for n in range(len(rows)))
+
+
+@pytest.mark.parametrize("kl_form", ["renormalised", "sampled"])
+def test_the_teacher_itself_has_no_loss_only_if_it_reads_as_much(teacher, text, kl_form):
+    """The student is the teacher, with a window longer than a document."""
+    found = []
+    for rows_before in (0, 9):
+        student = linearize(teacher, window=300, sinks=0, mixer="window")
+        source = {"a": Rows(text, LENGTH, streams=3)}
+        settings = {"steps": 6, "k": 200, "lr": 1e-30, "kl_form": kl_form, "state_passing": True}
+        more = {"ce_weight": 0.0, "kl_weight": 1.0, "rows_before": rows_before}
+        losses = distill(student, Batches(source, 3), teacher, **settings, **more)
+        found.append([m["kl"] for m in losses])
+    alone, behind = found
+    if kl_form == "sampled":  # of which the entropy is left
+        assert np.mean(behind[1:]) < np.mean(alone[1:]) - 0.01
+        return
+    assert max(behind) <= 1e-6  # log-probabilities are rounded to float16, which KL feels squared
+    assert abs(alone[0]) <= 1e-6 and min(alone[1:]) > 1e-3
+
+
+def test_a_cache_holds_what_is_computed_on_the_way(tmp_path, teacher, text):
+    rows = Rows(text, LENGTH, 1, streams=3)
+    for form in ("topk", "sampled"):
+        list(write_targets(teacher, rows, tmp_path / form, k=8, form=form, rows_before=2))
+        cache = TargetCache(tmp_path / form, identity_of(teacher, rows, 8, form, 2))
+        online = OnlineTargets(teacher, rows, 8, form, rows_before=2)
+        for one, other in zip(cache.get([4, 11]), online.get([4, 11]), strict=True):
+            assert np.array_equal(one, other)
+    with pytest.raises(UserError, match="made for rows_before 2, here it is 0; delete"):
+        TargetCache(tmp_path / "topk", identity_of(teacher, rows, 8))
+
+
+def test_rows_before_that_cannot_be_are_refused(tmp_path, teacher, text):
+    with pytest.raises(UserError, match="rows_before needs rows of streams"):
+        OnlineTargets(teacher, Rows(text, LENGTH), 8, rows_before=1)
+    streams = Rows(text, LENGTH, streams=3)  # the teacher was made for 512 tokens
+    OnlineTargets(teacher, streams, 8, rows_before=15)
+    for wrong in (16, -1):
+        with pytest.raises(UserError, match=rf"rows_before is {wrong}, expected 0 to 15: the teac"):
+            next(write_targets(teacher, streams, tmp_path / "t", k=8, rows_before=wrong))
+    given = values(tmp_path, teacher)
+    late = make_recipe({**given, "targets": {"rows_before": 1000}})
+    with pytest.raises(UserError, match="rows_before is 1000, expected 0 to"):
+        run(late, tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()  # before any work
+    given["distill"]["state_passing"] = False
+    with pytest.raises(UserError, match=r"targets\.rows_before needs distill\.state_passing"):
+        make_recipe({**given, "targets": {"rows_before": 1}})
+
+
 # ---- a run --------------------------------------------------------------------------------------
 
 
@@ -363,6 +457,9 @@ def test_a_run_passes_states(tmp_path, teacher):
     assert (place / "experts" / "notes" / "config.json").is_file()
     cache = TargetCache(place / "targets" / "notes")
     assert cache.manifest["streams"] == 2 and cache.rows == 12
+    behind = make_recipe({**given, "targets": {"k": given["targets"]["k"], "rows_before": 1}})
+    more = run(behind, tmp_path / "behind", until="distill")
+    assert TargetCache(more / "targets" / "notes").manifest["rows_before"] == 1
     # without it, rows are others, and so are their targets
     plain = make_recipe({**given, "distill": {**given["distill"], "state_passing": False}})
     places = [[p.depends for p in _parts(r) if p.place == "targets/notes"] for r in (recipe, plain)]

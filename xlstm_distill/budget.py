@@ -176,14 +176,15 @@ def estimate(
     stage_two = steps * recipe.distill.rows * length
     stage_one = _stage_one_tokens(recipe, config)
     stored = _target_rows(recipe) * length
+    read = 1 + recipe.targets.rows_before  # at most: less where documents are short
     online = stage_two if recipe.distill.kl_weight and recipe.targets.online else 0
     moved = rates.save + rates.load
     seconds = {
         "sample": new / rates.sample,
         "align": stage_one / rates.align + 2 * moved,
-        "targets": stored / rates.targets,
+        "targets": read * stored / rates.targets,
         "distill": stage_two / rates.distill
-        + online / rates.targets
+        + read * online / rates.targets
         + steps * rates.update
         + len(trained) * moved
         + sum(_validation_seconds(recipe, rates, name) for name in trained),

@@ -310,6 +310,19 @@ class Rows:
         labels = np.where(counted[1:] & ~reset[1:], ids[1:], -1).astype(np.int32)
         return ids[:-1], labels, reset[:-1]
 
+    def before(self, index: int, rows: int) -> IntArray:
+        """The tokens of the document in which a row begins, as far as they stand in the `rows` rows
+        before it in its stream, int32 [n]: none where it begins a document or a stream."""
+        found: list[IntArray] = []
+        begins = bool(self.row(index)[2][0])
+        while len(found) < rows and not begins:
+            index -= self.streams
+            ids, _, reset = self.row(index)
+            starts = np.flatnonzero(reset)
+            begins = len(starts) > 0
+            found.insert(0, ids[starts[-1] :] if begins else ids)
+        return np.concatenate([np.empty(0, np.int32), *found])
+
     def _goes_on(self, index: int) -> bool:
         """True if the row before this one in its stream is the text before it."""
         before = index - self.streams

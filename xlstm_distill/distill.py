@@ -44,6 +44,7 @@ def distill(
     kl_weight: float = 0.9,
     kl_form: KlForm = "renormalised",
     k: int = 256,
+    rows_before: int = 0,
     lr: float = 1e-4,
     rates: Mapping[Group, float] | None = None,
     warmup: float = 0.1,
@@ -69,9 +70,10 @@ def distill(
     """Train the student in place; yields metrics a step.
 
     targets: a cache made of the same rows (one, or one per domain of `data`), the teacher itself
-    (its `k` targets of a position are then computed on the way, the same bits as from a cache), or
-    None for cross-entropy alone. With kl_form "sampled" they are draws, else the most probable
-    tokens. A step takes `rows` rows of `length` tokens, `micro_rows` at a time. The learning rate
+    (its `k` targets of a position are then computed on the way, with what stands in `rows_before`
+    rows before, the same bits as from a cache), or None for cross-entropy alone. With kl_form
+    "sampled" they are draws, else the most probable tokens. A step takes `rows` rows of `length`
+    tokens, `micro_rows` at a time. The learning rate
     rises over the share `warmup` of the steps to `lr` and goes on as `schedule` says
     (`optim.learning_rate`).
     rates: factors of it for groups of tensors (`optim.Group`), {"mixer": 60} say: few steps move
@@ -79,8 +81,8 @@ def distill(
     the running mean of its values, which keeps this share in a step (None: as the last ones).
     window_dropout: the share of the steps, evenly spread, in which every output gate is 1, so that
     the mLSTM alone has to answer. state_passing: a row goes on from the state behind the row before
-    it in its stream (`data.Rows`), through which no gradient flows; targets are the teacher's of
-    the row alone, and held_out rows begin without a state. held_out: rows whose loss is measured
+    it in its stream (`data.Rows`), through which no gradient flows; the teacher reads as much with
+    `rows_before`, and held_out rows begin without a state. held_out: rows whose loss is measured
     every `validate_every` steps, with held_out_targets, the teacher's of these rows, where
     kl_weight is not 0; with keep="best" the student ends as it was at the lowest.
     train_what: "all", "mixer" (everything copied from the teacher stays frozen), or an adapter of
@@ -112,7 +114,7 @@ def distill(
         raise UserError("distill: the adapter belongs to another model than the student")
     batches = as_batches(data, rows, length, seed, streams=rows if state_passing else 0)
     streams = StreamStates(student, batches) if state_passing else None
-    of_domains = _of_domains(targets, batches, k, kl_form)
+    of_domains = _of_domains(targets, batches, k, kl_form, rows_before)
     if isinstance(train_what, Lora):
         names, params = train_what.wanted, train_what.params
     else:
@@ -241,7 +243,7 @@ def _parts_of(targets: Targets | None, batch: Batch, rows: int) -> Iterator[Targ
 
 
 def _of_domains(
-    targets: TargetSource, batches: Batches, k: int, kl_form: KlForm
+    targets: TargetSource, batches: Batches, k: int, kl_form: KlForm, rows_before: int
 ) -> Mapping[str, OfRows] | None:
     """The targets of each domain, of the form that `kl_form` needs; None without targets."""
     if targets is None:
@@ -249,7 +251,7 @@ def _of_domains(
     form: Form = "sampled" if kl_form == "sampled" else "topk"
     if isinstance(targets, Model):
         rows = batches.sources.items()
-        return {name: OnlineTargets(targets, own, k, form) for name, own in rows}
+        return {name: OnlineTargets(targets, own, k, form, rows_before) for name, own in rows}
     if not isinstance(targets, Mapping):
         targets = dict.fromkeys(batches.sources, targets)
     for source in targets.values():

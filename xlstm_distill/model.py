@@ -430,11 +430,14 @@ class Model:
     # ---- measuring ----------------------------------------------------------------------------
 
     def topk(
-        self, ids: ArrayLike, k: int, reset: ArrayLike | None = None
+        self, ids: ArrayLike, k: int, reset: ArrayLike | None = None, last: int | None = None
     ) -> tuple[IntArray, NDArray[Any], NDArray[Any]]:
-        """The k most probable next tokens of every position: ids [B, T, k] (best first, ties to the
-        lower id), their log-probabilities under the full softmax, and their summed mass [B, T]."""
+        """The k most probable next tokens of every position, or of the `last` so many: ids
+        [B, T, k] (best first, ties to the lower id), their log-probabilities under the full
+        softmax, and their summed mass [B, T]."""
         hidden = self.hidden(ids, None, reset)
+        if last is not None:
+            hidden = hidden[:, hidden.shape[1] - last :]
         tid, logp, mass = self._topk(hidden.reshape(-1, hidden.shape[-1]), k)
         shape = hidden.shape[:2]
         return tid.reshape(*shape, k), logp.reshape(*shape, k), mass.reshape(shape)
@@ -463,10 +466,11 @@ class Model:
     def draws(
         self, ids: ArrayLike, uniform: NDArray[np.float64], reset: ArrayLike | None = None
     ) -> tuple[IntArray, IntArray]:
-        """Draws from the next tokens of every position: those that were drawn, ids [B, T, k] by
-        rising id, and how often each was, counts [B, T, k] (0 behind the last one). uniform
+        """Draws from the next tokens of the last T positions: those that were drawn, ids [B, T, k]
+        by rising id, and how often each was, counts [B, T, k] (0 behind the last one). uniform
         [B, T, k] in [0, 1), rising in the last axis, decides them (ops.head_draws)."""
         hidden = self.hidden(ids, None, reset)
+        hidden = hidden[:, hidden.shape[1] - uniform.shape[1] :]
         flat, u = hidden.reshape(-1, hidden.shape[-1]), uniform.reshape(-1, uniform.shape[-1])
         tid, counts = np.empty(u.shape, dtype=np.int32), np.empty(u.shape, dtype=np.int32)
         with self._lock:

@@ -193,11 +193,13 @@ class AlignSection(_Section):
 
 class TargetsSection(_Section):
     """The teacher's targets of a position: its k most probable tokens, or k draws. `online`: they
-    are computed when stage II asks for them, and not stored."""
+    are computed when stage II asks for them, and not stored. `rows_before`: so many rows of its
+    stream that the teacher reads before a row."""
 
     form: Form = "topk"
     k: int = Field(default=256, ge=1)
     online: bool = False
+    rows_before: int = Field(default=0, ge=0)
 
 
 class LoraSection(_Section):
@@ -362,6 +364,10 @@ class Recipe(_Section):
             raise ValueError(
                 f"distill.kl_form {self.distill.kl_form} does not fit targets.form "
                 f"{self.targets.form}: sampled is for sampled, the others for topk"
+            )
+        if self.targets.rows_before and not self.distill.state_passing:
+            raise ValueError(
+                "targets.rows_before needs distill.state_passing: else no row goes on from another"
             )
         hybrid = self.student.mixer == "hybrid" and self.student.window is not None
         if self.evaluate.branches and not hybrid:

@@ -45,7 +45,14 @@ from .recipe import GENERALIST, DomainSection, Recipe, SampledSource
 from .rundir import Interrupt, RunDirectory
 from .sampling import read_documents, sample_documents
 from .sources import Document
-from .targets import OnlineTargets, TargetCache, Targets, identity_of, write_targets
+from .targets import (
+    OnlineTargets,
+    TargetCache,
+    Targets,
+    check_rows_before,
+    identity_of,
+    write_targets,
+)
 from .texts import Malformed
 from .tokenizer import Tokenizer
 from .trackers import Trackers, check_installed
@@ -113,31 +120,37 @@ class Run:
         if until not in STAGES:
             raise UserError(f"stage {until!r} is not known: {', '.join(STAGES)}", usage=True)
         check_installed(self.recipe.trackers)
-        self._check_ranks()
-        if self.comm.first and "align" in STAGES[: STAGES.index(until) + 1]:
+        stages = STAGES[: STAGES.index(until) + 1]
+        self._check_ranks(stages)
+        if self.comm.first and "align" in stages:
             self.check_student()
+        if self.comm.first and "targets" in stages:
+            section, length = self.recipe.targets, self.recipe.data.length
+            check_rows_before(section.rows_before, length, self.checkpoint.config)
         with closing(self.trackers):
-            for stage in STAGES[: STAGES.index(until) + 1]:
+            for stage in stages:
                 if self.comm.first or stage in _SHARED:
                     getattr(self, f"run_{stage}")()
                 self.comm.barrier()
                 self.check()
 
-    def _check_ranks(self) -> None:
-        """Refuse ranks that would not compute alike, or have nothing to do; say what they are."""
+    def _check_ranks(self, stages: Sequence[str]) -> None:
+        """Refuse ranks that would not compute alike, or have nothing to do in one of `stages`; say
+        what they are."""
         size = self.comm.size
         if size == 1:
             return
         align, distill = self.recipe.align, self.recipe.distill
-        aligns = bool(self._aligned_layers())
+        aligns, distils = "align" in stages and bool(self._aligned_layers()), "distill" in stages
         if aligns and align.order == "layer":
             raise UserError("align.order: layer is for one rank; choose step, or start without MPI")
-        if distill.state_passing:
+        if distils and distill.state_passing:
             raise UserError("distill.state_passing is for one rank; start without MPI")
         self.comm.agree("the instruction set (XLSTM_DISTILL_ISA sets it)", runtime.isa())
         fewest = min(map(len, self._at_once(list(self.recipe.trained))))
+        trains = {"align": aligns, "distill": distils}
         for stage, section, groups in (("align", align, 1), ("distill", distill, fewest)):
-            if stage == "align" and not aligns:
+            if not trains[stage]:
                 continue
             parts, ranks = -(-section.rows // (section.micro_rows or 1)), -(-size // groups)
             if parts < ranks:
@@ -561,12 +574,12 @@ class Run:
         return Batches(packed, self.recipe.distill.rows, weights, seed)
 
     @property
-    def _k(self) -> int:
-        """Targets of a position: those of the recipe; of most probable tokens all there are."""
-        section = self.recipe.targets
-        if section.form == "sampled":
-            return section.k
-        return min(section.k, self.teacher.config.vocab_size)
+    def _kind(self) -> dict[str, Any]:
+        """What targets are: those of the recipe; of most probable tokens all there are."""
+        kind = self.recipe.targets.model_dump(include={"form", "k", "rows_before"})
+        if kind["form"] == "topk":
+            kind["k"] = min(kind["k"], self.teacher.config.vocab_size)
+        return kind
 
     def run_targets(self) -> None:
         """The teacher's targets of every row that stage II will see, unless they are online."""
@@ -588,13 +601,7 @@ class Run:
                 place = self.path / "targets" / name
                 packed = self.rows(name, self._streams)
                 metrics = write_targets(
-                    self.teacher,
-                    packed,
-                    place,
-                    count=count,
-                    k=self._k,
-                    form=self.recipe.targets.form,
-                    comm=self.comm,
+                    self.teacher, packed, place, count=count, comm=self.comm, **self._kind
                 )
                 self.follow(metrics, stage, f"targets: {name}")
 
@@ -693,7 +700,7 @@ class Run:
 
         def of_row(p: Batch) -> Targets:
             if self.recipe.targets.form == "topk":  # exact, not rounded as those that are stored
-                return self.teacher.topk(p.ids, self._k, reset=p.reset)[:2]
+                return self.teacher.topk(p.ids, self._kind["k"], reset=p.reset)[:2]
             ((domain, row),) = p.rows
             return self._online(batches.sources[domain]).get([row])
 
@@ -702,7 +709,7 @@ class Run:
         return batch, (ids, logp)
 
     def _online(self, rows: Rows) -> OnlineTargets:
-        return OnlineTargets(self.teacher, rows, self._k, self.recipe.targets.form)
+        return OnlineTargets(self.teacher, rows, **self._kind)
 
     def _targets(self, batches: Batches, steps: int) -> dict[str, OfRows]:
         """Targets of each domain that the steps reach."""
@@ -713,7 +720,7 @@ class Run:
             if self.recipe.targets.online:
                 found[name] = self._online(rows)
             else:
-                expect = identity_of(self.teacher, rows, self._k, self.recipe.targets.form)
+                expect = identity_of(self.teacher, rows, **self._kind)
                 found[name] = TargetCache(self.path / "targets" / name, expect)
         return found
 

@@ -5,6 +5,8 @@ it belongs to. Ids are uint16 where the vocabulary has at most 65,536 tokens and
 Of the form topk log-probabilities are float16 (relative error at most 2^-11, so 0.005 at
 log p = -10) and the captured mass is float32; of the form sampled the tokens that were drawn are
 kept with how often each was. The draws of a row follow from the seed and the number of the row.
+With `rows_before` the teacher reads what stands of a row's first document in so many rows before it
+in its stream (`Rows.before`), as a student does that goes on from the state behind them.
 Every shard has a sha256 in the manifest that is verified when it is read.
 
 `OnlineTargets` has the teacher beside the student and stores nothing; what a student sees are the
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 
 from .atomic import atomic_file, write_text
 from .communicator import ALONE, Communicator
+from .config import ModelConfig
 from .data import MANIFEST, Rows
 from .errors import UserError
 from .model import Model
@@ -35,8 +38,8 @@ Form = Literal["topk", "sampled"]
 ROWS_PER_SHARD = 8
 _SHARDS_IN_MEMORY = 4
 
-_UNSAID = {"form": "topk"}
-"""What a manifest of the first form leaves out."""
+_UNSAID = {"form": "topk", "rows_before": 0}
+"""What a manifest leaves out."""
 
 _Arrays = dict[str, NDArray[Any]]
 
@@ -50,10 +53,10 @@ class _TopK:
 
     statistic = "mass"
 
-    def compute(self, teacher: Model, rows: Rows, index: int, k: int) -> _Arrays:
+    def compute(self, teacher: Model, rows: Rows, index: int, k: int, before: int) -> _Arrays:
         """What is kept of one row."""
-        ids, _, reset = rows.row(index)
-        tid, logp, mass = teacher.topk(ids[None], k, reset=reset[None])
+        ids, reset = _read(rows, index, before)
+        tid, logp, mass = teacher.topk(ids, k, reset, rows.length)
         return {
             "ids": tid[0].astype(_id_type(teacher)),
             "logp": np.maximum(logp[0], np.finfo(np.float16).min).astype(np.float16),
@@ -79,13 +82,13 @@ class _Sampled:
 
     statistic = "distinct"
 
-    def compute(self, teacher: Model, rows: Rows, index: int, k: int) -> _Arrays:
+    def compute(self, teacher: Model, rows: Rows, index: int, k: int, before: int) -> _Arrays:
         """What is kept of one row."""
-        ids, _, reset = rows.row(index)
+        ids, reset = _read(rows, index, before)
         # Key (seed, 0) is that of the order of documents.
         random = np.random.Generator(np.random.Philox(key=[rows.seed, 1 + index]))
         uniform = np.sort(random.random((1, rows.length, k)), axis=-1)
-        tid, counts = teacher.draws(ids[None], uniform, reset[None])
+        tid, counts = teacher.draws(ids, uniform, reset)
         drawn = counts[0] > 0
         small = np.min_scalar_type(k)
         return {
@@ -120,18 +123,43 @@ class _Sampled:
 _FORMS: dict[str, _TopK | _Sampled] = {"topk": _TopK(), "sampled": _Sampled()}
 
 
+def _read(rows: Rows, index: int, before: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What the teacher reads for one row: ids and reset [1, n + T]."""
+    earlier = rows.before(index, before)
+    ids, _, reset = rows.row(index)
+    return np.concatenate([earlier, ids])[None], np.pad(reset, (len(earlier), 0))[None]
+
+
 def _id_type(teacher: Model) -> type[np.integer[Any]]:
     return np.uint16 if teacher.config.vocab_size <= 1 << 16 else np.int32
 
 
-def _check_k(k: int, form: Form, vocab: int) -> None:
+def _check(teacher: Model, rows: Rows, k: int, form: Form, rows_before: int) -> None:
+    vocab = teacher.config.vocab_size
     if form == "topk" and not 1 <= k <= vocab:
         raise UserError(f"k is {k}, expected 1 to {vocab}")
     if k < 1:
         raise UserError(f"k is {k}, expected at least 1 draw")
+    if rows_before and not rows.streams:
+        raise UserError(
+            "rows_before needs rows of streams (Rows): of others none is before another"
+        )
+    check_rows_before(rows_before, rows.length, teacher.config)
 
 
-def identity_of(teacher: Model, rows: Rows, k: int, form: Form = "topk") -> dict[str, Any]:
+def check_rows_before(rows_before: int, length: int, teacher: ModelConfig) -> None:
+    """UserError if so many rows and the one behind them are longer than the teacher's context."""
+    context = teacher.max_position_embeddings
+    if rows_before < 0 or (rows_before and (rows_before + 1) * length > context):
+        raise UserError(
+            f"rows_before is {rows_before}, expected 0 to {max(0, context // length - 1)}: the "
+            f"teacher reads at most {context} tokens, a row has {length}"
+        )
+
+
+def identity_of(
+    teacher: Model, rows: Rows, k: int, form: Form = "topk", rows_before: int = 0
+) -> dict[str, Any]:
     """What a cache must agree on with those who use it."""
     tokenizer = teacher.tokenizer
     identity = {
@@ -139,22 +167,33 @@ def identity_of(teacher: Model, rows: Rows, k: int, form: Form = "topk") -> dict
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
         **rows.identity,
         "k": k,
+        "form": form,
+        "rows_before": rows_before,
     }
-    return identity if form == "topk" else {**identity, "form": form}
+    return {key: value for key, value in identity.items() if _UNSAID.get(key, ...) != value}
 
 
 class OnlineTargets:
     """Targets that the teacher computes when they are asked for: those that a cache would hold."""
 
-    def __init__(self, teacher: Model, rows: Rows, k: int = 256, form: Form = "topk") -> None:
-        _check_k(k, form, teacher.config.vocab_size)
+    def __init__(
+        self,
+        teacher: Model,
+        rows: Rows,
+        k: int = 256,
+        form: Form = "topk",
+        rows_before: int = 0,
+    ) -> None:
+        _check(teacher, rows, k, form, rows_before)
         self.teacher, self.rows, self.k, self.form = teacher, rows, k, form
+        self.rows_before = rows_before
 
     def get(self, indices: Sequence[int]) -> Targets:
         """As `TargetCache.get`."""
         form = _FORMS[self.form]
-        kept = (form.compute(self.teacher, self.rows, index, self.k) for index in indices)
-        return _stacked(form.targets(row, self.k) for row in kept)
+        teacher, rows, k, before = self.teacher, self.rows, self.k, self.rows_before
+        kept = (form.compute(teacher, rows, index, k, before) for index in indices)
+        return _stacked(form.targets(row, k) for row in kept)
 
 
 def _stacked(rows: Iterable[Targets]) -> Targets:
@@ -173,33 +212,37 @@ def write_targets(
     count: int | None = None,
     k: int = 256,
     form: Form = "topk",
+    rows_before: int = 0,
     comm: Communicator = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Compute targets of the first `count` rows (None: all); yields metrics a shard.
 
-    form: the k most probable tokens of a position, or k draws. Finished shards of an earlier run
-    are kept. The ranks of `comm` take shards in turns; the first one writes them, the same bytes
-    for any number of ranks. A directory made for another teacher, tokenizer, text, length, seed, k
-    or form is refused with a UserError that names the field and both values.
+    form: the k most probable tokens of a position, or k draws. rows_before: so many rows of a
+    stream are read before a row. Finished shards of an earlier run are kept. The ranks of `comm`
+    take shards in turns; the first one writes them, the same bytes for any number of ranks. A
+    directory made for another teacher, tokenizer, text, length, seed, k, form or rows_before is
+    refused with a UserError that names the field and both values.
 
     Metrics: mass, the mean probability that the k tokens capture, or distinct, the mean number of
     tokens that were drawn; tokens, seconds.
     """
-    _check_k(k, form, teacher.config.vocab_size)
+    _check(teacher, rows, k, form, rows_before)
     folder = Path(directory)
     total = len(rows) if count is None else count
     if not 0 < total <= len(rows):
         raise UserError(f"targets of {total} rows were asked for, the text has {len(rows)}")
-    wanted = identity_of(teacher, rows, k, form)
+    wanted = identity_of(teacher, rows, k, form, rows_before)
     done = comm.broadcast(_finished(folder, wanted) if comm.first else [])
-    steps = -(-total // ROWS_PER_SHARD)
+    steps, how = -(-total // ROWS_PER_SHARD), _FORMS[form]
 
     def indices_of(step: int) -> range:
         return range(step * ROWS_PER_SHARD, min((step + 1) * ROWS_PER_SHARD, total))
 
     def make(step: int) -> tuple[bytes, float, float]:
         started = time.perf_counter()
-        shard, mean = _shard(teacher, rows, indices_of(step), k, form)
+        # One row at a time: the bits do not depend on how shards are cut.
+        kept = [how.compute(teacher, rows, index, k, rows_before) for index in indices_of(step)]
+        shard, mean = _written(how.pack(kept), how.statistic)
         return shard, mean, (time.perf_counter() - started) / comm.size
 
     enough = {s["file"]: s["rows"] for s in done}
@@ -217,7 +260,7 @@ def write_targets(
             "step": step + 1,
             "steps": steps,
             "tokens": len(indices) * rows.length,
-            _FORMS[form].statistic: mean,
+            how.statistic: mean,
             "seconds": seconds,
             "tokens_per_second": len(indices) * rows.length / seconds,
         }
@@ -236,15 +279,12 @@ def _finished(folder: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [s for s in manifest["shards"] if (folder / s["file"]).is_file()]
 
 
-def _shard(teacher: Model, rows: Rows, indices: range, k: int, form: Form) -> tuple[bytes, float]:
+def _written(shard: _Arrays, statistic: str) -> tuple[bytes, float]:
     """The bytes of one shard, and the mean of its statistic."""
-    how = _FORMS[form]
-    # One row at a time: the bits do not depend on how shards are cut.
-    shard = how.pack([how.compute(teacher, rows, index, k) for index in indices])
     buffer = io.BytesIO()
     arrays: dict[str, Any] = shard
     np.savez(buffer, **arrays)
-    return buffer.getvalue(), float(shard[how.statistic].mean())
+    return buffer.getvalue(), float(shard[statistic].mean())
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
