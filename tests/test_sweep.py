@@ -434,16 +434,17 @@ def log(place: Path, stage: str, **values: Any) -> None:
 def test_a_run_goes_as_far_as_no_other_makes_what_it_wants(root, tmp_path):
     """Stage I is another one for each rate, the teacher's targets are those of all."""
     (a, b), agenda = agenda_of(root, tmp_path, ["align.lr=1,2"])
-    assert agenda.until(a, {}) == "report"
-    assert agenda.until(b, {a: "report"}) is None  # it waits for the text
+    assert agenda.until(a, {}) == "linearize"  # then b goes on beside it
+    assert agenda.until(b, {a: "linearize"}) is None  # it waits for the text
     for stage in ("data general", "data notes", "linearize"):
         log(a, stage, event="done")
     agenda.look(a)
+    assert agenda.until(a, {}) == "report"
     assert agenda.until(b, {a: "report"}) == "align"
     agenda.look(b, "align")
     assert agenda.until(b, {a: "report"}) is None
     assert agenda.until(b, {a: "align"}) == "report"
-    assert agenda.until(b, {}) == "report"
+    assert agenda.until(b, {}) == "targets"  # that of both
 
 
 def test_nobody_waits_for_what_a_run_has_nothing_to_do_for(root, tmp_path):
@@ -456,6 +457,57 @@ def test_nobody_waits_for_what_a_run_has_nothing_to_do_for(root, tmp_path):
     log(a, "distill general", step=1)
     agenda.look(a)
     assert agenda.until(b, {a: "report"}) == "report"
+
+
+def test_what_a_run_has_nothing_to_do_for_is_not_tried_again(root, tmp_path):
+    (a, b), agenda = agenda_of(root, tmp_path, ["distill.lr=1,2"])
+    assert agenda.until(a, {}) == "targets"
+    for stage in ("data general", "data notes", "linearize", "align", "targets general"):
+        log(a, stage, event="done")
+    agenda.look(a, "targets")
+    assert agenda.until(a, {}) == agenda.until(b, {}) == "report"
+
+
+def test_fewer_runs_have_more_threads(root, tmp_path, monkeypatch):
+    """What all have in common is made with all threads, what runs of a seed have with a third, and
+    four runs have a quarter each, the last two half. Here each seed has sampled text of its own."""
+    begun = []
+
+    class Done:
+        """A process that does at once what it is for."""
+
+        ended, stopped, failure, trace = True, False, "", ""
+
+        def __init__(self, place, command, threads, say):
+            begun.append((place.name, command, threads))
+            recipe, last = recipes[place], sweeps.STAGES.index(command) if command != "run" else 9
+            with RunDirectory(place) as directory:
+                for part in sweeps._parts(recipe):
+                    if part.stage <= last and not directory.done(part.log[-1]):
+                        (place / part.place).mkdir(parents=True, exist_ok=True)
+                        (place / part.place / "config.json").touch()
+                        directory.log(part.log[-1], event="done")
+            if command == "run":
+                (place / "report").mkdir()
+                (place / "report" / "report.json").touch()
+
+        def close(self):
+            pass
+
+    points = sweeps.grid(root / "recipe.yaml", ["distill.lr=1,2"], seeds=3)
+    recipes = {tmp_path / name: recipe for point in points for name, recipe in point.runs.items()}
+    monkeypatch.setattr(sweeps, "RunProcess", Done)
+    monkeypatch.setattr(sweeps, "_POLL", 0.0)
+    monkeypatch.setattr(runtime, "threads", lambda: 12)
+    left = {place: "" for place in sorted(recipes, key=lambda place: place.name[::-1])}
+    ended = list(sweeps._side_by_side(left, recipes, Reporter(quiet=True), 4))
+    assert sorted(ended) == sorted((place, "") for place in recipes)
+    first = [f"lr=1,seed={seed}" for seed in (3, 4, 5)]
+    assert begun[:3] == [(name, "data", 4) for name in first]
+    assert begun[3] == (first[0], "linearize", 12)
+    assert begun[4:7] == [(name, "targets", 4) for name in first]
+    assert sorted(name for name, _, _ in begun[7:]) == sorted(place.name for place in recipes)
+    assert [how for _, *how in begun[7:]] == [["run", 3]] * 4 + [["run", 6]] * 2
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -284,7 +284,8 @@ def sweep(
     """Do all runs of a grid in `out` that are not done, and return the results (`results`).
 
     at_once: so many runs go on at the same time, each in a process of its own with its share of the
-    threads; one goes on in this process. The results are the same, bit for bit.
+    threads, and more while fewer can go on; one goes on in this process. The results are the same,
+    bit for bit.
 
     Seeds come one after the other, so that all points have their first run early. A run that fails
     is noted in the results and the others go on; Ctrl-C ends the sweep. Raises UserError before
@@ -418,16 +419,17 @@ class _Agenda:
             return
         lines = RunDirectory(place).read_log()
         done = {line["stage"] for line in lines if line.get("event") == "done"}
-        self._made |= {part.key for part in ahead if part.log[-1] in done}
         own = {line["stage"].split()[0] for line in lines if "taken_from" not in line}
         at = max((STAGES.index(stage) for stage in own if stage in STAGES), default=0)
         if until is not None:
             at = max(at, STAGES.index(until) + 1)
         self._ahead[place] = [p for p in ahead if p.log[-1] not in done and p.stage >= at]
+        self._made |= {p.key for p in ahead if p not in self._ahead[place]}
 
     def until(self, place: Path, active: Mapping[Path, str]) -> str | None:
         """The stage up to which a run can go now: before the first part that it wants and an active
-        run (place -> the stage that it goes to) makes. None: it has to wait."""
+        run (place -> the stage that it goes to) makes, and no further than what the same others
+        wait for: then the threads are shared anew. None: it has to wait."""
         busy = {
             part.key
             for other, until in active.items()
@@ -436,8 +438,14 @@ class _Agenda:
         }
         wanted = [part for part in self._ahead[place] if part.key not in self._made]
         end = min((part.stage for part in wanted if part.key in busy), default=len(STAGES))
-        if end < len(STAGES) and all(part.stage >= end for part in wanted):
+        now = [part for part in wanted if part.stage < end]
+        if end < len(STAGES) and not now:
             return None
+        waiting = {o: {part.key for part in self._ahead[o]} for o in self._ahead if o not in active}
+        others = [{o for o in waiting if part.key in waiting[o]} - {place} for part in now]
+        if now and others[0]:
+            split = (p.stage for p, own in zip(now, others, strict=True) if own != others[0])
+            end = min((stage for stage in split if stage > now[0].stage), default=now[-1].stage + 1)
         return STAGES[end - 1]
 
 
@@ -445,7 +453,7 @@ def _side_by_side(
     left: _Left, recipes: dict[Path, Recipe], reporter: Reporter, at_once: int
 ) -> _Ended:
     interrupt, agenda = Interrupt(), _Agenda(recipes)
-    threads = runtime.threads() // at_once
+    threads: dict[Path, int] = {}
     notes, waiting = dict(left), set(left)
     active: dict[Path, str] = {}
     processes: dict[Path, RunProcess] = {}
@@ -457,7 +465,7 @@ def _side_by_side(
         with RunDirectory(place) as directory:
             _begin(directory, recipes, reporter)
         command = "run" if until == STAGES[-1] else until
-        processes[place] = RunProcess(place, command, threads, partial(show, place.name))
+        processes[place] = RunProcess(place, command, threads[place], partial(show, place.name))
         active[place] = until
 
     def end(place: Path) -> str | None:
@@ -483,16 +491,21 @@ def _side_by_side(
         try:
             asked = False
             while active or (waiting and not interrupt.asked):
+                begin: dict[Path, str] = {}
                 for place in left:  # in the order of the turns
-                    if interrupt.asked or len(active) == at_once:
+                    if interrupt.asked or len(active) + len(begin) == at_once:
                         break
-                    until = agenda.until(place, active) if place in waiting else None
+                    until = agenda.until(place, active | begin) if place in waiting else None
                     if until is not None:
-                        try:
-                            start(place, until)
-                        except UserError as error:
-                            reporter.note(f"{place.name} failed: {error}")
-                            yield place, str(error)
+                        begin[place] = until
+                free = runtime.threads() - sum(threads[place] for place in active)
+                for place, until in begin.items():
+                    threads[place] = max(runtime.threads() // at_once, free // len(begin))
+                    try:
+                        start(place, until)
+                    except UserError as error:
+                        reporter.note(f"{place.name} failed: {error}")
+                        yield place, str(error)
                 time.sleep(_POLL)
                 for place in [p for p in active if processes[p].ended]:
                     failure = end(place)
