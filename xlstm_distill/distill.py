@@ -73,9 +73,8 @@ def distill(
     (its `k` targets of a position are then computed on the way, with what stands in `rows_before`
     rows before, the same bits as from a cache), or None for cross-entropy alone. With kl_form
     "sampled" they are draws, else the most probable tokens. A step takes `rows` rows of `length`
-    tokens, `micro_rows` at a time. The learning rate
-    rises over the share `warmup` of the steps to `lr` and goes on as `schedule` says
-    (`optim.learning_rate`).
+    tokens, `micro_rows` at a time. The learning rate rises over the share `warmup` of the steps to
+    `lr` and goes on as `schedule` says (`optim.learning_rate`).
     rates: factors of it for groups of tensors (`optim.Group`), {"mixer": 60} say: few steps move
     the mixers too little at a rate that the teacher's weights bear. average: the student ends as
     the running mean of its values, which keeps this share in a step (None: as the last ones).
