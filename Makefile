@@ -84,7 +84,7 @@ demo: setup ## a real transformer becomes a hybrid xLSTM student, with a report 
 
 # ---- tests ---------------------------------------------------------------------------------------
 
-test: setup-test ## everything but deep tests; 10 to 16 minutes on 2 cores
+test: setup-test ## everything but deep tests; 10 to 20 minutes on 2 cores
 	$(PY) -m pytest -m "$(TEST)" --durations=10
 
 fast: setup-test ## the mathematics on small sizes; under a minute

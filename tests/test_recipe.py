@@ -356,6 +356,19 @@ def test_validation_and_copies_of_the_weights_are_counted():
     assert found["memory_mib"] >= before["memory_mib"]
 
 
+@pytest.mark.parametrize("stage", ["targets", "distill"])
+def test_rows_that_the_teacher_reads_before_a_row_are_counted(stage):
+    recipe = plan(SLOW, 60, READING).model_dump()
+    recipe["distill"]["state_passing"] = True
+    found = []
+    for rows_before in (0, 2):
+        recipe["targets"].update(rows_before=rows_before, online=stage == "distill")
+        found.append(estimate(make_recipe(recipe), TINY_CONFIG, SLOW, READING)["seconds"][stage])
+    steps = 2 * recipe["distill"]["steps"]  # of two experts, one domain each
+    tokens = steps * recipe["distill"]["rows"] * recipe["data"]["length"]
+    assert found[1] - found[0] == pytest.approx(2 * tokens / SLOW.targets, abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("align.steps", 0), ("student.mixer", "window"), ("student.keep_attention", "all")],

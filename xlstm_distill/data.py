@@ -314,13 +314,13 @@ class Rows:
         """The tokens of the document in which a row begins, as far as they stand in the `rows` rows
         before it in its stream, int32 [n]: none where it begins a document or a stream."""
         found: list[IntArray] = []
-        begins = bool(self.row(index)[2][0])
-        while len(found) < rows and not begins:
+        enough = rows == 0 or bool(self.row(index)[2][0])
+        while not enough:
             index -= self.streams
             ids, _, reset = self.row(index)
             starts = np.flatnonzero(reset)
-            begins = len(starts) > 0
-            found.insert(0, ids[starts[-1] :] if begins else ids)
+            found.insert(0, ids[starts[-1] :] if len(starts) else ids)
+            enough = len(found) == rows or len(starts) > 0
         return np.concatenate([np.empty(0, np.int32), *found])
 
     def _goes_on(self, index: int) -> bool:

@@ -141,9 +141,7 @@ def _check(teacher: Model, rows: Rows, k: int, form: Form, rows_before: int) -> 
     if k < 1:
         raise UserError(f"k is {k}, expected at least 1 draw")
     if rows_before and not rows.streams:
-        raise UserError(
-            "rows_before needs rows of streams (Rows): of others none is before another"
-        )
+        raise UserError("targets: rows_before needs rows of streams (Rows)")
     check_rows_before(rows_before, rows.length, teacher.config)
 
 
@@ -152,8 +150,9 @@ def check_rows_before(rows_before: int, length: int, teacher: ModelConfig) -> No
     context = teacher.max_position_embeddings
     if rows_before < 0 or (rows_before and (rows_before + 1) * length > context):
         raise UserError(
-            f"rows_before is {rows_before}, expected 0 to {max(0, context // length - 1)}: the "
-            f"teacher reads at most {context} tokens, a row has {length}"
+            f"targets: rows_before is {rows_before}, expected 0 to "
+            f"{max(0, context // length - 1)}: the teacher reads at most {context} tokens, a row "
+            f"has {length}"
         )
 
 
