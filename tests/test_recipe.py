@@ -262,7 +262,7 @@ def test_a_plan_measures_enough_text_and_fixes_its_claim():
             assert list(recipe.evaluate.tasks)[:2] == ["squad", "arc_easy"]
         for name in recipe.data.domains:
             assert recipe.data.domains[name].held_out_tokens >= main.windows * main.context
-    assert "stage I: " in describe(recipe)
+    assert describe(recipe, 89.9 * 60).endswith("; about 89.9 minutes")
 
 
 def test_more_time_goes_to_every_part():
@@ -292,8 +292,12 @@ def test_stage_two_takes_the_time_that_stage_one_left(minutes):
 
 def test_the_smallest_budget_is_still_a_recipe():
     recipe = plan(SLOW, 0.1, READING, spent=60)
-    assert recipe.align.steps >= 2 and recipe.distill.steps >= 2
+    assert recipe.align.steps == 16  # in fewer, a layer's error may rise
+    assert recipe.distill.steps == 2
     assert not recipe.evaluate.tasks
+    assert describe(recipe, 300).endswith(
+        "; about 5.0 minutes; nothing smaller than this is planned"
+    )
 
 
 @pytest.fixture
@@ -318,7 +322,7 @@ def test_a_quickstart_without_room_is_refused_before_anything_is_measured(
             quickstart(tmp_path / "run")
     pages = needed["memory_mib"] * 2**20 // real("SC_PAGE_SIZE") - 1
     monkeypatch.setattr(os, "sysconf", lambda n: pages if n == "SC_PHYS_PAGES" else real(n))
-    with pytest.raises(UserError, match=r"needs 0\.0 GiB of memory; there are"):
+    with pytest.raises(UserError, match=r"needs 0\.6 GiB of memory; there are"):
         quickstart(tmp_path / "run")
 
 

@@ -33,6 +33,10 @@ answers that are written cost a little more)."""
 _CALIBRATION_ROW = 1024
 """Tokens: the quickstart's windows and packs are as long, and longer rows cost more a token."""
 _CALIBRATION_STEPS = 12
+_PROCESS_MIB = 600
+"""Memory beside models and activations: Python and its libraries, text, the teacher's mapped file,
+and what the quickstart's calibration leaves. 380 and 450 were missing in two runs by themselves,
+600 in a quickstart."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ def estimate_room(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
     stored = _target_rows(recipe) * length
     models = 3 + 2 * len(recipe.trained)
     return {
-        "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations),
+        "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations) + _PROCESS_MIB,
         "disk_mib": round(models * weights + max(hidden, stored * token / 2**20)),
     }
 
@@ -229,13 +233,13 @@ def _stage_one_tokens(recipe: Recipe, config: ModelConfig) -> int:
 
 def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:
     """Numbers held while stage II runs, but for activations and mixers: teacher and student; of
-    what trains gradients, two moments, the running mean, the best values; a buffer of gradients for
-    every level of a tree."""
+    what trains gradients, two moments, a copy while the state is written, the running mean, the
+    best values; a buffer of gradients for every level of a tree."""
     section, size = recipe.distill, config_size(config)
     levels = 0
     if recipe.accumulation == "tree":
         levels = (-(-section.rows // section.micro_rows) - 1).bit_length()
-    of_trained = 3 + (section.average is not None) + (section.keep == "best")
+    of_trained = 4 + (section.average is not None) + (section.keep == "best")
     if section.train == "lora":
         matrices, factors = sizes(config, section.lora.rank, section.lora.targets)
         # the matrices as they were, and their gradients; the factors themselves
