@@ -72,6 +72,7 @@ def test_a_grid_is_every_combination_with_every_seed(root):
     recipe = points[1].runs["lr=1e-2,window=null,max_tokens=9,seed=4"]
     assert (recipe.align.lr, recipe.student.window, recipe.seed) == (0.01, None, 4)
     assert recipe.title == "x" and recipe.data.domains["notes"].sources[0].max_tokens == 9
+    assert list(points[1].values.values()) == [0.01, None, 9]  # 1e-2 is a text in YAML
 
 
 def test_names_of_directories(root):

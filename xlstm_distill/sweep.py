@@ -143,8 +143,17 @@ def grid(
             f"{folder}seed={seed}": make_recipe({**changed, "seed": seed}, where)
             for seed in range(first.seed, first.seed + seeds)
         }
-        points.append(Point(name or first.title, values, runs))
+        checked = first.model_dump(mode="json")
+        points.append(Point(name or first.title, {k: _at(checked, k) for k in values}, runs))
     return points
+
+
+def _at(values: Any, key: str) -> Any:
+    """The value of the key "align.lr", say, of a checked recipe: 0.01 where "1e-2" was typed, which
+    YAML takes for a text."""
+    for part in key.split("."):
+        values = values[int(part) if isinstance(values, list) else part]
+    return values
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
