@@ -86,6 +86,8 @@ _FEWEST, _MOST = 8, 200
 spent elsewhere."""
 _FEWEST_WINDOWS = 3
 """Windows a domain that are measured at least, however small the budget."""
+_OTHER_WORK = 25.0
+"""Seconds for reading and encoding text, the merge and the report."""
 _OTHER_EVALUATION = 13.0
 """Seconds for samples, gates and loading models."""
 
@@ -127,9 +129,8 @@ def plan(
     values["evaluate"].update(measures)
 
     experts = len(values["experts"])
-    # student0, aligned, experts, merged are written and read; states are written on the way;
-    # reading and encoding text, the merge and the report take some seconds more.
-    fixed = spent + (experts + 3) * (rates.save + rates.load) + 25 + 0.02 * budget
+    # student0, aligned, experts, merged are written and read; states are written on the way.
+    fixed = spent + (experts + 3) * (rates.save + rates.load) + _OTHER_WORK + 0.02 * budget
     training = max(0.0, (budget - sampling - evaluation - fixed) * _TRAINING_CAUTION)
 
     row = length / rates.align
@@ -269,8 +270,8 @@ def quickstart(
             directory.begin(recipe)
             spent = time.perf_counter() - started
             directory.log("calibrate", event="done", seconds=spent, rates=asdict(rates))
-            needed = spent + estimate(recipe, teacher.config, rates, reading)["total_seconds"]
-            reporter.note(describe(recipe, needed))
+            work_seconds = estimate(recipe, teacher.config, rates, reading)["total_seconds"]
+            reporter.note(describe(recipe, spent + work_seconds + _OTHER_WORK))
         work = Run(directory, recipe, reporter, interrupt)
         if teacher is not None:
             work.__dict__["teacher"] = teacher  # the cached property: it is loaded already
