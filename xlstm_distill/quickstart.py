@@ -134,8 +134,9 @@ def plan(
     training = max(0.0, (budget - sampling - evaluation - fixed) * _TRAINING_CAUTION)
 
     row = length / rates.align
-    rows, steps = _steps(_ALIGN_SHARE * training, lambda r: r * row, enough=250, most=8)
-    values["align"].update(steps=max(_FEWEST_ALIGN_STEPS, steps), rows=rows)
+    seconds = _ALIGN_SHARE * training
+    rows, steps = _steps(seconds, lambda r: r * row, _FEWEST_ALIGN_STEPS, enough=250, most=8)
+    values["align"].update(steps=steps, rows=rows)
     rows, steps = _stage_two((1 - _ALIGN_SHARE) * training / experts, rates, length)
     values["distill"].update(steps=steps, rows=rows)
     tokens = length * (values["align"]["steps"] * values["align"]["rows"] + steps * rows)
@@ -158,18 +159,19 @@ def replan(recipe: Recipe, rates: Rates, spent: float) -> Recipe:
 def _stage_two(seconds: float, rates: Rates, length: int) -> tuple[int, int]:
     """(rows a step, steps) of one expert with its targets."""
     row = length * (1 / rates.distill + 1 / rates.targets)
-    rows, steps = _steps(seconds, lambda r: r * row + rates.update, enough=60, most=16)
-    return rows, max(_FEWEST_DISTILL_STEPS, steps)
+    update = rates.update
+    return _steps(seconds, lambda r: r * row + update, _FEWEST_DISTILL_STEPS, enough=60, most=16)
 
 
 def _steps(
-    seconds: float, cost: Callable[[int], float], *, enough: int, most: int
+    seconds: float, cost: Callable[[int], float], fewest: int, *, enough: int, most: int
 ) -> tuple[int, int]:
-    """(rows a step, steps): as many rows as leave `enough` steps, else one row."""
+    """(rows a step, steps): as many rows as leave `enough` steps, else one row; never fewer steps
+    than `fewest`, whatever they take."""
     rows = 1
     while rows < most and seconds / cost(2 * rows) >= enough:
         rows *= 2
-    return rows, int(seconds / cost(rows))
+    return rows, max(fewest, int(seconds / cost(rows)))
 
 
 def _evaluation(

@@ -522,6 +522,13 @@ def set_key(values: dict[str, Any], key: str, value: Any, where: str) -> None:
         place[last] = value
 
 
+def get_key(values: Any, key: str) -> Any:
+    """What the key "align.steps", say, holds in plain values that have it."""
+    for part in key.split("."):
+        values = values[int(part) if isinstance(values, list) else part]
+    return values
+
+
 def _inside(place: Any, part: str, where: str, *, make: bool) -> Any:
     if isinstance(place, list):
         if not part.isdigit() or int(part) >= len(place):

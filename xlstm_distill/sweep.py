@@ -39,7 +39,7 @@ from .evaluate import Fidelity
 from .linearize import student_config
 from .processes import RunProcess
 from .progress import Reporter
-from .recipe import Recipe, first_difference, make_recipe, read_values, set_key
+from .recipe import Recipe, first_difference, get_key, make_recipe, read_values, set_key
 from .run import STAGES, Run, check_tasks
 from .rundir import Interrupt, RunDirectory
 from .trackers import check_installed
@@ -143,17 +143,9 @@ def grid(
             f"{folder}seed={seed}": make_recipe({**changed, "seed": seed}, where)
             for seed in range(first.seed, first.seed + seeds)
         }
-        checked = first.model_dump(mode="json")
-        points.append(Point(name or first.title, {k: _at(checked, k) for k in values}, runs))
+        checked = first.model_dump(mode="json")  # 0.01 where 1e-2 was typed, a text in YAML
+        points.append(Point(name or first.title, {k: get_key(checked, k) for k in values}, runs))
     return points
-
-
-def _at(values: Any, key: str) -> Any:
-    """The value of the key "align.lr", say, of a checked recipe: 0.01 where "1e-2" was typed, which
-    YAML takes for a text."""
-    for part in key.split("."):
-        values = values[int(part) if isinstance(values, list) else part]
-    return values
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
