@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tiny_run
 import yaml
+from rich.console import Console
 
 from xlstm_distill import packages, runtime
 from xlstm_distill import sweep as sweeps
@@ -552,15 +553,39 @@ def test_results_are_means_and_spreads_over_the_seeds(root, swept, capsys):
     assert main([*command, "--seeds", "2"]) == 0
     text = capsys.readouterr().out
     mean = found["points"][0]["models"]["merged"]["all"]["kl"]["mean"]
-    assert f"{mean:.4f} ±" in " ".join(text.split())
+    assert f"{mean:.4f}" in text and "±" in text
 
 
 def test_the_table_shows_what_each_branch_carries(root, tmp_path):
     settings = ["evaluate.branches=true", "distill.steps=2"]
     points = sweeps.grid(root / "recipe.yaml", ["distill.window_dropout=0,0.9"], settings=settings)
     found = sweeps.sweep(points, tmp_path)
-    _, domain, _, kl, *_ = ([str(cell) for cell in c.cells] for c in sweeps.table(found).columns)
-    assert domain == 2 * ["all", "all, gate 0", "all, gate 1", "all, mLSTM emptied"]
+    label, kl, *_ = ([str(cell) for cell in c.cells] for c in sweeps.table(found).columns)
+    parts = ["  gate 0", "  gate 1", "  mLSTM emptied"]
+    assert label == [points[0].name, *parts, points[1].name, *parts]
     names = ["merged", "merged, gate 0", "merged, gate 1", "merged, mLSTM emptied"]
     means = [p["models"][name]["all"]["kl"]["mean"] for p in found["points"] for name in names]
     assert kl == [f"{mean:.4f}" for mean in means] and len(set(means)) == 8
+
+
+def test_the_table_is_readable_on_80_columns():
+    def spread(value):
+        return {"mean": value, "sd": 0.0123, "values": [value] * 3}
+
+    domains = {
+        domain: {"kl": spread(0.2267), "agree": spread(0.8031), "perplexity": spread(17.129)}
+        for domain in ("all", "docs", "handbook")
+    }
+    name = "mixer hybrid, ce_weight 0.1, kl_weight 0.9, lora.rank 64"
+    point = {"name": name, "runs": [{}] * 3, "models": {}}
+    full = {**point, "models": dict.fromkeys(("teacher", "untrained", "merged"), domains)}
+    console = Console(width=80, file=io.StringIO())
+    console.print(sweeps.table({"points": [full, {**point, "name": "not yet", "runs": []}]}))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    rows = (line.split("│")[1:7] for line in text.splitlines() if "│" in line)
+    first, *figures = (" ".join(column).split() for column in zip(*rows, strict=True))
+    assert f"{name} (3 runs) docs handbook not yet (0 runs)" in " ".join(first)
+    expected = (["0.2267", "±0.0123"], ["1.000", "±0.000"], ["0.8031", "±0.0123"])
+    for column, cell in zip(figures[:3], expected, strict=True):
+        assert column == 3 * cell

@@ -582,29 +582,33 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> Table:
     """The results as a table: the merged student of every point, what is left of it with a branch
-    silenced where that was measured, and the teacher's perplexity."""
+    silenced where that was measured, and the teacher's perplexity.
+
+    The row with a point's name has the mean of the domains; the rows below it are parts of that
+    point. Deviations stand below their means, so that 80 columns have room for names.
+    """
     shown = Table()
-    for name in ("point", "domain"):
-        shown.add_column(name, overflow="fold")
-    for name in ("runs", "KL", "KL / control", "agreement", "perplexity", "of the teacher"):
-        shown.add_column(name, justify="right")
+    shown.add_column("point", overflow="fold")
+    for name in ("KL", "KL /\ncontrol", "agreement", "perplexity", "of the\nteacher"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for point in found["points"]:
-        models = point["models"]
+        models, count = point["models"], len(point["runs"])
+        name = point["name"] if count == 1 else f"{point['name']} ({count} runs)"
+        shown.add_section()
         if not models:
-            shown.add_row(Text(point["name"]), "", "0")
+            shown.add_row(Text(name))
             continue
-        rows = [(MERGED, domain, domain) for domain in _domains(models)]
+        rows = [(MERGED, domain, f"  {domain}") for domain in _domains(models)]
+        rows[0] = (MERGED, _ALL, name)
         # Its variants with a branch silenced (evaluate.branches), on the mean of the domains.
         silenced = [name for name in models if name.startswith(f"{MERGED}, ")]
-        rows += [(name, _ALL, name.replace(MERGED, _ALL, 1)) for name in silenced]
-        for number, (model, domain, label) in enumerate(rows):
+        rows += [(name, _ALL, name.replace(f"{MERGED},", " ", 1)) for name in silenced]
+        for model, domain, label in rows:
             own, control = models[model][domain], models[CONTROL][domain]
             pairs = zip(own["kl"]["values"], control["kl"]["values"], strict=True)
             ratio = [kl / untrained for kl, untrained in pairs if untrained > 0]
             shown.add_row(
-                Text("" if number else point["name"]),
                 Text(label),
-                "" if number else str(len(point["runs"])),
                 _figure(own["kl"], 4),
                 _figure(_spread(ratio), 3) if ratio else "",
                 _figure(own["agree"], 4),
@@ -622,7 +626,7 @@ def _domains(models: dict[str, Any]) -> list[str]:
 
 def _figure(value: dict[str, Any], digits: int) -> str:
     text = f"{value['mean']:.{digits}f}"
-    return text if value["sd"] is None else f"{text} ± {value['sd']:.{digits}f}"
+    return text if value["sd"] is None else f"{text}\n±{value['sd']:.{digits}f}"
 
 
 def figure(found: dict[str, Any]) -> Figure | None:
