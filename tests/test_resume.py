@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import models
 import numpy as np
 import pytest
 import tiny_run
@@ -22,11 +25,12 @@ from xlstm_distill.atomic import atomic_file
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
+from xlstm_distill.optim import AdamW, trainable_names
 from xlstm_distill.recipe import load_recipe, make_recipe, save_recipe
 from xlstm_distill.run import run
 from xlstm_distill.rundir import Interrupt, RunDirectory
 from xlstm_distill.sampling import read_documents, sample_documents
-from xlstm_distill.training import Saver
+from xlstm_distill.training import Best, Saver
 
 ROW = dict(rows=2, length=32)
 
@@ -130,6 +134,34 @@ def test_damaged_state_is_named(tmp_path, teacher, data):
     _, generator = stage("align", teacher, data, state=state)
     with pytest.raises(UserError, match=r"state\.npz: damaged"):
         next(generator)
+
+
+def test_a_state_that_lacks_an_array_is_named(tmp_path, teacher, data):
+    state = tmp_path / "state.npz"
+    _, generator = stage("distill", teacher, data, state=state)
+    next(generator)
+    generator.close()
+    with np.load(state) as whole:
+        rest = {name: whole[name] for name in whole.files if name != "v"}
+    np.savez(state, **rest)
+    _, generator = stage("distill", teacher, data, state=state)
+    with pytest.raises(UserError, match=r"state\.npz: damaged \(.*v"):
+        next(generator)
+
+
+def test_a_state_is_read_one_array_after_the_other(tmp_path):
+    """To go on takes no more memory than to go on training did: a copy of one array."""
+    student = models.random_model(num_hidden_layers=12, intermediate_size=4096)
+    optimisers = [AdamW(student.params, trainable_names(student, "all")) for _ in range(2)]
+    saver, batches = Saver(tmp_path / "s.npz", {}), SimpleNamespace(load_state_dict=lambda _: None)
+    saver.save(optimisers[0], {})
+    tracemalloc.start()
+    try:
+        saver.load(optimisers[1], batches, Best())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 1 < peak / optimisers[1].m.nbytes < 1.5
 
 
 def test_another_instruction_set_is_said(tmp_path, teacher, data, monkeypatch):

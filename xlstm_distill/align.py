@@ -267,9 +267,9 @@ class MixerAdamW(AdamW):
     def load_state(self, state: Mapping[str, NDArray[Any]], steps: int) -> None:
         """Set what `state` and `history` gave, after `steps` steps."""
         for name, own in (("losses", self.losses), ("errors", self.errors)):
-            if name not in state or state[name].shape != own.shape:
+            if name not in state or (saved := state[name]).shape != own.shape:
                 raise UserError(f"saved state: {name} of {own.shape} are missing")
-            own[:] = state[name]
+            own[:] = saved
         super().load_state(state, steps)
 
 

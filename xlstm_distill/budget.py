@@ -233,8 +233,8 @@ def _stage_one_tokens(recipe: Recipe, config: ModelConfig) -> int:
 
 def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:
     """Numbers held while stage II runs, but for activations and mixers: teacher and student; of
-    what trains gradients, two moments, a copy while the state is written, the running mean, the
-    best values; a buffer of gradients for every level of a tree."""
+    what trains gradients, two moments, a copy while the state is written or read, the running mean,
+    the best values; a buffer of gradients for every level of a tree."""
     section, size = recipe.distill, config_size(config)
     levels = 0
     if recipe.accumulation == "tree":

@@ -36,7 +36,7 @@ from .data import Batch, Batches
 from .errors import UserError
 from .model import Compute, Model
 from .parameters import Parameters
-from .training import Metrics, Saver, read_state, train
+from .training import Metrics, SavedArrays, Saver, train
 
 Kind = Literal["float32", "bfloat16"]
 _BYTES: dict[Kind, int] = {"float32": 4, "bfloat16": 2}
@@ -246,7 +246,7 @@ class _Work:
     def _is_done(self, layer: int) -> bool:
         file = mixer_file(self.place, layer)
         if file.exists():
-            read_state(file, self.identity)
+            dict(SavedArrays(file, self.identity))  # all of it, to find damage now
         return file.exists()
 
     def _numbered(self) -> Iterator[tuple[int, Batch]]:
@@ -409,7 +409,8 @@ def aligned_student(student: Checkpoint, place: str | Path) -> Checkpoint:
     errors: dict[str, list[Any]] = {"layers": [], "before": [], "after": []}
     sources: dict[str, TensorSource] = {}
     for layer, file in files.items():
-        header, arrays = read_state(file, {})
+        arrays = SavedArrays(file, {})
+        header = arrays.header
         for name, value in arrays.items():
             sources[name] = TensorSource(value.shape, partial(_mixer_tensor, file, name), str(file))
         for key, value in zip(errors, (layer, header["before"], header["after"]), strict=True):
@@ -425,4 +426,4 @@ def aligned_student(student: Checkpoint, place: str | Path) -> Checkpoint:
 
 
 def _mixer_tensor(file: Path, name: str) -> NDArray[np.float32]:
-    return read_state(file, {})[1][name]
+    return SavedArrays(file, {})[name]

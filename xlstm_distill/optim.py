@@ -244,9 +244,10 @@ class AdamW:
         return {}
 
     def load_state(self, state: Mapping[str, NDArray[Any]], steps: int) -> None:
-        """Set what `state` and `history` gave, after `steps` steps."""
+        """Set what `state` and `history` gave, after `steps` steps; one array after the other."""
         self.put(state["values"])
-        self.m[:], self.v[:] = state["m"], state["v"]
+        self.m[:] = state["m"]
+        self.v[:] = state["v"]
         if self.mean is not None:
             self.mean[:] = state["mean"]
         self.steps = steps

@@ -13,6 +13,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ class Saver:
         def own(name: str, array: NDArray[Any]) -> NDArray[Any]:
             return shards.part(name, array, dtype) if name in _OF_SHARDS else array
 
-        header, arrays = read_state(self.path, self.identity, own, warn=self.comm.first)
+        arrays = SavedArrays(self.path, self.identity, own, warn=self.comm.first)
+        header = arrays.header
         optimiser.load_state(arrays, int(header["step"]))
         batches.load_state_dict(header["cursor"])
         if "best" in header:
@@ -140,35 +142,57 @@ class Saver:
         self.path.unlink(missing_ok=True)
 
 
-def read_state(
-    path: Path,
-    identity: Mapping[str, Any],
-    keep: Callable[[str, NDArray[Any]], NDArray[Any]] = lambda name, array: array,
-    *,
-    warn: bool = True,
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(header, arrays) of an npz file whose header has an `identity`; of each array what `keep`
-    returns of it, so that no two of them are whole in memory.
+class SavedArrays(Mapping[str, NDArray[Any]]):
+    """The arrays of an npz file whose `header` has an `identity`, each read when it is asked for:
+    no two of them need be whole in memory. `keep(name, array)` is what is returned of one.
 
     UserError if the file is damaged, or names the field of `identity` that is another one there;
     another instruction set is only warned of (`warn`).
     """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            header = json.loads(str(data["header"]))
-            _check_identity(path, header, identity)
-            arrays = {name: keep(name, data[name]) for name in data.files if name != "header"}
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it to begin the stage again") from None
-    if header["isa"] != runtime.isa() and warn:
-        warnings.warn(
-            f"the run began with instruction set {header['isa']} and goes on with "
-            f"{runtime.isa()}: results will differ in their last digits",
-            stacklevel=2,
-        )
-    return header, arrays
+
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        keep: Callable[[str, NDArray[Any]], NDArray[Any]] = lambda _, array: array,
+        *,
+        warn: bool = True,
+    ) -> None:
+        self.path, self._keep = path, keep
+        with self._named():
+            self._file = np.load(path, allow_pickle=False)
+            self.header: dict[str, Any] = json.loads(str(self._file["header"]))
+            _check_identity(path, self.header, identity)
+            isa = self.header["isa"]
+        if isa != runtime.isa() and warn:
+            warnings.warn(
+                f"the run began with instruction set {isa} and goes on with {runtime.isa()}: "
+                "results will differ in their last digits",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            text = f"{self.path}: damaged ({error}); delete it to begin the stage again"
+            raise UserError(text) from None
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        with self._named():
+            return self._keep(name, self._file[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._file.files if name != "header")
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(iter(self))
 
 
 def _check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
