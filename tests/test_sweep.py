@@ -329,7 +329,10 @@ def test_runs_at_once_make_what_they_share_once(at_once):
             ]
     for stage in ("data notes", "data general", "linearize", "align", "targets notes"):
         seeds = [seed for own, seed in made if own == stage]
-        assert seeds == (["seed=3"] if stage == "linearize" else ["seed=3", "seed=4"])
+        if stage == "linearize":  # the same for all: of whichever seed has its text first
+            assert len(seeds) == 1
+        else:
+            assert seeds == ["seed=3", "seed=4"]
 
 
 @pytest.mark.slow
