@@ -598,11 +598,11 @@ def table(found: dict[str, Any]) -> Table:
         if not models:
             shown.add_row(Text(name))
             continue
-        rows = [(MERGED, domain, f"  {domain}") for domain in _domains(models)]
-        rows[0] = (MERGED, _ALL, name)
+        rows = [(MERGED, _ALL, name)]
+        rows += [(MERGED, domain, f"  {domain}") for domain in _domains(models)[1:]]
         # Its variants with a branch silenced (evaluate.branches), on the mean of the domains.
-        silenced = [name for name in models if name.startswith(f"{MERGED}, ")]
-        rows += [(name, _ALL, name.replace(f"{MERGED},", " ", 1)) for name in silenced]
+        silenced = [model for model in models if model.startswith(f"{MERGED}, ")]
+        rows += [(model, _ALL, model.replace(f"{MERGED},", " ", 1)) for model in silenced]
         for model, domain, label in rows:
             own, control = models[model][domain], models[CONTROL][domain]
             pairs = zip(own["kl"]["values"], control["kl"]["values"], strict=True)

@@ -146,8 +146,9 @@ class SavedArrays(Mapping[str, NDArray[Any]]):
     """The arrays of an npz file whose `header` has an `identity`, each read when it is asked for:
     no two of them need be whole in memory. `keep(name, array)` is what is returned of one.
 
-    UserError if the file is damaged, or names the field of `identity` that is another one there;
-    another instruction set is only warned of (`warn`).
+    UserError if the file is damaged, an array that is asked for and not there included, or names
+    the field of `identity` that is another one there; another instruction set is only warned of
+    (`warn`).
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class SavedArrays(Mapping[str, NDArray[Any]]):
             self.header: dict[str, Any] = json.loads(str(self._file["header"]))
             _check_identity(path, self.header, identity)
             isa = self.header["isa"]
+        self._names = [name for name in self._file.files if name != "header"]
         if isa != runtime.isa() and warn:
             warnings.warn(
                 f"the run began with instruction set {isa} and goes on with {runtime.isa()}: "
@@ -186,13 +188,13 @@ class SavedArrays(Mapping[str, NDArray[Any]]):
             return self._keep(name, self._file[name])
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._file.files if name != "header")
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in list(iter(self))
+        return name in self._names  # Mapping's own would read the array
 
 
 def _check_identity(path: Path, header: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
