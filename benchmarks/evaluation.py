@@ -57,6 +57,8 @@ REQUEST_SETS = (
     "mt_mbpp_python:gold_bpb_3shot",
     "jeopardy:bpb_5shot",
     "lambada:bpb_0shot",
+    "mmlu_anatomy:rc_5shot",
+    "mmlu_high_school_geography:mc_5shot",
 )
 NEEDLES = tuple(
     f"{task}:{length}"

@@ -11,7 +11,16 @@ from test_tasks import Bigram, request, write_task
 from xlstm_distill import packages
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import DEFAULT_TASKS, evaluate, load_task
-from xlstm_distill.evaluate.names import REQUESTS, VARIANTS, expand_tasks, find_task, source_of
+from xlstm_distill.evaluate.mmlu import GROUPS, SUBJECTS
+from xlstm_distill.evaluate.names import (
+    REQUESTS,
+    VARIANTS,
+    check_task,
+    expand_tasks,
+    find_task,
+    groups_of,
+    source_of,
+)
 
 
 @pytest.fixture
@@ -47,12 +56,47 @@ def test_patterns_match_over_all_sets_and_variants(requests):
     assert expand_tasks(["niah_single_*:512"]) == [f"niah_single_{n}:512" for n in (1, 2, 3)]
 
 
+def test_subjects_of_mmlu_and_groups_of_them():
+    assert expand_tasks(["mmlu_anatomy", "mmlu_anatomy:rc_5shot"]) == ["mmlu_anatomy"]
+    assert expand_tasks(["mmlu_anatomy:mc_0shot"]) == ["mmlu_anatomy:mc_0shot"]
+    assert expand_tasks(["mmlu"]) == expand_tasks(["mmlu_*"]) == list(SUBJECTS)
+    letters = [f"{task}:mc_5shot" for task in SUBJECTS]
+    assert expand_tasks(["mmlu:mc_5shot"]) == expand_tasks(["mmlu_*:mc_5shot"]) == letters
+    assert expand_tasks(["mmlu_stem:rc_5shot"]) == list(GROUPS["mmlu_stem"])
+    assert len(expand_tasks(["mmlu*:*"])) == 4 * 57
+    assert expand_tasks(["mmlu_other", "mmlu_virology"]) == list(GROUPS["mmlu_other"])
+    # Patterns that do not begin with mmlu are over request sets, as before there were subjects.
+    assert not any(name.startswith("mmlu") for name in expand_tasks(["*", "m*"]))
+    assert groups_of(["mmlu_*", "mmlu_anatomy", "squad"]) == {}
+    assert groups_of(["mmlu_stem:rc_5shot"]) == {"mmlu_stem": list(GROUPS["mmlu_stem"])}
+    found = groups_of(["mmlu:mc_5shot"])
+    assert found["mmlu:mc_5shot"] == [f"{category}:mc_5shot" for category in GROUPS["mmlu"]]
+    assert len(found) == 5 and found["mmlu_stem:mc_5shot"][0] == "mmlu_abstract_algebra:mc_5shot"
+
+
+def test_what_is_not_known_of_mmlu_is_refused(requests):
+    with pytest.raises(UserError, match="'mmlu_anatmy' is not known; did you mean mmlu_anatomy"):
+        expand_tasks(["mmlu_anatmy"])
+    with pytest.raises(UserError, match=r"'mmlu_anatmy:rc_5shot': .* there are mmlu_anatomy"):
+        find_task("mmlu_anatmy:rc_5shot", requests)
+    with pytest.raises(UserError, match=r"'mmlu_anatmy\*' matches nothing; did you mean mmlu_an"):
+        expand_tasks(["mmlu_anatmy*"])
+    for name in ("mmlu_stem:mc", "mmlu_anatomy:mc"):
+        with pytest.raises(UserError, match="has the variants rc_5shot, mc_5shot, rc_0shot, mc_0"):
+            expand_tasks([name])
+    check_task("mmlu_anatomy:mc_5shot")
+    for one in (check_task, find_task):  # where a single task is wanted
+        with pytest.raises(UserError, match=r"'mmlu_stem' is a group; name .* mmlu_astronomy, "):
+            one("mmlu_stem")
+
+
 def test_a_name_says_what_its_task_is_made_of():
     for name, source in (
         ("squad", ("squad", False)),
         ("arc_easy:rc_0shot", ("arc_easy:rc_0shot", False)),
         ("gsm8k", ("gsm8k", False)),
         ("gsm8k:generate", ("gsm8k", True)),
+        ("mmlu_anatomy", ("mmlu_anatomy", False)),
         ("vt:512", (None, True)),
         ("niah_single_1:long", (None, True)),  # its length is checked elsewhere
     ):
@@ -62,8 +106,8 @@ def test_a_name_says_what_its_task_is_made_of():
 def test_what_is_not_known_is_refused_with_the_nearest(requests):
     with pytest.raises(UserError, match="'jeopady' is not known; did you mean jeopardy"):
         expand_tasks(["jeopady"])
-    with pytest.raises(UserError, match=r"'mmlu\*' matches nothing; there are arc_easy, "):
-        expand_tasks(["mmlu*"])
+    with pytest.raises(UserError, match=r"'xyz\*' matches nothing; there are arc_easy, .*, mmlu,"):
+        expand_tasks(["xyz*"])
     with pytest.raises(UserError, match=r"'jeopady\*' matches nothing; did you mean jeopardy"):
         expand_tasks(["jeopady*"])
     with pytest.raises(UserError, match=r"'squad:mc_\*': squad has the variants bpb_5shot"):
@@ -82,7 +126,7 @@ def test_what_is_not_known_is_refused_with_the_nearest(requests):
 def test_default_variants_follow_the_rule():
     root = packages.fetch("olmes")
     found = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+    for folder in sorted({file.parents[1] for file in root.glob(f"*/*/{REQUESTS}")}):
         shots = {}
         variants = [p.parent.name for p in folder.glob(f"*/{REQUESTS}")]
         for variant in variants:

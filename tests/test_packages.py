@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +37,8 @@ def test_fetched_model_is_recorded_and_reused() -> None:
 def test_fetched_requests_hold_only_the_request_sets() -> None:
     folder = packages.fetch("olmes")
     sets = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert {"arc_easy", "piqa", "hellaswag", "squad", "coqa", "gsm8k", "boolq"} <= sets
+    assert {"arc_easy", "piqa", "hellaswag", "squad", "coqa", "gsm8k", "boolq", "mmlu"} <= sets
+    assert (folder / "mmlu/anatomy/test/data-00000-of-00001.arrow").is_file()
     assert not list(folder.rglob("*.py"))
 
 
@@ -58,6 +62,59 @@ def test_damaged_copy_is_fetched_again(tmp_path: Path) -> None:
     assert results == [path] * 3
     assert path.read_bytes() == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == [f".{NAME}.lock", NAME]
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parts: dict[str, str]) -> list[str]:
+    """Let "small" be parts of a wheel that is made here; the list grows with every download."""
+    wheel = tmp_path / "small-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("code.py", "sets/a/x", "sets/b", "data/c/y"):
+            archive.writestr(f"small/{name}", name)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    kept = packages._Wheel(package="small", version="1", sha256=digest, parts=parts, result="")
+    monkeypatch.setitem(packages._WHEELS, "small", kept)
+    downloads: list[str] = []
+
+    def download(_: object, folder: Path) -> None:
+        downloads.append("small")
+        shutil.copy(wheel, folder)
+
+    monkeypatch.setattr(packages, "_pip_download", download)
+    return downloads
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_parts_of_a_wheel_and_a_copy_that_lacks_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As a version that knew one part left it: with more parts it is fetched again, once.
+    downloads = offer(monkeypatch, tmp_path, {"small/sets/": ""})
+    folder = packages.fetch("small", to=tmp_path / "cache")
+    assert files(folder) == ["a/x", "b", packages.MANIFEST]
+    assert "parts" not in json.loads((folder / packages.MANIFEST).read_text())
+    packages.fetch("small", to=tmp_path / "cache")
+    assert len(downloads) == 1
+    downloads = offer(monkeypatch, tmp_path, {"small/sets/": "", "small/data/": "more/"})
+    for _ in range(2):
+        assert packages.fetch("small", to=tmp_path / "cache") == folder
+    assert files(folder) == ["a/x", "b", packages.MANIFEST, "more/c/y"]
+    assert len(downloads) == 1
+    offer(monkeypatch, tmp_path, {"small/sets/b": "only"})  # a part that is one file
+    assert files(packages.fetch("small", to=tmp_path / "file")) == [packages.MANIFEST, "only"]
+
+
+def test_a_part_that_is_not_in_the_wheel_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, tmp_path, {"small/sets/": "", "small/none/": "more/"})
+    with pytest.raises(UserError, match="holds nothing under small/none/"):
+        packages.fetch("small", to=tmp_path / "cache")
+    offer(monkeypatch, tmp_path, {"small/sets/": "../"})
+    with pytest.raises(UserError, match="unsafe path 'small/sets/a/x'"):
+        packages.fetch("small", to=tmp_path / "cache")
 
 
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -415,7 +415,8 @@ _SUITE_CONTEXT, _SUITE_WINDOWS = 1024, 8
 
 def evaluate(arguments: Arguments) -> Result:
     """Score a model on tasks and write the results, and a grid of needles if there are some."""
-    tasks = expand_tasks(_tasks(arguments))
+    named = _tasks(arguments)
+    tasks = expand_tasks(named)
     model = _load(arguments)
     teacher = tokenizer = None
     if arguments.teacher:
@@ -426,7 +427,7 @@ def evaluate(arguments: Arguments) -> Result:
     with Reporter(quiet=arguments.json).in_turn(tasks) as progress:
         results = evaluate_model(
             model,
-            tasks,
+            named,
             limit=arguments.limit,
             seed=arguments.seed,
             haystack=arguments.haystack,
@@ -434,11 +435,13 @@ def evaluate(arguments: Arguments) -> Result:
             progress=progress,
         )
     write_results(results, out)
-    for task, metrics in results["results"].items():
+    for depth, task in _indented(results):
         figures = ", ".join(
-            f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
+            f"{name} {value:.4f}"
+            for name, value in results["results"][task].items()
+            if isinstance(value, float)
         )
-        _say(arguments, f"{task}: {figures}")
+        _say(arguments, f"{'  ' * depth}{task}: {figures}")
     name = out.stem.removeprefix("results_")
     if grid := needle_grid(results["samples"]):
         place = plots.save(plots.needle_grid(grid, name), out.with_name(f"needle_{name}.svg"))
@@ -452,6 +455,17 @@ def evaluate(arguments: Arguments) -> Result:
         found.update(near)
     shutil.rmtree(unfinished)  # only now: what is killed before goes on from the samples
     return found
+
+
+def _indented(results: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Tasks of results, each with how many groups it is in; what is in a group follows it."""
+    groups = results["group_subtasks"]
+    inside = {task for tasks in groups.values() for task in tasks}
+    waiting = [(0, task) for task in results["results"] if task not in inside]
+    while waiting:
+        depth, task = waiting.pop(0)
+        yield depth, task
+        waiting = [*((depth + 1, part) for part in groups.get(task, ())), *waiting]
 
 
 def _encoded_passages(task: str, tokenizer: Tokenizer) -> list[list[int]]:

@@ -185,6 +185,13 @@ def _parsed(line: bytes, where: str) -> Any:
 
 
 def _rows(file: Path, name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+    for number, row in enumerate(arrow_rows(file), start=1):
+        yield (f"{name}:{number}", f"{file}: row {number}"), row
+
+
+def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet or Arrow file, column -> value. Raises UserError where pyarrow is not
+    installed, or the file is missing or damaged."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -198,8 +205,8 @@ def _rows(file: Path, name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
                     number += 1
-                    yield (f"{name}:{number}", f"{file}: row {number}"), row
-    except (OSError, pyarrow.ArrowException) as error:
+                    yield row
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: cannot read behind row {number}: {reason}") from None
 

@@ -5,6 +5,10 @@ worked examples, of those that ask for the answer itself, not for the letter of 
 whose name has no split or size in front (test_, val_, xl_); or the same of the whole validation
 split (val_) where that one is a part of it: the 1,000 documents in rc_5shot of piqa, hellaswag,
 boolq and socialiqa are.
+
+Subjects of MMLU (mmlu.py) are tasks like request sets, a group of them, such as "mmlu_stem", stands
+for all of its subjects. Of patterns only those that begin with "mmlu" take subjects: others are
+over request sets, or needles.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import packages
-from ..errors import UserError
+from ..errors import UserError, check_package
+from . import mmlu
 from .gsm8k import GSM8K
 from .needle import TASKS as NEEDLES
 from .needle import check_length, is_needle
@@ -99,6 +104,11 @@ VARIANTS = {
 """Request set -> its default variant."""
 DEFAULT_TASKS = tuple(_SHORT)
 """Tasks that `evaluate` takes unless told otherwise."""
+_MMLU = dict.fromkeys([*mmlu.SUBJECTS, *mmlu.GROUPS], mmlu.VARIANTS[0])
+_DEFAULT_VARIANTS = {**VARIANTS, **_MMLU}
+"""Whatever may be named without a variant -> its default variant."""
+_LEFT_OUT = {**_SHORT, **_MMLU}
+"""The same of names from which it is left out in results."""
 
 FEEL_THE_WINDOW = (
     "squad",
@@ -113,9 +123,11 @@ teacher, which on multiple choice it often is not."""
 
 
 def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> list[str]:
-    """Task names as results have them, each once, and `*` patterns expanded: over all
-    request sets in their default variants ("mt_mbpp_*"), over the variants that lie in `requests`
-    (as for `load_task`; "*:mc_5shot") or, with a length, over needle.py's tasks ("niah_*:4096").
+    """Task names as results have them, each once, and groups of MMLU's subjects expanded ("mmlu",
+    "mmlu_stem:mc_5shot") as well as `*` patterns: over all request sets in their default variants
+    ("mt_mbpp_*"), over the variants that lie in `requests` (as for `load_task`; "*:mc_5shot"), over
+    subjects ("mmlu_*", "mmlu_*:mc_5shot") or, with a length, over needle.py's tasks
+    ("niah_*:4096").
 
     Raises UserError for a pattern that matches nothing and, with the nearest names, for one that is
     not known (`check_name`).
@@ -126,9 +138,16 @@ def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> li
         needles = [f"{needle}{colon}{variant}" for needle in fnmatch.filter(NEEDLES, base)]
         if is_needle(base) or (needles and variant.isdecimal()):
             matches = needles
+        elif base in mmlu.GROUPS and "*" not in variant:
+            _check_variant(name)
+            matches = [f"{task}{colon}{variant}" for task in mmlu.tasks_in(base)]
         elif "*" not in name:
             check_name(name)
             matches = [name]
+        elif name.startswith("mmlu"):
+            variants = mmlu.VARIANTS if colon else mmlu.VARIANTS[:1]
+            tasks = [f"{task}:{one}" for task in mmlu.SUBJECTS for one in variants]
+            matches = fnmatch.filter(tasks, name if colon else f"{name}:*")
         elif colon:
             matches = _variants_there(name, requests) or needles
         else:
@@ -141,9 +160,22 @@ def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> li
     return list(found)
 
 
+def groups_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """The groups among `names`, and the groups in these: what is in each, all by their names in
+    results. For names that `expand_tasks` takes; what patterns match is no group."""
+    found = {}
+    for name in names:
+        base, colon, variant = name.partition(":")
+        for group in (base, *mmlu.GROUPS.get(base, ())):
+            if group in mmlu.GROUPS:
+                inside = [f"{part}{colon}{variant}" for part in mmlu.GROUPS[group]]
+                found[short_name(f"{group}{colon}{variant}")] = list(map(short_name, inside))
+    return found
+
+
 def _variants_there(pattern: str, requests: str | Path | None) -> list[str]:
     """The variants of sets in `requests` that a pattern such as "arc_*:mc_5shot" matches."""
-    root = _requests_root(requests)
+    root = requests_root(requests)
     base = pattern.partition(":")[0]
     places = [file.parent for file in sorted(root.glob(f"*/*/{REQUESTS}"))]
     found = fnmatch.filter([f"{place.parent.name}:{place.name}" for place in places], pattern)
@@ -155,21 +187,37 @@ def _variants_there(pattern: str, requests: str | Path | None) -> list[str]:
 def short_name(name: str) -> str:
     """A task's name in results; also of names that are not known."""
     base, _, variant = name.partition(":")
-    variant = variant or VARIANTS.get(base, "")
-    return f"{base}:{variant}" if variant and variant != _SHORT.get(base) else base
+    variant = variant or _DEFAULT_VARIANTS.get(base, "")
+    return f"{base}:{variant}" if variant and variant != _LEFT_OUT.get(base) else base
 
 
 def _nearest(name: str) -> str:
     base = name.partition(":")[0].replace("*", "")
-    near = difflib.get_close_matches(base, VARIANTS, n=3)
-    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(VARIANTS)}"
+    near = difflib.get_close_matches(base, _DEFAULT_VARIANTS, n=3)
+    there = ", ".join([*VARIANTS, *mmlu.GROUPS])
+    return f"did you mean {', '.join(near)}?" if near else f"there are {there}"
 
 
 def check_name(name: str) -> None:
     """UserError, with the nearest names, unless `name` is one of a request set with a default
-    variant or names a variant; whether that is there is seen by `find_task` alone."""
-    if name not in VARIANTS and ":" not in name:
+    variant or names a variant; whether that is there is seen by `find_task` alone. Of MMLU all is
+    known: a subject has its variants, and a group is refused, with its subjects."""
+    base, colon, variant = name.partition(":")
+    if base in _MMLU:
+        _check_variant(name)
+    if base in mmlu.GROUPS:
+        tasks = ", ".join(f"{task}{colon}{variant}" for task in mmlu.tasks_in(base))
+        raise UserError(f"task {name!r} is a group; name its subjects here: {tasks}", usage=True)
+    if name not in _DEFAULT_VARIANTS and not colon:
         raise UserError(f"task {name!r} is not known; {_nearest(name)}", usage=True)
+
+
+def _check_variant(name: str) -> None:
+    """UserError unless a subject or a group of MMLU has the variant that `name` names."""
+    base, colon, variant = name.partition(":")
+    if colon and variant not in mmlu.VARIANTS:
+        there = ", ".join(mmlu.VARIANTS)
+        raise UserError(f"task {name!r}: {base} has the variants {there}", usage=True)
 
 
 def check_task(name: str) -> None:
@@ -197,7 +245,8 @@ def source_of(name: str) -> Source:
     return Source(name, written=False)
 
 
-def _requests_root(requests: str | Path | None) -> Path:
+def requests_root(requests: str | Path | None) -> Path:
+    """The directory of the request sets, as for `load_task`. UserError if there is none."""
     root = Path(requests) if requests is not None else packages.fetch("olmes")
     if not root.is_dir():
         raise UserError(f"{root}: no such directory of request sets", usage=True)
@@ -205,10 +254,20 @@ def _requests_root(requests: str | Path | None) -> Path:
 
 
 def find_task(name: str, requests: str | Path | None = None) -> Path:
-    """The directory of a request set; errors and `requests` as for `load_task`."""
+    """The directory of a request set, or of a subject of MMLU; errors and `requests` as for
+    `load_task`."""
     check_name(name)
-    root = _requests_root(requests)
+    root = requests_root(requests)
     base, _, variant = name.partition(":")
+    if base in mmlu.SUBJECTS:
+        check_package("pyarrow", "arrow", f"task {name!r}")
+        folder = root / "mmlu" / mmlu.SUBJECTS[base]
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: no such directory; MMLU comes with `xlstm-distill fetch olmes`",
+                usage=True,
+            )
+        return folder
     folder = root / base / (variant or VARIANTS.get(base, ""))
     if not (folder / REQUESTS).is_file():
         raise UserError(_not_there(root, base, name), usage=True)
@@ -220,5 +279,5 @@ def _not_there(root: Path, base: str, name: str) -> str:
         variants = sorted(p.parent.name for p in (root / base).glob(f"*/{REQUESTS}"))
         return f"task {name!r}: {base} has the variants {', '.join(variants)}"
     known = sorted(p.name for p in root.iterdir() if p.is_dir())
-    near = difflib.get_close_matches(base, known, n=3) or known
+    near = difflib.get_close_matches(base, [*known, *_MMLU], n=3) or known
     return f"task {name!r}: there is no request set {base!r} in {root}; there are {', '.join(near)}"

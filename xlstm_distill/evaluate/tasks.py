@@ -2,7 +2,8 @@
 
 `packages.fetch("olmes")` gives a directory with one folder per task and, in it, one per variant
 (`arc_easy/rc_5shot/requests.jsonl.gz`): contexts with their few-shot examples, continuations, gold
-labels. For these a model needs a `scorer` only; tasks whose answers it writes are `needle.py`'s.
+labels; `mmlu.py` makes the same of each subject of MMLU. For these a model needs a `scorer` only;
+tasks whose answers it writes are `needle.py`'s.
 
 Metrics have the names of lm-evaluation-harness:
 
@@ -33,9 +34,19 @@ from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from ..json_files import read_json
 from ..scoring import Request, score_pairs
+from . import mmlu
 from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids
 from .gsm8k import gsm8k
-from .names import DEFAULT_TASKS, REQUESTS, expand_tasks, find_task, short_name, source_of
+from .names import (
+    DEFAULT_TASKS,
+    REQUESTS,
+    expand_tasks,
+    find_task,
+    groups_of,
+    requests_root,
+    short_name,
+    source_of,
+)
 from .needle import needle
 from .results import passage_of
 from .unfinished import Unfinished
@@ -79,8 +90,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Task:
-    """A request set. kind: "choice", "label" (the same choices in every document), "partial" (the
-    choice stands in the context, one continuation for all) or "bpb"."""
+    """A request set, or a subject of MMLU. kind: "choice", "label" (the same choices in every
+    document), "partial" (the choice stands in the context, one continuation for all) or "bpb"."""
 
     name: str
     kind: str
@@ -97,18 +108,25 @@ class Task:
 
 
 def load_task(name: str, requests: str | Path | None = None) -> Task:
-    """Read a request set: "squad" (its default variant) or "arc_easy:rc_0shot". The task's name is
-    the one in results.
+    """Read a request set, "squad" (its default variant) or "arc_easy:rc_0shot", or a subject of
+    MMLU, "mmlu_anatomy". The task's name is the one in results.
 
-    `requests` is the directory of the request sets (default: `packages.fetch("olmes")`).
-    Raises UserError for an unknown task or variant (with those that are there) or a damaged file.
+    `requests` is the directory of the request sets (default: `packages.fetch("olmes")`), with a
+    directory per subject in its `mmlu`.
+    Raises UserError for an unknown task or variant (with those that are there), a damaged file, and
+    for MMLU where pyarrow is not installed.
     """
     folder = find_task(name, requests)
+    base, _, variant = name.partition(":")
+    if base in mmlu.SUBJECTS:
+        kind, rows, config = mmlu.subject_requests(folder, variant or mmlu.VARIANTS[0])
+        return Task(short_name(name), kind, _documents(rows, kind), config)
     rows = list(_read_rows(folder / REQUESTS))
     config_file = folder / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
     try:
-        kind, documents = _documents(rows)
+        kind = _kind(rows)
+        documents = _documents(rows, kind)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise UserError(f"{folder / REQUESTS}: not a scorable request set ({error!r})") from None
     if not documents:
@@ -146,14 +164,9 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: damaged after line {number} ({error})") from None
 
 
-def _documents(rows: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[Document, ...]]:
-    grouped: dict[int, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["doc_id"] < _UNCONDITIONAL:
-            grouped.setdefault(row["doc_id"], []).append(row)
-    kind = _kind(list(grouped.values()))
+def _documents(rows: Sequence[Mapping[str, Any]], kind: str) -> tuple[Document, ...]:
     documents = []
-    for doc_id, requests in grouped.items():
+    for doc_id, requests in _by_document(rows).items():
         requests = sorted(requests, key=lambda r: r["idx"])
         pairs = tuple((r["request"]["context"], _continuation(r)) for r in requests)
         choices = tuple(c.lstrip(" ") for _, c in pairs)
@@ -163,10 +176,11 @@ def _documents(rows: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[Document, 
         documents.append(
             Document(doc_id, requests[0].get("native_id"), pairs, choices, gold, requests[0]["doc"])
         )
-    return kind, tuple(documents)
+    return tuple(documents)
 
 
-def _kind(documents: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+def _kind(rows: Sequence[Mapping[str, Any]]) -> str:
+    documents = _by_document(rows).values()
     most = max(map(len, documents), default=1)
     if most < 2:
         return "bpb"
@@ -174,6 +188,14 @@ def _kind(documents: Sequence[Sequence[Mapping[str, Any]]]) -> str:
         return "partial"
     distinct = {r["request"]["continuation"] for requests in documents for r in requests}
     return "label" if len(documents) > 1 and len(distinct) == most else "choice"
+
+
+def _by_document(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    grouped: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["doc_id"] < _UNCONDITIONAL:
+            grouped.setdefault(row["doc_id"], []).append(row)
+    return grouped
 
 
 def _continuation(row: Mapping[str, Any]) -> str:
@@ -247,21 +269,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score `model` on `tasks`; results in the form of lm-evaluation-harness.
 
-    Names are those of request sets, of needle.py with a length ("niah_single_1:4096"), or
-    "gsm8k:generate".
-    limit: at most so many documents a task, a subset fixed by `seed` and the task's name (a
-    smaller limit takes a subset of a larger one's). max_length: longest context and continuation of
-    request sets in tokens (default: the model's `max_position_embeddings`); longer contexts lose
-    their beginning. haystack: a text file to hide needles in. unfinished: a directory that keeps
-    the samples found so far; with it the same call goes on where a killed one stopped, with the
-    same results. progress(task, documents done, total) is called for every task before its first
-    batch, also where nothing is left to do, and behind each batch. The ranks of `comm` take batches
-    of documents in turns, with the same results.
+    Names are those of request sets, of needle.py with a length ("niah_single_1:4096"), of mmlu.py's
+    subjects and groups of them, or "gsm8k:generate".
+    limit: at most so many documents a task (of a group: a subject), a subset fixed by `seed` and
+    the task's name (a smaller limit takes a subset of a larger one's). max_length: longest context
+    and continuation of request sets in tokens (default: the model's `max_position_embeddings`);
+    longer contexts lose their beginning. haystack: a text file to hide needles in. unfinished: a
+    directory that keeps the samples found so far; with it the same call goes on where a killed one
+    stopped, with the same results. progress(task, documents done, total) is called for every task
+    before its first batch, also where nothing is left to do, and behind each batch. The ranks of
+    `comm` take batches of documents in turns, with the same results.
 
     Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none`,
     `string_match_all,none`, `exact_match,none` and `..._stderr,none`), `higher_is_better`,
     `n-samples`, `n-shot`, `configs` (with the `chance` of guessing right), `config` and `samples`
     (task -> one mapping per document; documents that ask about one text have the same `passage`).
+    A group that is named ("mmlu", not one whose subjects a pattern matches) stands in `results` and
+    `higher_is_better` too, with metrics over all documents of its subjects; `group_subtasks` says
+    what is in it.
     Deterministic.
     """
     if limit is not None and limit < 1:
@@ -269,10 +294,10 @@ def evaluate(
     if getattr(model, "tokenizer", None) is None:
         raise UserError("evaluate: the model has no tokenizer")
 
-    loaded = [
-        open_task(name, model.tokenizer, limit, seed, requests, haystack)
-        for name in expand_tasks(tasks, requests)
-    ]
+    names = expand_tasks(tasks, requests)
+    if any(source_of(name).requests is not None for name in names):
+        requests = requests_root(requests)  # whose sums are verified here, not for each task
+    loaded = [open_task(name, model.tokenizer, limit, seed, requests, haystack) for name in names]
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     settings = {"limit": limit, "seed": seed, "max_length": max_length}
@@ -289,6 +314,7 @@ def evaluate(
         "configs": {},
         "config": settings,
         "samples": {},
+        "group_subtasks": groups_of(tasks),
     }
     for task in loaded:
         documents = () if isinstance(task, Questions) else _subset(task, limit, seed)
@@ -315,6 +341,12 @@ def evaluate(
         out["n-shot"][task.name] = task.shots
         out["configs"][task.name] = config
         out["samples"][task.name] = samples
+    for group in out["group_subtasks"]:
+        subjects = expand_tasks([group])
+        directions = out["higher_is_better"][subjects[0]]
+        samples = [sample for subject in subjects for sample in out["samples"][subject]]
+        out["results"][group] = {"alias": group, **_aggregate(list(directions), samples)}
+        out["higher_is_better"][group] = directions
     return out
 
 
