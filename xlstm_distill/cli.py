@@ -155,7 +155,8 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument("model", help="model directory, .gguf file or fetched name")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--tasks", help="comma-separated: squad, arc_easy:rc_0shot, mt_mbpp_*, *:mc_5shot, vt:512"
+        "--tasks",
+        help="comma-separated: squad, arc_easy:rc_0shot, mt_mbpp_*, *:mc_5shot, mmlu_stem, vt:512",
     )
     which.add_argument("--suite", choices=list(commands.SUITES), help="tasks that go together")
     p.add_argument("--lengths", metavar="N,N", help="lengths of the suite's needle tasks, tokens")

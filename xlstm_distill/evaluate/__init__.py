@@ -9,6 +9,7 @@ compare        teacher, students and controls side by side; comparison.py is wha
 evidence       what else is known of the models compared: needles, fidelity, gates, costs
 names          names of tasks: request sets, their variants, patterns
 tasks          request sets: multiple choice, bits per byte; evaluate
+mmlu           MMLU's subjects and categories, read into the form of request sets
 needle         needles in haystacks, made on the spot
 gsm8k          its questions with written answers; generation.py has them written and scored
 fidelity       KL, agreement and perplexity by position, with paired intervals
