@@ -66,8 +66,7 @@ class Accumulation:
 
         def leaf(number: int) -> Parameters:
             buffer = self._spare.pop() if self._spare else grads.zeros_like()
-            for e in self.shards.entries:
-                buffer.view(e).fill(0)
+            buffer.zero(self.shards.entries)
             found.append(one(parts[number], buffer))
             return buffer
 

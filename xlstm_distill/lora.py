@@ -113,10 +113,9 @@ class Lora:
             db, da, _ = ops.linear_backward(grads.view(e), self.params[b], self.params[a].T)
             own[a] += scale * da.T
             own[b] += scale * db
-            grads.view(e).fill(0)
         for e in self._whole:
             own[e.name] += grads.view(e)
-            grads.view(e).fill(0)
+        grads.zero([*self._base, *self._whole])
 
     def adapter(self) -> Adapter:
         """The factors, and the mixers whole, tensors that do not train included."""

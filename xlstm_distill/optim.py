@@ -148,8 +148,7 @@ class AdamW:
 
     def zero(self, grads: Parameters) -> None:
         """Set the gradients of the trained tensors to 0 (the others are never touched)."""
-        for e in self.entries:
-            grads.view(e).fill(0)
+        grads.zero(self.entries)
 
     def norm(self, grads: Parameters) -> float:
         """The norm of the gradient over the trained tensors, added in float64."""

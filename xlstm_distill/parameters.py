@@ -133,6 +133,11 @@ class Parameters:
         """A buffer of the same plan, all zeros: gradients, moments."""
         return Parameters(self._plan, self._size, self.dtype)
 
+    def zero(self, entries: Iterable[Entry]) -> None:
+        """Set tensors that are stored as they are to 0."""
+        for e in entries:  # one thread is faster here than two in pieces (docs/speed.md)
+            self.view(e).fill(0)
+
     def copy(self) -> Parameters:
         """A deep copy."""
         other = self.zeros_like()
