@@ -350,8 +350,11 @@ def test_the_command(tmp_path, capsys):
     assert main([*arguments, "--strict"]) == 0
     printed = capsys.readouterr().out
     assert "arc" in printed and "piqa *" in printed and "not inferior, margin 0.1" in printed
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json", "--tasks", "arc", "--tasks", "p*,none"]) == 1
+    assert "has no results for task none" in capsys.readouterr().err
+    assert main([*arguments, "--json", "--tasks", "arc", "--tasks", "p*"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert [b["task"] for b in found["benchmarks"]] == ["arc", "piqa"]
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and "scores.csv:t" in page and "piqa *" in page
     # Curves over all, the separating and the group (which separates), and the bars.

@@ -227,10 +227,12 @@ def test_the_command_writes_results_samples_and_a_grid(capsys, tmp_path):
     assert not any("unfinished" in name for name in names)
     assert main([*suite, "--haystack", str(tmp_path / "no.txt"), "--out", str(out)]) == 1
     assert "no.txt" in capsys.readouterr().err
-    tasks = ["--tasks", "vt:2048,niah_single_1:1024", "--limit", "1"]
+    tasks = ["--limit", "1", "--tasks", "vt:2048", "--tasks", "niah_single_1:1024"]
     assert main([*suite[:2], *tasks, "--out", str(out)]) == 0
     shown = capsys.readouterr().err.splitlines()
     names = ("vt:2048 (1 of 2)", "niah_single_1:1024 (2 of 2)")
     assert shown == [f"{name}: {done}/1" for name in names for done in (0, 1)]
+    assert main(["evaluate", "m", "--tasks", ",", "--out", "o"]) == 2
+    assert "--tasks names no task" in capsys.readouterr().err
     wrong = ["evaluate", "m", "--tasks", "squad", "--lengths", "1", "--out", "o"]
     assert main(wrong) == 2

@@ -150,12 +150,18 @@ def _add_models(add: _Add) -> None:
     p.add_argument("--to", required=True, help="directory to write")
 
 
+def _listed(names: str) -> list[str]:
+    return [name for name in names.split(",") if name]
+
+
 def _add_evaluation(add: _Add) -> None:
     p = add("evaluate", "score a model on tasks; again to continue", commands.evaluate)
     p.add_argument("model", help="model directory, .gguf file or fetched name")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--tasks",
+        type=_listed,
+        action="extend",
         help="comma-separated: squad, arc_easy:rc_0shot, mt_mbpp_*, *:mc_5shot, mmlu_stem, vt:512",
     )
     which.add_argument("--suite", choices=list(commands.SUITES), help="tasks that go together")
@@ -202,7 +208,8 @@ def _add_evaluation(add: _Add) -> None:
         p.add_argument(option, action="append", default=[], metavar=metavar, help=help_)
 
     several("--control", "NAME", "a student that is a control; the first decides what separates")
-    p.add_argument("--tasks", help="only these; comma-separated, patterns with *")
+    of_tasks = "only these; comma-separated, patterns with *"
+    p.add_argument("--tasks", type=_listed, action="extend", help=of_tasks)
     several("--metric", "[TASK=]METRIC[,FILTER]", "which of several metrics counts")
     several("--group", "NAME=A,B", "benchmarks with an alpha* of their own")
     several("--chance", "TASK=LEVEL", "score of guessing, in the unit of the scores")

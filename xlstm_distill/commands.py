@@ -480,10 +480,12 @@ def _encoded_passages(task: str, tokenizer: Tokenizer) -> list[list[int]]:
 
 def _tasks(arguments: Arguments) -> list[str]:
     """The tasks that `--tasks` or `--suite` name."""
-    if arguments.tasks:
+    if arguments.suite is None:
         if arguments.lengths:
             raise UserError("--lengths goes with --suite; in --tasks write niah_*:4096", usage=True)
-        return [task for task in arguments.tasks.split(",") if task]
+        if not arguments.tasks:
+            raise UserError("--tasks names no task", usage=True)
+        return list(arguments.tasks)
     suite = SUITES[arguments.suite]
     lengths = arguments.lengths.split(",") if arguments.lengths else map(str, suite.lengths)
     fixed = [task for task in suite.tasks if not task.endswith(":*")]
@@ -664,7 +666,7 @@ def compare(arguments: Arguments) -> Result:
         arguments.teacher,
         students,
         controls=arguments.control,
-        tasks=arguments.tasks.split(",") if arguments.tasks else None,
+        tasks=arguments.tasks or None,
         metrics=arguments.metric,
         groups=groups or None,
         chance=dict(_named(arguments.chance, "--chance", "TASK=LEVEL")),
