@@ -82,9 +82,9 @@ def fetch(name: str, to: Path | str | None = None) -> Path:
 
     "smollm2-135m-instruct" gives a `.gguf` file, "olmes" a directory with one directory per
     request set and one, `mmlu`, with the subjects of MMLU, and "hf:ORG/REPO" a model directory
-    (needs the extra `hub`). Files live in
-    `to`/NAME (default: the cache directory). A copy that is there is used if its sha256 sums
-    still hold, and fetched again otherwise. Safe to call from several processes at once.
+    (needs the extra `hub`). Files live in `to`/NAME (default: the cache directory). A copy that is
+    there is used if its sha256 sums still hold, and fetched again otherwise. Safe to call from
+    several processes at once.
     Raises `UserError` if the name is unknown or the download fails.
     """
     hub = _HUB_NAME.fullmatch(name)
