@@ -37,7 +37,8 @@ def linearize(
     normalizer: Literal["ratio", "max"] = "ratio",
     keep_attention: KeptLayers = (),
 ) -> Source:
-    """A student with `model`'s weights in which `mixer` takes the place of softmax attention.
+    """A student with `model`'s weights in which `mixer` takes the place of softmax attention; it
+    computes as `model` does.
 
     window counts the current token (None: full), sinks are the first tokens of a document that stay
     visible; both describe the attention branch. Layers in `keep_attention` keep the teacher's
@@ -85,7 +86,12 @@ def linearize(
             source=source,
         )
     student = Model(
-        config, model.tokenizer, dtype=model.dtype, provenance=provenance, source=source
+        config,
+        model.tokenizer,
+        dtype=model.dtype,
+        compute=model.compute,
+        provenance=provenance,
+        source=source,
     )
     for entry in student.params.entries:
         if entry.name in model.params:

@@ -135,8 +135,8 @@ class Parameters:
 
     def zero(self, entries: Iterable[Entry]) -> None:
         """Set tensors that are stored as they are to 0."""
-        for e in entries:  # one thread is faster here than two in pieces (docs/speed.md)
-            self.view(e).fill(0)
+        for e in entries:
+            core(self.dtype).zero(self.view(e).reshape(-1))
 
     def copy(self) -> Parameters:
         """A deep copy."""

@@ -46,18 +46,19 @@ xl_status xl_output_gate_backward(xl_ctx *ctx, const xl_gate *g, xl_heads dq, xl
                 if (dv.p) kn->axpy(D, d, row + 2 * D, xl_at(dv, b, h / rep, t));
             }
     if (!dw && !dbias) return XL_OK;
-    /* a task owns a head and adds its steps in order */
-#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic)
+    /* a task owns what a head has of one of its inputs and adds its steps in order */
+#pragma omp parallel for num_threads(ctx->threads) schedule(dynamic) collapse(2)
     for (ptrdiff_t h = 0; h < g->H; h++)
-        for (ptrdiff_t b = 0; b < g->B; b++)
-            for (ptrdiff_t t = 0; t < g->T; t++) {
-                real d = *xl_at(da, b, h, t), *row = dw ? dw + h * 3 * D : NULL;
-                if (dbias) dbias[h] += d;
-                if (!row) continue;
-                kn->axpy(D, d, xl_at(q, b, h, t), row);
-                kn->axpy(D, d, xl_at(k, b, h / rep, t), row + D);
-                kn->axpy(D, d, xl_at(v, b, h / rep, t), row + 2 * D);
-            }
+        for (int part = 0; part < 3; part++) {
+            xl_heads x = part == 0 ? q : part == 1 ? k : v;
+            ptrdiff_t head = part == 0 ? h : h / rep;
+            for (ptrdiff_t b = 0; b < g->B; b++)
+                for (ptrdiff_t t = 0; t < g->T; t++) {
+                    real d = *xl_at(da, b, h, t);
+                    if (dbias && part == 0) dbias[h] += d;
+                    if (dw) kn->axpy(D, d, xl_at(x, b, head, t), dw + (3 * h + part) * D);
+                }
+        }
     return XL_OK;
 }
 

@@ -390,6 +390,16 @@ static PyObject *adamw_step(PyObject *module, PyObject *const *args, Py_ssize_t 
     return xl_end(&c, c.status);
 }
 
+/* zero(x [N]) */
+static PyObject *zero(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    xl_call c;
+    if (!xl_begin(&c, module, nargs, 1)) return NULL;
+    real *x = xl_inout(&c, args[0], "x", "N");
+    if (c.failed) return xl_end(&c, XL_OK);
+    XL_RUN(&c, xl_zero(&c.ctx, xl_dim(&c, 'N'), x));
+    return xl_end(&c, c.status);
+}
+
 /* sumsq(x [N]) -> float */
 static PyObject *sumsq(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
@@ -479,6 +489,7 @@ PyMethodDef xl_methods_basic[] = {
     METHOD(mse_forward),
     METHOD(mse_backward),
     METHOD(adamw_step),
+    METHOD(zero),
     METHOD(sumsq),
     METHOD(merge),
     METHOD(peak),
