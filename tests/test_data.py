@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xlstm_distill import sources
-from xlstm_distill.cleaning import split_held_out
+from xlstm_distill.cleaning import Collection, split_held_out
 from xlstm_distill.data import Batches, Rows, TokenData
 from xlstm_distill.errors import UserError
 from xlstm_distill.sources import Document
+from xlstm_distill.texts import Malformed
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,21 @@ def test_one_long_document_is_not_the_sample():
     some = [Document("long", [1] * 10_000), *(Document(f"s{n}", [1] * 20) for n in range(50))]
     _, held = split_held_out(some, 200, "here")
     assert len(held) >= 10
+
+
+def test_what_is_evaluated_on_is_not_trained_on_under_another_name():
+    """Repeats are left in where nobody asks for them to go; passages come from elsewhere."""
+    some = [Document(f"doc{n}", [n] * 9) for n in range(30)]
+    again = [Document(f"again{n}", [n] * 9) for n in range(30)]
+    for hold_out in (True, False):
+        found = Collection([Document("sampled", [1] * 9)], [*some, *again], Malformed())
+        if hold_out:
+            found.hold_out(45, "here")
+        else:
+            found.evaluate_on([Document("passage", [1] * 9)])
+        held = {d.ids[0] for d in found.held_out}
+        assert held and not held & {d.ids[0] for d in found.train}
+        assert len(found.train) >= 61 - 2 * len(found.held_out) - 1
 
 
 def test_too_little_text_to_hold_out():

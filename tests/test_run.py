@@ -296,6 +296,7 @@ def test_each_key_changes_the_experts(root, tmp_path, plain, changes):
     ("section", "keys", "message"),
     [
         ("distill", {"keep": "best"}, "keep: best needs validate_every"),
+        ("distill", {"ce_weight": 0, "kl_weight": 0}, "both 0: nothing to learn from"),
         ("distill", {"window_dropout": 1}, "distill.window_dropout"),
         ("distill", {"average": 1}, "distill.average"),
         ("distill", {"validate_every": 2, "validate_rows": 999}, "999 reserved for validation"),

@@ -50,6 +50,11 @@ def test_linearize_copies_and_starts_where_it_should(teacher):
     assert student.provenance["teacher"]["fingerprint"] == teacher.fingerprint()
 
 
+def test_a_student_computes_as_its_teacher_does(teacher):
+    assert linearize(teacher.copy(compute="mixed"), window=4).compute == "mixed"
+    assert linearize(teacher, window=4).compute == "f32"
+
+
 def test_linearize_with_a_full_window_and_closed_gate_is_the_teacher(teacher):
     ids = np.random.default_rng(0).integers(0, tiny_run.VOCAB, (2, 40))
     student = student_of(teacher, window=None, sinks=0)
@@ -283,6 +288,25 @@ def test_divergence_is_one_line(teacher, data):
     student.params["model.norm.weight"][0] = np.nan
     with pytest.raises(UserError, match="step 1: the gradient is not finite"):
         next(distill(student, data, None, steps=1, ce_weight=1.0, kl_weight=0.0, **ROW))
+
+
+def test_divergence_leaves_the_last_saved_state(teacher, data, tmp_path, monkeypatch):
+    student, state = student_of(teacher), tmp_path / "s.npz"
+    settings = {"steps": 9, "ce_weight": 1.0, "kl_weight": 0.0, "state": state, "save_seconds": 0.0}
+    steps = distill(student, data, None, **settings, **ROW)
+    next(steps), next(steps)
+    whole, saved = student.loss_and_grad, []
+
+    def diverging(*batch, grads, **options):
+        saved.append(state.stat().st_mtime_ns)
+        found = whole(*batch, grads=grads, **options)
+        grads.flat[:] = np.inf
+        return found
+
+    monkeypatch.setattr(student, "loss_and_grad", diverging)
+    with pytest.raises(UserError, match="step 3: the gradient is not finite"):
+        list(steps)
+    assert {*saved} == {state.stat().st_mtime_ns}
 
 
 # ---- merge --------------------------------------------------------------------------------------

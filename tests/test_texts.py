@@ -63,6 +63,17 @@ def test_a_malformed_document_is_named_by_file_and_line(tmp_path, tokenizer, kin
     assert "\n" not in str(error.value)
 
 
+def test_a_table_is_not_one_long_document(tmp_path, tokenizer):
+    for name in ("a.json", "b.CSV"):
+        write(tmp_path / name, {"text": "one"}, {"text": "two"})
+        with pytest.raises(UserError, match=f"{name}: .* one document a line as .jsonl"):
+            list(sources.read_files([tmp_path / name], tokenizer))
+    for name in ("a.ndjson", "b.JSONL"):
+        write(tmp_path / name, {"text": "one"}, {"text": "two"})
+        assert len(list(sources.read_files([tmp_path / name], tokenizer))) == 2
+    assert len(list(sources.read_files([tmp_path], tokenizer))) == 4
+
+
 def test_malformed_documents_are_left_out_and_counted(tmp_path, tokenizer):
     file, empty = tmp_path / "a.jsonl", tmp_path / "b.txt"
     write(file, *BAD.values(), {"text": "good"}, BAD["empty"])

@@ -177,7 +177,14 @@ class Collection:
     def hold_out(self, tokens: int, where: str) -> None:
         """Set evaluation text aside; no document is more than a tenth of it."""
         self.read, held = split_held_out(self.read, tokens, where)
+        self.evaluate_on(held)
         self.held_out = [document.cut(max(1, tokens // 10)) for document in held]
+
+    def evaluate_on(self, held: list[Document]) -> None:
+        """Take `held` for evaluation, and leave out what is the same to be trained on."""
+        self.held_out = held
+        hashes = set(map(document_hash, held))
+        self._keep([d for d in self.train if document_hash(d) not in hashes])
 
     def _keep(self, documents: Sequence[Document]) -> None:
         chosen = set(map(id, documents))

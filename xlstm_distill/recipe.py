@@ -243,6 +243,8 @@ class DistillSection(_Section):
     def _check(self) -> DistillSection:
         if self.keep == "best" and not self.validate_every:
             raise ValueError("keep: best needs validate_every")
+        if not self.ce_weight and not self.kl_weight:
+            raise ValueError("ce_weight and kl_weight are both 0: nothing to learn from")
         return self
 
 

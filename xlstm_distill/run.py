@@ -346,7 +346,7 @@ class Run:
             collection.check(self._contamination, self.tokenizer, drop=section.action == "drop")
         collection.check_not_empty(f"domain {name}")
         if domain.passages:
-            collection.held_out = self._passages(domain)
+            collection.evaluate_on(self._passages(domain))
         else:
             collection.hold_out(domain.held_out_tokens, f"domain {name}")
         return collection

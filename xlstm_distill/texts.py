@@ -98,14 +98,19 @@ def read_texts(
     paths: Iterable[str | Path], tokenizer: Tokenizer, malformed: Malformed
 ) -> Iterator[Text]:
     """Documents of text files (one each), of jsonl files (one a line), of Parquet and Arrow files
-    (one a row), and of directories of these.
+    (one a row), and of directories of these. A single file is text whatever its name, but for
+    tables (`_TABLES`).
 
     The tokenizer renders chats. Raises UserError naming the file: nothing there, cannot be read,
     no such format; and what is wrong with a document as `malformed` says.
     """
     for path in paths:
         for file, name in _files(Path(path).expanduser()):
-            if file.suffix in _RECORDS:
+            if (suffix := file.suffix.lower()) in _TABLES:
+                raise UserError(
+                    f"{name}: {suffix} files are not read; give one document a line as .jsonl"
+                )
+            if suffix in _RECORDS:
                 yield from _record_texts(file, name, tokenizer, malformed)
             else:
                 with malformed.tolerated():
@@ -120,7 +125,7 @@ def _files(path: Path) -> Iterator[tuple[Path, str]]:
         yield path, path.name
         return
     wanted = (*TEXT_SUFFIXES, *_RECORDS)
-    found = sorted(f for f in path.rglob("*") if f.suffix in wanted and f.is_file())
+    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in wanted and f.is_file())
     if not found:
         raise UserError(f"{path}: holds no {', '.join(wanted)} files")
     for file in found:
@@ -151,7 +156,7 @@ def _record_texts(
     file: Path, name: str, tokenizer: Tokenizer, malformed: Malformed
 ) -> Iterator[Text]:
     seen = False
-    for (own, where), record in _RECORDS[file.suffix](file, name):
+    for (own, where), record in _RECORDS[file.suffix.lower()](file, name):
         seen = True
         with malformed.tolerated():
             if isinstance(record, bytes):
@@ -226,7 +231,9 @@ def _arrow_batches(file: Path, pyarrow: Any) -> Iterator[Any]:
         yield from batches
 
 
-_RECORDS = {".jsonl": _lines, ".parquet": _rows, ".arrow": _rows}
+_RECORDS = {".jsonl": _lines, ".ndjson": _lines, ".parquet": _rows, ".arrow": _rows}
+_TABLES = (".json", ".csv", ".tsv")
+"""What would pass for one long document of plain text."""
 
 
 def _text_of(record: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:

@@ -254,7 +254,7 @@ def train(
     learning rate of step 1..steps; `streams` are the states that `gradient` goes on from. When the
     generator is closed or interrupted between two steps, the state is saved; of several ranks all
     must close it behind the same step, and where one is interrupted alone nothing is saved.
-    UserError if the gradient is not finite.
+    UserError if the gradient is not finite; the state that was saved last stays as it is.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
@@ -272,6 +272,7 @@ def train(
             metrics = gradient(batch, grads)
             norm = optimiser.norm(grads)
             if not math.isfinite(norm):
+                whole = False  # the values led here: the last saved ones may be better
                 raise UserError(f"step {step}: the gradient is not finite; lower the learning rate")
             scale = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
             whole = False
