@@ -241,7 +241,8 @@ def test_scores_alone_have_no_noise_and_the_tables_say_so():
 def test_ratios_that_may_not_exist_have_no_interval():
     teacher, student = results(0, a=0.005), results(1, a=0.0)
     found = compare(teacher, {"s": student}).benchmarks[0].students["s"]
-    assert found.recovery == 0 and found.recovery_interval is None
+    assert found.recovery == 0  # two right answers of 400 and none: next to nothing is known
+    assert found.recovery_interval[0] == 0 and found.recovery_interval[1] > 1
     nothing = compare(results(0, a=0.0), {"s": student}, draws=50).benchmarks[0].students["s"]
     assert nothing.recovery is None and nothing.recovery_interval is None
 
@@ -369,3 +370,31 @@ def test_the_command(tmp_path, capsys):
     arguments = ["compare", "--teacher", str(other), "--student", f"s={student}", "--out", "x"]
     assert main([*arguments, "--strict"]) == 1
     assert "not comparable: shots of s" in capsys.readouterr().err
+
+
+def test_a_student_and_a_control_that_were_measured_otherwise_are_told_of(tmp_path):
+    """Also where the teacher, here a table of scores, states nothing."""
+    part = copy.deepcopy(STUDENT)
+    part["config"] = {**part.get("config", {}), "limit": 50}
+    whole = copy.deepcopy(STUDENT)
+    whole["config"] = {**whole.get("config", {}), "limit": None}
+    teacher = {task: 0.9 for task in STUDENT["results"]}
+    found = compare(teacher, {"s": whole, "c": part}, controls=["c"])
+    assert any("limit of s is null, of c 50" in w for w in found.warnings)
+    assert not compare(teacher, {"s": whole, "c": whole}, controls=["c"]).warnings
+    with pytest.raises(UserError, match="not comparable: limit of s is null, of c 50"):
+        compare(teacher, {"s": whole, "c": part}, controls=["c"], strict=True)
+
+
+def test_a_metric_that_no_task_has_is_refused_and_tasks_without_it_are_named():
+    with pytest.raises(UserError, match="no task has a metric bogus"):
+        compare(TEACHER, {"s": STUDENT}, metrics=["bogus"])
+    with pytest.raises(UserError, match="seed is -1, expected at least 0"):
+        compare(TEACHER, {"s": STUDENT}, seed=-1)
+    teacher, student = copy.deepcopy(TEACHER), copy.deepcopy(STUDENT)
+    for one, score in ((teacher, 0.5), (student, 0.6)):
+        one["results"]["squad"] = {"bits_per_byte,none": score}
+        one["higher_is_better"]["squad"] = {"bits_per_byte": False}
+        del one["samples"]["squad"]
+    notes = compare(teacher, {"s": student}, metrics=["acc"]).notes
+    assert "s lacks acc in some tasks: squad by bits_per_byte,none" in notes

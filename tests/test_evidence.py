@@ -151,6 +151,26 @@ def test_other_text_and_other_teachers_are_left_out(files, capsys, change, messa
     assert f"not comparable: {line}" in capsys.readouterr().err
 
 
+def test_other_weights_than_those_that_were_scored_are_told_of(files, capsys):
+    place, out = files / "results_teacher.json", files / "out"
+    results = json.loads(place.read_text())
+    arguments = ["compare", "--teacher", str(place), "--out", str(out)]
+    arguments += ["--student", f"hybrid={files / 'results_hybrid.json'}"]
+    for weights, told in (
+        ("other.gguf (GGUF)", True),
+        ("teacher (safetensors, as float32)", False),
+    ):
+        changed(place, config={**results.get("config", {}), "weights": weights})
+        assert main([*arguments, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["weights"] == weights
+        text = f"scores are of {weights}, its evidence of teacher (safetensors, as float32)"
+        assert any(text in line for line in found["warnings"]) == told
+        assert f"scores of {weights}" in (out / "report.html").read_text(encoding="utf-8")
+        assert (main([*arguments, "--strict"]) == 1) == told
+        capsys.readouterr()
+
+
 def test_nothing_is_asked_of_tables_and_of_tasks_without_lengths(tmp_path):
     other = needle_results(100)
     other["results"] = {"niah_single_1": {"acc,none": 0.5}, "vt:512": {"acc,none": 0.5}}

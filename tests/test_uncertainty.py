@@ -19,6 +19,7 @@ from xlstm_distill.evaluate.uncertainty import (
     interval,
     mcnemar,
     normal_draws,
+    paired_bootstrap,
     paired_draws,
     resampled,
 )
@@ -68,6 +69,69 @@ def test_intervals_of_accuracies_cover(n, teacher, student, pairs):
         found = interval(s.score / t.score, b / a, t.units)
         recovery += found.low <= student / teacher <= found.high
     assert covers(difference, pairs) and covers(recovery, pairs)
+
+
+@simulated
+@pytest.mark.parametrize(("n", "lost"), [(50, 0.01), (50, 0.04), (200, 0.01), (500, 0.01)])
+def test_intervals_hold_the_truth_where_few_documents_tell_models_apart(n, lost, pairs):
+    """A student that loses one document in many and wins none: most samples show none or one."""
+    rng = np.random.default_rng(n)
+    difference = recovery = equal = 0
+    for _ in range(pairs):
+        right = rng.random(n) < 0.7
+        student = right & (rng.random(n) >= lost / 0.7)
+        t, s = outcomes(right), outcomes(student)
+        a, b = paired_draws([t, s], DRAWS, rng)
+        found = interval(s.score - t.score, b - a, t.units)
+        difference += found.low <= -lost <= found.high
+        found = interval(s.score / t.score, b / a, t.units)
+        recovery += found.low <= 1 - lost / 0.7 <= found.high
+        equal += found.low >= 1
+    least = (0.93 - 0.02 * math.sqrt(1000 / pairs)) * pairs
+    assert difference >= least and recovery >= least and equal == 0
+
+
+def test_the_prior_is_half_a_document_for_each_pattern_of_two_models():
+    models, rng = 5, np.random.default_rng(8)
+    answers = rng.random((models, 40)) < 0.5
+    drawn = paired_draws([outcomes(x) for x in answers], 40_000, rng)
+    for i, one in enumerate(drawn):
+        k = answers[i].sum()
+        assert one.mean() == pytest.approx((k + 1) / 42, abs=0.002)  # Beta(k + 1, 41 - k)
+        for j in range(i):
+            # of Dirichlet(n11 + 1/2, n10 + 1/2, n01 + 1/2, n00 + 1/2)
+            p = (
+                np.array(
+                    [
+                        (a & b).sum() + 0.5
+                        for a in (answers[i], ~answers[i])
+                        for b in (answers[j], ~answers[j])
+                    ]
+                )
+                / 42
+            )
+            gap = p[1] - p[2]
+            assert (one - drawn[j]).var() == pytest.approx((p[1] + p[2] - gap**2) / 43, rel=0.05)
+
+
+def test_models_that_answer_alike_are_not_known_to_be_equal():
+    alike = outcomes([1, 0] * 25)
+    a, b = paired_draws([alike, alike], 4000, np.random.default_rng(0))
+    found = interval(1.0, b / a, alike.units)
+    assert found.low < 0.95 and found.high > 1.05
+    assert np.mean(b >= a) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("units", [2, 3, 4, 5, 10])
+def test_intervals_of_few_windows_cover(units):
+    """Two domains of so many windows."""
+    rng, inside, pairs = np.random.default_rng(units), 0, 400
+    for _ in range(pairs):
+        b = rng.normal(1.0, 0.1, (2, units))
+        a = b - 0.3 + rng.normal(0.0, 0.05, (2, units))
+        found = paired_bootstrap(a.tolist(), b.tolist(), ratio=False, n=1000)
+        inside += found.low <= -0.3 <= found.high
+    assert inside / pairs > 0.92
 
 
 @simulated
@@ -175,7 +239,10 @@ def test_few_units_widen_the_interval():
     assert usual.high == pytest.approx(1.96, rel=0.02)
     # t of 7 degrees of freedom, times sqrt(8 / 7).
     assert wide.high == pytest.approx(2.365 * math.sqrt(8 / 7), rel=0.04)
-    assert interval(0.0, draws, 1)[1:] == (draws.min(), draws.max())
+    # 4 strata of 8 units: t of 28 degrees of freedom.
+    strata = interval(0.0, draws, 8, 4)
+    assert strata.high == pytest.approx(2.048 * math.sqrt(8 / 7), rel=0.04)
+    assert interval(0.0, draws, 1)[1:] == (-math.inf, math.inf)
 
 
 def test_alpha_star_of_draws_is_that_of_the_engine():

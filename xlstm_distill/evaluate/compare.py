@@ -9,6 +9,7 @@ over the control that a student recovers. Definitions are in docs/math/wintie.md
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,8 +52,8 @@ def compare(
     the groups that the sources tell, such as understanding and generation). chance: task or pattern
     -> score of guessing, before what the sources tell. drop_chance: leave benchmarks out on which
     the teacher is at chance. margin: the tolerance within which a student counts as not inferior.
-    strict: raise where something was measured otherwise, rather than warn. draws, seed: of the
-    bootstrap. out: a directory that gets JSON, CSV and plots.
+    strict: raise where something was measured otherwise, rather than warn. draws, seed: of
+    what is drawn. out: a directory that gets JSON, CSV and plots.
 
     Raises UserError for other task sets or metrics, damaged sources and unknown names.
     """
@@ -60,6 +61,8 @@ def compare(
         raise UserError("compare: no students", usage=True)
     if "teacher" in students:
         raise UserError("a student cannot be named 'teacher'", usage=True)
+    if seed < 0:
+        raise UserError(f"seed is {seed}, expected at least 0", usage=True)
     for control in controls:
         if control not in students:
             raise UserError(f"control {control!r} is not among the students", usage=True)
@@ -77,6 +80,11 @@ def compare(
     for name in students:
         check_pair(reference, sets[name])
         warnings += differences(reference, sets[name])
+    # What the teacher does not state may still differ between a control and a student.
+    alike = [name for name in students if not differences(reference, sets[name])]
+    for control, name in itertools.product(controls, students):
+        if {control, name} <= {*alike} and name not in controls:
+            warnings += differences(sets[control], sets[name])
     if strict and warnings:
         more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
         raise UserError(f"not comparable: {warnings[0]}{more}")
@@ -84,6 +92,7 @@ def compare(
     benchmarks = [judges.benchmark(task, drop_chance) for task in reference.tasks]
     comparison = Comparison(
         teacher=Path(teacher).name if isinstance(teacher, str | Path) else "",
+        weights=reference.weights,
         controls=list(controls),
         students=list(students),
         margin=None if tolerance is None else float(tolerance),

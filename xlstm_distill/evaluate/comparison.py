@@ -163,13 +163,13 @@ class Group(_Part):
 class Comparison(_Part):
     """All benchmarks, and Win-and-Tie over all of them, by group, and over the separating ones.
 
-    teacher: the file that its scores come from and, where they are known, its weights; "" where
-    there is none. warnings: what
-    was measured otherwise for some model. notes: what was left out or not used. margin: the
-    tolerance of non-inferiority, stated beforehand.
+    teacher: the file that its scores come from, "" where there is none. weights: the teacher's, as
+    that file states them, or "". warnings: what was measured otherwise for some model. notes: what
+    was left out or not used. margin: the tolerance of non-inferiority, stated beforehand.
     """
 
     teacher: str
+    weights: str = ""
     controls: list[str]
     students: list[str]
     margin: float | None
@@ -287,7 +287,8 @@ class Comparison(_Part):
 
     def _of_teacher(self) -> list[str]:
         """Whose scores are the measure, for the title of every table."""
-        return [f"teacher: {self.teacher}"] if self.teacher else []
+        words = [self.teacher, f"scores of {self.weights}" if self.weights else ""]
+        return [f"teacher: {', '.join(filter(None, words))}"] if any(words) else []
 
     def _detects(self) -> str:
         """What differences the samples can show, for the title of every table."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -111,11 +111,12 @@ class Score:
 @dataclass(frozen=True)
 class ModelScores:
     """All scores of a model, in the source's order. where: for messages. notes: what was left out
-    or not used, in words."""
+    or not used, in words. weights: the file that was measured and its form, where it is stated."""
 
     where: str
     tasks: Mapping[str, Score]
     notes: tuple[str, ...] = ()
+    weights: str = ""
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -314,7 +315,30 @@ def _of_results(
         if outcomes is not None and score.samples is None:
             score = replace(score, samples=len(outcomes.documents))
         found[task] = replace(score, outcomes=outcomes)
-    return ModelScores(where, found, tuple(notes))
+    notes += _without(found, metrics, where)
+    weights = object_at(results, "config", where).get("weights")
+    return ModelScores(where, found, tuple(notes), weights if isinstance(weights, str) else "")
+
+
+def _without(
+    found: Mapping[str, Score], wanted: Sequence[tuple[str, str]], where: str
+) -> Iterator[str]:
+    """A note on the tasks that are not compared by a metric that was asked for in all of them."""
+    everywhere = [spec for pattern, spec in wanted if not pattern]
+    of_task = {
+        task: {score.metric, score.metric.partition(",")[0]} for task, score in found.items()
+    }
+    for spec in everywhere:
+        if not any(spec in names for names in of_task.values()):
+            raise UserError(f"{where}: no task has a metric {spec}")
+    named = [pattern for pattern, _ in wanted if pattern]
+    others = [
+        f"{task} by {found[task].metric}"
+        for task, names in of_task.items()
+        if not names & {*everywhere} and not any(fnmatch.fnmatchcase(task, p) for p in named)
+    ]
+    if everywhere and others:
+        yield f"{where} lacks {' and '.join(everywhere)} in some tasks: {', '.join(others)}"
 
 
 def _wanted(metric: str) -> tuple[str, str]:

@@ -9,10 +9,10 @@ binomial proportion, or of a normal error that the source states.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,11 @@ _NORMAL = NormalDist()
 _LEVEL, _POWER = 0.95, 0.8
 _COUNTS_AT_ONCE = 1 << 22
 """Counts of draws times units that are held at once (32 MiB)."""
+_FEW = 5
+"""Units from which quantiles of draws are taken."""
+_PRIOR = 2.0
+"""Documents' worth of what is believed before: half a document for each pattern of two models'
+answers (Agresti and Min, Statistics in Medicine 24, 2005)."""
 
 
 class Interval(NamedTuple):
@@ -54,6 +59,12 @@ class Outcomes:
         return float(_ratio(self.values.sum(), self.weights.sum(), self.exponential))
 
     @property
+    def right_or_wrong(self) -> bool:
+        """Whether every document is one answer, right (1) or wrong (0)."""
+        whole = bool((self.weights == 1).all()) and not self.exponential
+        return whole and {*self.values.tolist()} <= {0.0, 1.0}
+
+    @property
     def units(self) -> int:
         """How many passages (or documents, where none is shared) can be drawn."""
         return int(_clusters(self.passages).max(initial=-1)) + 1
@@ -76,26 +87,52 @@ def _clusters(passages: Sequence[Hashable]) -> NDArray[np.intp]:
 # ---- draws --------------------------------------------------------------------------------------
 
 
+def _kinds(units: FloatArray) -> tuple[FloatArray, NDArray[np.intp]]:
+    """The different units in the order in which they come, and how often each is there. Answers
+    right or wrong are few kinds, however many documents."""
+    _, first, repeats = np.unique(units, axis=0, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return units[first[order]], repeats[order]
+
+
+def _sums(draw: Callable[[int], NDArray[Any]], kinds: FloatArray, n: int) -> FloatArray:
+    """Sums of the kinds, as often as each of `n` draws says; `draw(m)` gives [m, kinds]."""
+    step = max(1, _COUNTS_AT_ONCE // len(kinds))
+    # Not `@`: the order in which a BLAS sums may depend on its threads and on the rows at once.
+    parts = (np.einsum("nk,kc->nc", draw(min(step, n - i)), kinds) for i in range(0, n, step))
+    return np.concatenate(list(parts))
+
+
 def resampled(units: FloatArray, n: int, rng: np.random.Generator) -> FloatArray:
     """Sums over `n` draws with replacement of as many units as there are: [units, columns] to
     [n, columns]. Columns are drawn together."""
-    # Equal units are one kind: answers right or wrong are few kinds, however many documents.
-    _, first, repeats = np.unique(units, axis=0, return_index=True, return_counts=True)
-    order = np.argsort(first)
-    kinds, share = units[first[order]], repeats[order] / len(units)
-    step = max(1, _COUNTS_AT_ONCE // len(kinds))
-    sums = []
-    for start in range(0, n, step):
-        counts = rng.multinomial(len(units), share, size=min(step, n - start))
-        # Not `@`: the order in which a BLAS sums may depend on its threads and on the rows at once.
-        sums.append(np.einsum("nk,kc->nc", counts, kinds))
-    return np.concatenate(sums)
+    kinds, repeats = _kinds(units)
+    share = repeats / len(units)
+    return _sums(lambda m: rng.multinomial(len(units), share, size=m), kinds, n)
+
+
+def _posterior(units: FloatArray, models: int, n: int, rng: np.random.Generator) -> FloatArray:
+    """As `resampled` for columns (right answers, documents) of each model, up to a factor of a row:
+    how often each kind of unit occurs is drawn from its posterior (Dirichlet).
+
+    Drawing with replacement knows no other answers than those seen: where no document tells two
+    models apart it finds no noise at all. Here every pattern of answers may occur.
+    """
+    kinds, repeats = _kinds(units)
+    # Runs of a Hadamard design: any two models have each pattern of answers equally often.
+    runs = 1 << models.bit_length()
+    right = np.bitwise_count(np.arange(runs)[:, None] & np.arange(1, models + 1)) % 2
+    patterns = np.stack([right, np.ones_like(right)], axis=2).reshape(runs, 2 * models)
+    shape = np.concatenate([repeats, np.full(runs, _PRIOR / runs)])
+    kinds = np.concatenate([kinds, patterns])
+    return _sums(lambda m: rng.standard_gamma(shape, size=(m, len(shape))), kinds, n)
 
 
 def paired_draws(
     outcomes: Sequence[Outcomes], n: int, rng: np.random.Generator
 ) -> list[FloatArray]:
-    """Scores [n] of each model, all on the same drawn documents.
+    """Scores [n] of each model, all on the same drawn documents; where every answer is right or
+    wrong, from the posterior of their frequencies.
 
     All outcomes are of the same documents, in any order. Raises ValueError where they are not.
     """
@@ -108,7 +145,9 @@ def paired_draws(
             raise ValueError("paired_draws: the models did not answer the same documents")
         order = np.array([place[document] for document in first.documents])
         columns += [np.bincount(clusters, side[order]) for side in (one.values, one.weights)]
-    sums = resampled(np.stack(columns, axis=1), n, rng)
+    units = np.stack(columns, axis=1).astype(np.float64)
+    binary = all(one.right_or_wrong for one in outcomes)
+    sums = _posterior(units, len(outcomes), n, rng) if binary else resampled(units, n, rng)
     return [
         _ratio(sums[:, 2 * i], sums[:, 2 * i + 1], one.exponential)
         for i, one in enumerate(outcomes)
@@ -145,18 +184,28 @@ def alpha_star_draws(sides: Sequence[tuple[FloatArray, FloatArray]]) -> tuple[Fl
 # ---- intervals ----------------------------------------------------------------------------------
 
 
-def interval(value: float, draws: FloatArray, units: int | None = None) -> Interval:
+def interval(
+    value: float, draws: FloatArray, units: int | None = None, strata: int = 1
+) -> Interval:
     """`value` with the 95 % percentile interval of its draws.
 
-    units: how many units were drawn from. Percentiles of few units lie too near: they are taken
-    further out, by Student's t and the bootstrap's missing sqrt(units / (units - 1)).
+    units: how many units were drawn from, in each of so many strata. Percentiles of few units lie
+    too near: they are taken further out, by Student's t (strata * (units - 1) degrees of freedom)
+    and the bootstrap's missing sqrt(units / (units - 1)). Below 5 units the outermost draws are not
+    far enough: the ends are so many standard errors away. One unit says nothing: there are no ends.
     """
     tail = (1 - _LEVEL) / 2
     if units is not None:
-        wide = _student(tail, units - 1) * math.sqrt(units / (units - 1)) if units > 1 else math.inf
+        if units < 2:
+            return Interval(value, -math.inf, math.inf)
+        wide = _student(tail, strata * (units - 1)) * math.sqrt(units / (units - 1))
+        if units < _FEW:
+            away = wide * float(draws.std())
+            return Interval(value, value - away, value + away)
         tail = _NORMAL.cdf(-wide)
     low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
+    # A value at an end of its range, 0 right answers say, is no draw of a posterior.
+    return Interval(value, min(value, float(low)), max(value, float(high)))
 
 
 def _student(tail: float, freedom: int) -> float:
@@ -195,8 +244,7 @@ def mcnemar(first: Outcomes, second: Outcomes) -> float | None:
     a, b = (dict(zip(o.documents, o.values.tolist(), strict=True)) for o in (first, second))
     if a.keys() != b.keys():
         raise ValueError("mcnemar: the models did not answer the same documents")
-    binary = {*a.values(), *b.values()} <= {0.0, 1.0}
-    if not binary or first.exponential or first.units < len(a):
+    if not (first.right_or_wrong and second.right_or_wrong) or first.units < len(a):
         return None
     changed = [b[document] for document, value in a.items() if value != b[document]]
     n, fewer = len(changed), min(changed.count(0.0), changed.count(1.0))
@@ -222,7 +270,8 @@ def paired_bootstrap(
 
     a, b: values of the same units (windows, documents), drawn together with replacement `n` times.
     Lists of lists are strata (domains): units are drawn within each, and the mean is the mean of
-    the strata's means. Deterministic by `seed`. Raises ValueError where the units do not pair.
+    the strata's means. Few units widen the interval as in `interval`, by the smallest stratum.
+    Deterministic by `seed`. Raises ValueError where the units do not pair.
     """
     strata_a, strata_b = _strata(a), _strata(b)
     if [len(x) for x in strata_a] != [len(x) for x in strata_b]:
@@ -235,11 +284,12 @@ def paired_bootstrap(
         drawn += resampled(np.stack([x, y], axis=1), n, rng) / (len(x) * len(strata_a))
     mean_a = float(np.mean([x.mean() for x in strata_a]))
     mean_b = float(np.mean([y.mean() for y in strata_b]))
+    units, strata = min(map(len, strata_a)), len(strata_a)
     if not ratio:
-        return interval(mean_a - mean_b, drawn[:, 0] - drawn[:, 1])
+        return interval(mean_a - mean_b, drawn[:, 0] - drawn[:, 1], units, strata)
     if mean_b == 0 or (drawn[:, 1] == 0).any():
         raise ValueError("paired_bootstrap: b is zero, the ratio does not exist")
-    return interval(mean_a / mean_b, drawn[:, 0] / drawn[:, 1])
+    return interval(mean_a / mean_b, drawn[:, 0] / drawn[:, 1], units, strata)
 
 
 def _strata(values: Sequence[float] | Sequence[Sequence[float]]) -> list[FloatArray]:
