@@ -36,7 +36,7 @@ from xlstm_distill.testing import assert_close
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from xlstm_distill.serve import MAX_WAITING, Server, listen
+from xlstm_distill.serve import MAX_WAITING, ChatRequest, CompletionRequest, Server, listen
 
 TEACHER = tiny_run.teacher()
 STUDENT = linearize(TEACHER, window=8, sinks=2)
@@ -154,6 +154,23 @@ def test_texts_are_those_of_generate(how):
     assert chat == {"role": "assistant", "content": alike}
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_n_choices_of_a_prompt_have_streams_of_their_own(temperature):
+    ids = [STUDENT.tokenizer.encode(text) for text in ("The river", "Bread")]
+    how = {"max_tokens": 20, "temperature": temperature, "seed": 5}
+    found = answered(prompt=ids, n=3, best_of=3, **how)
+    rows = [prompt for prompt in ids for _ in range(3)]  # index = prompt * n + i
+    wanted = STUDENT.generate_batch(rows, 20, temperature, seed=5)
+    choices = found["choices"]
+    assert [c["index"] for c in choices] == list(range(6))
+    assert [c["text"] for c in choices] == [STUDENT.tokenizer.decode(new) for new in wanted]
+    assert len({c["text"] for c in choices[:3]}) == (3 if temperature else 1)
+    assert found["usage"]["prompt_tokens"] == sum(map(len, ids))  # as OpenAI counts
+    assert found["usage"]["completion_tokens"] == sum(map(len, wanted))
+    alone = answered(prompt=[ids[0]], **how)["choices"][0]
+    assert alone == choices[0]
+
+
 def test_a_stop_cuts_the_text_and_ends_the_row():
     whole = answered(prompt="The river", max_tokens=40, temperature=0)["choices"][0]
     assert whole["finish_reason"] == "length"
@@ -165,8 +182,9 @@ def test_a_stop_cuts_the_text_and_ends_the_row():
 
 def test_logprobs_are_those_of_score():
     ids = STUDENT.tokenizer.encode("A lighthouse keeper counts ships \u00e9")
-    found = answered(prompt=[ids], echo=True, logprobs=3, max_tokens=1, temperature=0)
-    choice = found["choices"][0]
+    found = answered(prompt=[ids], echo=True, logprobs=3, max_tokens=1, temperature=0, n=2)
+    choice, alike = found["choices"]
+    assert alike == {**choice, "index": 1}
     scores = choice["logprobs"]
     new = STUDENT.generate_batch([ids], 1, 0.0, stop_ids=())[0]
     logp = STUDENT.score(np.array([[*ids, *new]]))[0]
@@ -218,7 +236,7 @@ def test_a_stream_tells_the_same_in_pieces(path):
         body = {"prompt": ["The river", "Bread"], "logprobs": 1, "echo": True}
     else:
         body = {"messages": [{"role": "user", "content": "Hello?"}], "logprobs": True}
-    body |= {"model": "tiny", "max_tokens": 30, "seed": 2, "stop": "e"}
+    body |= {"model": "tiny", "max_tokens": 30, "seed": 2, "stop": "e", "n": 2}
 
     async def work() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         async with served() as server:
@@ -230,6 +248,7 @@ def test_a_stream_tells_the_same_in_pieces(path):
 
     whole, pieces = asyncio.run(work())
     *pieces, last = pieces
+    assert len(whole["choices"]) == (4 if path == COMPLETIONS else 2)
     assert last["usage"] == whole["usage"] and last["choices"] == []
     for index, choice in enumerate(whole["choices"]):
         mine = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == index]
@@ -245,6 +264,114 @@ def test_a_stream_tells_the_same_in_pieces(path):
             assert [p["delta"].get("role") for p in mine] == ["assistant"] + [None] * (
                 len(mine) - 1
             )
+
+
+# ---- what tools send ----------------------------------------------------------------------------
+# Word for word, but for the texts and max_tokens; `answered` adds the name of the model.
+
+
+def evalplus(temperature: float, n: int) -> dict[str, Any]:
+    """evalplus 0.3.1: gen/util/openai_request.py."""
+    task = "Please provide a self-contained Python script:\n```python\ndef area(w, h):\n```"
+    system = {"role": "system", "content": "You are a helpful assistant good at coding."}
+    return {
+        "messages": [system, {"role": "user", "content": task}],
+        "max_tokens": 24,  # 768
+        "n": n,
+        "temperature": temperature,
+        "top_p": 0.95,
+    }
+
+
+def test_evalplus():
+    greedy = answered(CHAT, **evalplus(0.0, 1))
+    prompt = STUDENT.tokenizer.apply_chat_template(evalplus(0.0, 1)["messages"])
+    (choice,) = greedy["choices"]
+    assert choice["message"]["content"] == STUDENT.generate(prompt, 24)
+    sampled = answered(CHAT, **evalplus(0.8, 4))
+    assert [c["index"] for c in sampled["choices"]] == [0, 1, 2, 3]
+    assert len({c["message"]["content"] for c in sampled["choices"]}) == 4
+    assert sampled["usage"]["prompt_tokens"] == greedy["usage"]["prompt_tokens"]
+
+
+def test_mt_bench():
+    """FastChat 0.2.36: chat_completion_openai of llm_judge/common.py, for both turns."""
+    messages = [{"role": "system", "content": "You give helpful answers."}]
+    for question in ("Write of Hawaii.", "Begin each sentence with A."):
+        messages.append({"role": "user", "content": question})
+        how = {"n": 1, "temperature": 0.7, "max_tokens": 32}  # 1024
+        (choice,) = answered(CHAT, messages=messages, **how)["choices"]
+        assert choice["message"]["content"] and choice["finish_reason"] in ("stop", "length")
+        messages.append({"role": "assistant", "content": choice["message"]["content"]})
+
+
+def test_lm_eval_log_likelihood():
+    """lm_eval 0.4.13: `_create_payload` and `parse_logprobs` of local-completions."""
+    context, rest = map(STUDENT.tokenizer.encode, ("The river rises", " in the hills"))
+    body = {
+        "prompt": [context + rest, context],
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
+    scores = answered(**body)["choices"][0]["logprobs"]
+    own, top = (scores[key][len(context) : -1] for key in ("token_logprobs", "top_logprobs"))
+    logp = STUDENT.score(np.array([context + rest]))[0, len(context) - 1 :]
+    assert_close(np.array(own), logp, PREFILL_STEP_F32, "served log p")
+    best = STUDENT.topk(np.array([context + rest]), 1)[0][0, len(context) - 1 : -1, 0]
+    greedy = [p == max(best.values()) for p, best in zip(own, top, strict=True)]
+    assert greedy == (best == rest).tolist()
+
+
+NEUTRAL = {
+    "response_format": {"type": "text"},
+    "metadata": {"run": "3"},
+    "store": False,
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "suffix": "",
+    "user": "me",
+    "service_tier": "auto",
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_what_changes_nothing_is_passed_over(path):
+    body: dict[str, Any] = {"max_tokens": 8, "seed": 1}
+    if path == COMPLETIONS:
+        body |= {"prompt": "The river"}
+    else:
+        body |= {"messages": [{"role": "user", "content": "Hello?"}]}
+    plain = answered(path, **body)["choices"]
+    assert answered(path, **body, **NEUTRAL)["choices"] == plain
+    nothing = dict.fromkeys([*NEUTRAL, "n", "stop", "logprobs", "never_heard_of"])
+    assert answered(path, **body, **nothing)["choices"] == plain
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("response_format", {"type": "json_object"}),
+        ("store", True),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("suffix", "the end"),
+        ("presence_penalty", 0.5),
+        ("logit_bias", {"5": 1}),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(path, key, value):
+    only = json.dumps(NEUTRAL[key]).removesuffix(".0")
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    body = GOOD if path == COMPLETIONS else chat
+    refused(400, f"{key}: only {only} is served", path, {**body, key: value})
 
 
 # ---- many clients -------------------------------------------------------------------------------
@@ -356,6 +483,10 @@ def test_bounds():
     refused(400, "512", COMPLETIONS, {**GOOD, "max_tokens": 510})
     refused(400, "more than the context", COMPLETIONS, {**GOOD, "prompt": [5] * 513})
     refused(400, "at most 256", COMPLETIONS, {**GOOD, "prompt": ["a"] * (MAX_WAITING + 1)})
+    refused(400, "129 prompts with n 2", COMPLETIONS, {**GOOD, "prompt": ["a"] * 129, "n": 2})
+    refused(400, "n: Input should be less than", COMPLETIONS, {**GOOD, "n": 129})
+    refused(400, "best_of must equal n", COMPLETIONS, {**GOOD, "n": 2, "best_of": 3})
+    refused(400, "best_of must equal n", COMPLETIONS, {**GOOD, "n": 2, "best_of": 1})
     refused(400, "stop: 17 strings", COMPLETIONS, {**GOOD, "stop": ["a"] * 17})
     refused(404, "'gpt-4' is not served", COMPLETIONS, {**GOOD, "model": "gpt-4"})
     refused(404, "Not Found", "/v1/embeddings", GOOD)
@@ -373,7 +504,7 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.one_of(NOT_NUMBERS, st.floats(max_value=-1e-9), st.just(float("inf"))),
     "top_p": st.one_of(NOT_NUMBERS, st.floats(max_value=0), st.floats(min_value=1.001)),
     "seed": st.one_of(NOT_NUMBERS, st.integers(max_value=-1), st.floats()),
-    "n": st.one_of(NOT_NUMBERS, st.integers().filter(lambda n: n != 1)),
+    "n": st.one_of(NOT_NUMBERS, st.integers(max_value=0), st.integers(min_value=129)),
     "stream": st.one_of(st.integers(), st.text()),
     "stop": st.one_of(st.integers(), st.lists(st.integers(), min_size=1)),
     "logit_bias": st.dictionaries(st.text(), st.floats(), min_size=1),
@@ -419,7 +550,7 @@ def malformed(draw) -> tuple[str, Any]:
     if kind == "missing":
         del body[draw(st.sampled_from([key for key in body if key != "max_tokens"]))]
     elif kind == "unknown":
-        known = {*body, *WRONG, *OF_COMPLETIONS, *OF_CHAT, "user", "stream_options", "top_logprobs"}
+        known = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
         body[draw(st.text().filter(lambda key: key not in known))] = draw(
             JSON.filter(lambda value: value is not None)
         )

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, cast
 
 import uvicorn
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -48,6 +48,8 @@ _MAX_BODY = 4 << 20
 _MAX_TOP = 20
 """Most alternatives of a token, as in OpenAI's API."""
 _MAX_STOPS = 16
+_MAX_N = 128
+"""Most choices of a prompt, as in OpenAI's API."""
 _TOKENS_AT_ONCE = 8192
 """Most tokens, padding counted, of the prompts that join at once: bounds activations, and how long
 running rows wait."""
@@ -165,9 +167,21 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+_NEUTRAL: Json = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "store": False,
+    "suffix": "",
+    "tools": [],
+    "tool_choice": "none",
+}
+"""Of keys that are not served: the value that changes nothing."""
+
+
 class _Wanted(BaseModel):
-    """What both kinds of request may say. What would change the answer and is not served has the
-    one value that changes nothing."""
+    """What both kinds of request may say."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str
@@ -178,11 +192,28 @@ class _Wanted(BaseModel):
     seed: int | None = Field(None, ge=0, lt=1 << 63)
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
-    n: int = Field(1, ge=1, le=1)
-    presence_penalty: float = Field(0, ge=0, le=0)
-    frequency_penalty: float = Field(0, ge=0, le=0)
-    logit_bias: dict[str, float] = Field({}, max_length=0)
+    n: int = Field(1, ge=1, le=_MAX_N)
+    # The rest decides nothing here.
+    metadata: dict[str, Any] = {}
+    parallel_tool_calls: bool = True
+    service_tier: str = ""
     user: str = ""
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    response_format: Any = None
+    store: Any = None
+    suffix: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+
+    @field_validator(*_NEUTRAL)
+    @classmethod
+    def _changes_nothing(cls, value: Any, about: ValidationInfo) -> Any:
+        neutral = _NEUTRAL[cast(str, about.field_name)]
+        if value != neutral:
+            raise ValueError(f"only {json.dumps(neutral)} is served")
+        return value
 
     def stops(self) -> list[str]:
         """Strings that end a text."""
@@ -198,7 +229,16 @@ class CompletionRequest(_Wanted):
     prompt: Any
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP)
-    best_of: int = Field(1, ge=1, le=1)
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _picks_none(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise ValueError(
+                f"best_of: {self.best_of} with n {self.n}: all choices that are written are told, "
+                "best_of must equal n"
+            )
+        return self
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of each prompt: of a text, of tokens, or of a list of either."""
@@ -207,8 +247,11 @@ class CompletionRequest(_Wanted):
             given = [given]
         if not isinstance(given, list) or not given:
             raise UserError("prompt: expected a string, token ids, or a list of either")
-        if len(given) > MAX_WAITING:
-            raise UserError(f"prompt: {len(given)} prompts, at most {MAX_WAITING} are served")
+        if len(given) * self.n > MAX_WAITING:
+            raise UserError(
+                f"prompt: {len(given)} prompts with n {self.n}, at most {MAX_WAITING} choices of a "
+                "request are served"
+            )
         return [self._ids(prompt, tokenizer) for prompt in given]
 
     @staticmethod
@@ -335,10 +378,11 @@ def _spelling(tokenizer: Tokenizer, token: int) -> str:
 
 
 class _Answer:
-    """A job in OpenAI's words, at once or in pieces."""
+    """A job in OpenAI's words, at once or in pieces; `n` of its rows, side by side, have one
+    prompt."""
 
-    def __init__(self, chat: bool, name: str, job: Job, choices: list[_Choice]) -> None:
-        self.job, self.choices = job, choices
+    def __init__(self, chat: bool, name: str, job: Job, choices: list[_Choice], n: int) -> None:
+        self.job, self.choices, self._n = job, choices, n
         self._chat, self._scores = chat, job.rows[0].scores_top is not None
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._facts = {"created": int(time.time()), "model": name}
@@ -383,7 +427,7 @@ class _Answer:
         return found
 
     def _usage(self) -> Json:
-        read = sum(len(row.prompt) for row in self.job.rows)
+        read = sum(len(row.prompt) for row in self.job.rows[:: self._n])
         new = sum(len(row.new) for row in self.job.rows)
         return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
 
@@ -479,6 +523,7 @@ class Server:
             raise _RefusedError(404, f"model {wanted.model!r} is not served here; {self.name!r} is")
         stops = StopStrings(self.tokenizer, wanted.stops())
         seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+        prompts = [p for p in wanted.prompts(self.tokenizer) for _ in range(wanted.n)]
         rows = [
             Row(
                 prompt,
@@ -491,11 +536,11 @@ class Server:
                 wanted.scores_top,
                 wanted.echo,
             )
-            for index, prompt in enumerate(wanted.prompts(self.tokenizer))
+            for index, prompt in enumerate(prompts)
         ]
         choices = [_Choice(i, row, self.tokenizer, stops) for i, row in enumerate(rows)]
         job = Job(rows)
-        answer = _Answer(isinstance(wanted, ChatRequest), self.name, job, choices)
+        answer = _Answer(isinstance(wanted, ChatRequest), self.name, job, choices, wanted.n)
         self.engine.enter(job)
         if wanted.stream:
             events = answer.events(wanted.stream_options.include_usage)
