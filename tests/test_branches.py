@@ -1,4 +1,4 @@
-"""A student with a branch silenced: what the parts are, and that a needless one is found out."""
+"""A student with a branch silenced or cut: what the parts are, and that a needless one shows."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_forced_gates_are_those_of_the_model():
     model = random_model("hybrid")
     ids = batch(model)
     parts = branches(model, "x")
-    assert list(parts) == ["x, gate 0", "x, gate 1", "x, mLSTM emptied"]
+    assert list(parts) == branches_of("x")
     assert np.array_equal(parts["x, gate 0"].hidden(ids), model.hidden(ids, 0.0))
     assert np.array_equal(parts["x, gate 1"].hidden(ids), model.hidden(ids, 1.0))
     assert parts["x, mLSTM emptied"].forget == 7
@@ -76,6 +76,32 @@ def test_forced_gates_are_those_of_the_model():
     for mixer in ("window", "mlstm", "attention"):
         with pytest.raises(UserError, match="x: has no hybrid layer with a window"):
             branches(random_model(mixer), "x")
+
+
+@pytest.mark.parametrize("compute", ["f32", "int8"])
+def test_a_cut_window_is_half_as_wide_with_the_same_weights(compute):
+    teacher = tiny_run.teacher()
+    student = linearize(teacher, window=7, sinks=2, keep_attention=[0])
+    for name in student.params.names():
+        if name.endswith("o_gate.bias"):
+            student.params[name][...] = -1.0
+    narrow = linearize(teacher, window=3, sinks=2, keep_attention=[0]).fill(student.tensors())
+    student, narrow = student.copy(compute=compute), narrow.copy(compute=compute)
+    ids = np.random.default_rng(2).integers(3, tiny_run.VOCAB, (2, STEPS))
+    whole = student.hidden(ids)
+    cut = branches(student, "x")["x, window cut"]
+    assert cut.params is student.params and cut.model.config == narrow.config
+    assert np.array_equal(cut.hidden(ids), narrow.hidden(ids))
+    # What both windows and the sinks see is the same: positions 0 to 4 with sinks 0 and 1.
+    assert_close(cut.hidden(ids)[:, :5], whole[:, :5], PREFILL_STEP_F32, "within both windows")
+    assert not np.allclose(cut.hidden(ids), whole, atol=1e-4)
+    assert np.array_equal(student.hidden(ids), whole) and student.config != narrow.config
+
+
+def test_what_has_no_smaller_window_is_not_cut():
+    teacher = tiny_run.teacher()
+    student = linearize(teacher, window=1, sinks=2)
+    assert branches(student, "x")["x, window cut"].model.config == student.config
 
 
 @pytest.mark.parametrize("bias", [-60.0, -1.0])
@@ -104,11 +130,19 @@ def test_a_run_measures_them(tmp_path):
     out = run(make_recipe(values), tmp_path / "out")
     with RunDirectory(out) as directory:
         facts = report_facts(Run(directory, directory.recipe()))
-    names = ["merged, gate 0", "merged, gate 1", "merged, mLSTM emptied"]
+    names = branches_of("merged")
     assert facts.fidelity.complete == ["teacher", "untrained", "merged", *names]
-    assert len({facts.fidelity.mean(name).kl for name in ("merged", *names)}) == 4
+    assert len({facts.fidelity.mean(name).kl for name in ("merged", *names)}) == 5
     page = (out / "report" / "report.html").read_text()
     assert all(name in page for name in names)
+    # A run that was measured before the last variant was known has the others.
+    (part,) = (out / "evaluation" / "parts").glob("fidelity-*.json")
+    older = json.loads(part.read_text())
+    del older["models"][names[-1]]
+    part.write_text(json.dumps(older))
+    with RunDirectory(out) as directory:
+        facts = report_facts(Run(directory, directory.recipe()))
+    assert facts.fidelity.complete == ["teacher", "untrained", "merged", *names[:-1]]
     values["student"] = {"mixer": "mlstm"}
     with pytest.raises(UserError, match=r"evaluate\.branches needs student\.mixer hybrid"):
         make_recipe(values)
@@ -131,11 +165,11 @@ def test_the_command(tmp_path, capsys):
     for wrong, message in (
         ([*command, "--windows", "0"], "--windows 0: expected at least 1"),
         ([*command, "--context", "1"], "context is 1"),
-        ([*models[:1], models[3], *command[2:]], "has no hybrid layer"),
+        ([*models[:1], models[3], *command[2:]], f"{models[3]}: has no hybrid layer"),
     ):
         assert main(wrong) in (1, 2)
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def branches_of(name: str) -> list[str]:
-    return [f"{name}, {part}" for part in ("gate 0", "gate 1", "mLSTM emptied")]
+    return [f"{name}, {part}" for part in ("gate 0", "gate 1", "mLSTM emptied", "window cut")]

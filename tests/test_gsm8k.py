@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import tiny_run
 from test_tasks import request, write_task
 
 from xlstm_distill.errors import UserError
-from xlstm_distill.evaluate import evaluate
-from xlstm_distill.evaluate.gsm8k import last_number_matches
+from xlstm_distill.evaluate import evaluate, gsm8k
+from xlstm_distill.evaluate.gsm8k import last_number_matches, math_scores
 
 GOLD = [18, 3, 70000, 5]
 ANSWERS = [
@@ -62,6 +65,61 @@ def test_the_last_number_of_the_answer_counts(requests):
     assert found["configs"]["gsm8k:generate"]["request_set"] == "h"
     some = evaluate(Scripted(), ["gsm8k:generate"], limit=2, requests=requests)
     assert some["n-samples"]["gsm8k:generate"] == {"original": 4, "effective": 2}
+
+
+def test_math_verify_stands_beside_it(requests, monkeypatch):
+    """With a stand-in that compares the last words as numbers."""
+    seconds = []
+
+    def parse(text, parsing_timeout):
+        seconds.append(parsing_timeout)
+        return [text.rstrip(".").split()[-1].strip("$").replace(",", "")]
+
+    def verify(gold, found, timeout_seconds):
+        seconds.append(timeout_seconds)
+        return gold == found
+
+    monkeypatch.setitem(sys.modules, "math_verify", SimpleNamespace(parse=parse, verify=verify))
+    monkeypatch.setattr(gsm8k, "version", lambda name: f"{name} 1")
+    found = evaluate(Scripted(), ["gsm8k:generate"], requests=requests)
+    samples = found["samples"]["gsm8k:generate"]
+    assert [s["math_verify"] for s in samples] == [1, 0, 0, 0]
+    assert [s["exact_match"] for s in samples] == [1, 0, 1, 0]
+    assert found["results"]["gsm8k:generate"]["exact_match,none"] == 0.5
+    assert found["results"]["gsm8k:generate"]["math_verify,none"] == 0.25
+    assert found["configs"]["gsm8k:generate"]["math_verify"] == "math-verify 1"
+    assert len(seconds) == 12 and set(seconds) == {5}
+    # Its time-outs are signals, which Python allows in the main thread alone.
+    del seconds[:]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(math_scores()["math_verify"], "is 18.", ["18"]).result() == 1
+    assert seconds == [None] * 3
+
+
+def test_without_math_verify_nothing_changes(requests, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    found = evaluate(Scripted(), ["gsm8k:generate"], requests=requests)
+    assert "math_verify" not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("is $18.00.", "18", 1),
+        ("is \\boxed{18}", "18", 1),
+        ("36/2", "18", 1),
+        ("In all $70,000 profit.", "70000", 1),
+        ("5 of 6", "5", 0),
+        ("none", "5", 0),
+        ("", "5", 0),
+    ],
+)
+def test_what_math_verify_finds_equal(answer, gold, right):
+    pytest.importorskip("math_verify")
+    equal = math_scores()["math_verify"]
+    assert equal(answer, [gold]) == right
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(equal, answer, [gold]).result() == right
 
 
 @pytest.mark.parametrize(

@@ -564,11 +564,12 @@ def test_the_table_shows_what_each_branch_carries(root, tmp_path):
     points = sweeps.grid(root / "recipe.yaml", ["distill.window_dropout=0,0.9"], settings=settings)
     found = sweeps.sweep(points, tmp_path)
     label, kl, *_ = ([str(cell) for cell in c.cells] for c in sweeps.table(found).columns)
-    parts = ["  gate 0", "  gate 1", "  mLSTM emptied"]
+    parts = ["  gate 0", "  gate 1", "  mLSTM emptied", "  window cut"]
     assert label == [points[0].name, *parts, points[1].name, *parts]
-    names = ["merged", "merged, gate 0", "merged, gate 1", "merged, mLSTM emptied"]
+    variants = ("gate 0", "gate 1", "mLSTM emptied", "window cut")
+    names = ["merged", *(f"merged, {variant}" for variant in variants)]
     means = [p["models"][name]["all"]["kl"]["mean"] for p in found["points"] for name in names]
-    assert kl == [f"{mean:.4f}" for mean in means] and len(set(means)) == 8
+    assert kl == [f"{mean:.4f}" for mean in means] and len(set(means)) == 10
 
 
 def test_the_table_is_readable_on_80_columns():

@@ -299,7 +299,7 @@ def evaluation_seconds(recipe: Recipe, rates: Rates, reading: Mapping[str, ReadT
     domains = sum(1 for d in recipe.data.domains.values() if d.held_out_tokens)
     experts = len(recipe.experts) if len(recipe.experts) > 1 else 0
     students = 3 if recipe.generalist else 2
-    variants = 3 if recipe.evaluate.branches else 0
+    variants = 4 if recipe.evaluate.branches else 0
     total = sum(
         fidelity_seconds(rates, domains, s, experts, students + variants)
         for s in recipe.evaluate.fidelity

@@ -549,6 +549,7 @@ def results(points: Sequence[Point], out: Path, failed: dict[str, str]) -> dict[
                     for domain, own in domains.items()
                 }
                 for model, domains in runs[0]["models"].items()
+                if all(model in r["models"] for r in runs)  # one may be of an earlier version
             }
         found.append({"name": point.name, "values": point.values, "runs": runs, "models": models})
     return {"out": str(out), "points": found, "failed": failed}

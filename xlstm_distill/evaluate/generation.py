@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from ..communicator import Communicator
@@ -58,10 +58,14 @@ class Question:
     facts: Mapping[str, Any]
 
 
+Score = Callable[[str, Sequence[str]], float]
+"""score(answer, targets): 0..1."""
+
+
 @dataclass(frozen=True)
 class Questions:
     """A task with written answers: question(0) to question(count - 1), of the `original` ones that
-    it has. score(answer, targets): 0..1. An answer ends before the first of `until`."""
+    it has. `also`: scores beside that of `metric`. An answer ends before the first of `until`."""
 
     name: str
     count: int
@@ -69,10 +73,11 @@ class Questions:
     original: int
     max_new_tokens: int
     metric: str
-    score: Callable[[str, Sequence[str]], float]
+    score: Score
     shots: int | None
     config: Mapping[str, Any]
     until: tuple[str, ...] = ()
+    also: Mapping[str, Score] = field(default_factory=dict)
 
 
 def string_match_all(answer: str, targets: Sequence[str]) -> float:
@@ -131,10 +136,11 @@ def prompt_ids(tokenizer: ScoringTokenizer, prompt: str) -> list[int]:
 
 
 def _sample(task: Questions, question: Question, answer: str) -> Sample:
+    scores = {task.metric: task.score, **task.also}
     return {
         "doc_id": question.doc_id,
         **question.facts,
         "target": list(question.targets),
         "answer": answer,
-        task.metric: task.score(answer, question.targets),
+        **{metric: score(answer, question.targets) for metric, score in scores.items()},
     }
