@@ -195,8 +195,8 @@ def request_set(model: Model, rival: Rival, name: str, requests: int) -> Result:
         rows += encoded
     differences = np.abs(np.concatenate(ours) - np.concatenate(theirs))
     reported = found["results"][task.name]
-    mine = {metric: reported[f"{metric},none"] for metric in found["higher_is_better"][task.name]}
     other = metrics(task, documents, theirs)
+    mine = {metric: reported[f"{metric},none"] for metric in other}
     same = task.kind == "bpb" or mine == other
     return {
         "documents": len(documents),

@@ -118,8 +118,12 @@ def test_what_is_not_known_is_refused_with_the_nearest(requests):
         expand_tasks(["niah_*"])
     with pytest.raises(UserError, match="no such directory of request sets"):
         expand_tasks(["*:mc_5shot"], requests / "none")
-    with pytest.raises(UserError, match="csqa has the variants mc_5shot"):
+    with pytest.raises(UserError, match=r"csqa has the variants mc_5shot$"):
         find_task("csqa", requests)
+    write_task(requests, "gsm8k/gold_bpb_5shot", [request(0, 0, "1 + 1 =", " 2", None)])
+    for name in ("gsm8k:gen", "gsm8k:x*"):
+        with pytest.raises(UserError, match=r"gsm8k has the variants gold_bpb_5shot, generate$"):
+            load_task(expand_tasks([name], requests)[0], requests)
 
 
 @pytest.mark.real

@@ -6,14 +6,18 @@ import gzip
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_run
 from models import random_model
 from tolerances import PREFILL_STEP_F32
 
+from xlstm_distill import commands, packages
+from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import (
     compare,
@@ -129,9 +133,9 @@ def requests(tmp_path: Path) -> Path:
         # Written out of order: idx says which choice a row is.
         for j in (2, 0, 1):
             rows.append(request(d, j, f"Q{d}? Answer:", f" {choices[j]}", d % 3))
-        rows.append(request(1_000_000 + d, 0, "Answer:", f" {choices[0]}", 0))
+        rows += [request(1_000_000 + d, j, "So:", f" {choices[j]}", d % 3) for j in (1, 0, 2)]
     write_task(root, "arc_easy/rc_5shot", rows)
-    write_task(root, "arc_easy/rc_0shot", rows[:8])
+    write_task(root, "arc_easy/rc_0shot", rows[:12])
     partial = [
         request(d, j, f"The {who} and the", " cat sat.", d % 2)
         for d in range(10)
@@ -171,6 +175,7 @@ def test_documents_of_a_choice_task(requests):
     document = task.documents[1]
     assert document.choices == ("be1", "gamma ray1", "delta1") and document.gold == 1
     assert document.pairs[0] == ("Q1? Answer:", " be1")
+    assert document.unconditional[1:] == (("So:", " gamma ray1"), ("So:", " delta1"))
     assert load_task("arc_easy:rc_5shot", requests).name == "arc_easy"
     assert load_task("arc_easy:rc_0shot", requests).name == "arc_easy:rc_0shot"
 
@@ -200,6 +205,15 @@ def test_damaged_request_sets_are_named(requests):
         out.write('{"doc_id": 0}\n')
     with pytest.raises(UserError, match="not a scorable request set"):
         load_task("squad", requests)
+
+
+def test_unconditional_requests_must_be_of_the_same_choices(requests):
+    rows = [request(d, j, f"Q{d}:", f" {w}", 0) for d in (0, 1) for j, w in enumerate(WORDS[:2])]
+    again = [request(1_000_000 + r["doc_id"], r["idx"], "A:", " be", 0) for r in rows]
+    for name, wrong in (("csqa/others", again), ("csqa/few", again[2:])):
+        write_task(requests, name, rows + wrong)
+        with pytest.raises(UserError, match="document 0: other choices without the question"):
+            load_task(name.replace("/", ":"), requests)
 
 
 def test_passages_are_distinct(requests):
@@ -242,22 +256,31 @@ def log_likelihood(model: Bigram, context: str, continuation: str) -> float:
 def test_multiple_choice_against_a_direct_computation(requests):
     model = Bigram(1)
     out = evaluate(model, ["arc_easy", "winogrande", "boolq"], requests=requests)
-    plain, normed = [], []
+    plain, normed, mutual = [], [], []
+    bits = size = 0.0
     for document in load_task("arc_easy", requests).documents:
         scores = np.array([log_likelihood(model, *pair) for pair in document.pairs])
         plain.append(np.argmax(scores) == document.gold)
         lengths = [len(choice) for choice in document.choices]
         normed.append(np.argmax(scores / lengths) == document.gold)
+        alone = [log_likelihood(model, "So:", f" {choice}") for choice in document.choices]
+        mutual.append(np.argmax(scores - alone) == document.gold)
+        bits -= scores[document.gold] / math.log(2)
+        size += len(document.pairs[document.gold][1])
     result = out["results"]["arc_easy"]
     assert result["acc,none"] == np.mean(plain) and result["acc_norm,none"] == np.mean(normed)
-    assert plain != normed
+    assert result["acc_mutual_info,none"] == np.mean(mutual)
+    assert result["bits_per_byte,none"] == pytest.approx(bits / size, rel=1e-6)
+    assert plain != normed and mutual not in (plain, normed)
+    assert [s["acc_mutual_info"] for s in out["samples"]["arc_easy"]] == mutual
     stderr = np.std(plain, ddof=1) / math.sqrt(40)
     assert result["acc_stderr,none"] == pytest.approx(stderr)
     assert out["n-samples"]["arc_easy"] == {"original": 40, "effective": 40}
     # Labels and partial contexts have no length to divide by.
     assert "acc_norm,none" not in out["results"]["winogrande"]
-    assert "acc_norm,none" not in out["results"]["boolq"]
-    assert out["higher_is_better"]["arc_easy"] == {"acc": True, "acc_norm": True}
+    assert out["higher_is_better"]["boolq"] == {"acc": True, "bits_per_byte": False}
+    more = dict.fromkeys(("acc", "acc_norm", "acc_mutual_info"), True)
+    assert out["higher_is_better"]["arc_easy"] == {**more, "bits_per_byte": False}
 
 
 def test_bits_per_byte_against_a_direct_computation(requests):
@@ -314,19 +337,24 @@ def test_documents_are_scored_together(requests, monkeypatch, name):
             scorer = super().scorer(prefix)
             return lambda requests: calls.append(requests) or scorer(requests)
 
+    monkeypatch.setattr(tasks, "_TOKENS_TOGETHER", 4096)
     together = evaluate(Watching(1), [name], requests=requests)
     # Four tokens less than "Read. Number "; "Q" and "The " are not worth it.
     assert prefixes == [b"Read. Num" if name == "squad" else b""]
     expected: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for document in load_task(name, requests).documents:
-        for context, rest in (encode_pair(Bytes(), *pair) for pair in document.pairs):
+        pairs = (*document.pairs, *document.unconditional)
+        for context, rest in (encode_pair(Bytes(), *pair) for pair in pairs):
             expected.setdefault(tuple(context), []).append(tuple(rest))
     # One request a context, whatever continues it.
     assert len(calls) == 1 and calls[0] == list(expected.items())
     monkeypatch.setattr(tasks, "_TOKENS_TOGETHER", 100)
     calls.clear()
     assert evaluate(Watching(1), [name], requests=requests) == together
-    assert len(calls) > 3 and list(itertools.chain(*calls)) == list(expected.items())
+    again: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for context, rest in itertools.chain(*calls):
+        again.setdefault(context, []).extend(rest)
+    assert len(calls) > 3 and list(again.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("mixer", ["attention", "hybrid"])
@@ -379,9 +407,64 @@ def test_result_files_round_trip(requests, tmp_path):
     names = [f.name for f in files]
     assert names[1:] == ["samples_teacher_arc_easy_rc_0shot.jsonl", "samples_teacher_squad.jsonl"]
     assert read_results(files[0]) == out
+    assert out["versions"] == {"arc_easy:rc_0shot": 0, "squad": 0}
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UserError, match="has no 'results'"):
         read_results(tmp_path / "other.json")
+
+
+def test_lm_evaluation_harness_shows_our_results(requests):
+    utils = pytest.importorskip("lm_eval.utils")
+    table = utils.make_table(evaluate(Bigram(1), ["arc_easy", "squad"], requests=requests))
+    arc, squad = (next(r for r in table.splitlines() if t in r) for t in ("arc_easy", "squad"))
+    assert [cell.strip() for cell in arc.split("|")[1:6]] == ["arc_easy", "0", "none", "5", "acc"]
+    assert "bits_per_byte" in squad and "acc_mutual_info" in table
+
+
+def command(requests: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path]:
+    """`evaluate` of a saved model on the request sets in `requests`, and where results go."""
+    monkeypatch.setattr(packages, "fetch", lambda name: requests)
+    folder = requests.parent
+    tiny_run.teacher().save(folder / "m")
+    out = folder / "results_m.json"
+    return ["evaluate", str(folder / "m"), "--limit", "2", "--out", str(out), "--tasks"], out
+
+
+def test_a_results_file_says_which_model_was_measured(requests, monkeypatch):
+    base, out = command(requests, monkeypatch)
+    assert main([*base, "arc_easy"]) == 0
+    written = json.loads(out.read_text())
+    config = written["config"]
+    assert config["model"] == base[1] and config["weights"] == "m (safetensors, as float32)"
+    assert config["fingerprint"] == tiny_run.teacher().fingerprint()
+    assert (config["compute"], config["limit"], config["seed"]) == ("f32", 2, 0)
+    assert abs(written["date"] - time.time()) < 600
+    other = {**written, "config": {**config, "model": "n", "fingerprint": "0", "weights": "n"}}
+    assert compare(written, {"s": other}).warnings == []
+
+
+def test_evaluate_refuses_before_any_work(requests, monkeypatch, capsys):
+    base, out = command(requests, monkeypatch)
+    monkeypatch.setattr(commands, "load", lambda *a, **k: pytest.fail("the model is loaded"))
+    assert main([*base, "squad", "--seed", "-1"]) == 2
+    assert "--seed -1: expected at least 0" in capsys.readouterr().err
+    out.mkdir()
+    assert main([*base, "squad"]) == 2
+    assert f"--out {out}: is a directory, name a file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="seed is -1"):
+        evaluate(Bigram(1), ["squad"], limit=2, seed=-1, requests=requests)
+
+
+def test_samples_of_other_tasks_outlive_a_finished_evaluation(requests, monkeypatch):
+    base, out = command(requests, monkeypatch)
+    kept = out.with_suffix(".unfinished")
+    kept.mkdir()
+    (kept / "squad.jsonl").write_text("another run's")
+    assert main([*base, "arc_easy:rc_0shot"]) == 0
+    assert [file.name for file in kept.iterdir()] == ["squad.jsonl"]
+    (kept / "squad.jsonl").unlink()
+    assert main([*base, "squad"]) == 0
+    assert out.is_file() and not kept.exists()
 
 
 # ---- comparison ---------------------------------------------------------------------------------
@@ -427,6 +510,19 @@ def test_benchmarks_on_which_the_control_ties_say_nothing(requests, tmp_path):
     written = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"comparison.json", "comparison.csv", "recovery.svg"} <= written
     assert "win_and_tie_likelihood_separating.svg" in written
+    # One score a task, though all with choices have bits per byte, too.
+    assert by_task["arc_easy"].metric == "acc_norm,none" and by_task["boolq"].metric == "acc,none"
+    tasks_of = {g.kind: g.tasks for g in found.groups if not g.separating and not g.name}
+    assert tasks_of == {"accuracy": ["arc_easy", "boolq"], "likelihood": ["squad"]}
+    by_bits = compare(
+        paths["teacher"], {"student": paths["student"]}, metrics=["arc_easy=bits_per_byte"]
+    ).benchmarks[0]
+    assert by_bits.kind == "likelihood" and by_bits.students["student"].basis == "paired"
+    by_gain = compare(
+        paths["teacher"], {"student": paths["student"]}, metrics=["acc_mutual_info"]
+    ).benchmarks
+    assert by_gain[0].metric == "acc_mutual_info,none" and by_gain[0].chance == pytest.approx(1 / 3)
+    assert by_gain[0].students["student"].basis == "paired" and by_gain[1].metric == "acc,none"
     assert "boolq † *" in found.table()  # of the few documents no model answers enough
     rows = (tmp_path / "out/comparison.csv").read_text().splitlines()
     assert rows[0].startswith("task,metric,samples,teacher,student,control") and len(rows) == 4
@@ -511,6 +607,17 @@ def test_request_sets_go_on_where_a_kill_stopped(requests, tmp_path, monkeypatch
     never = Killed(1)
     never.calls = 0
     assert evaluate(never, names, **options) == whole
+
+
+def test_samples_of_other_metrics_are_not_gone_on_with(requests, tmp_path):
+    options = {"requests": requests, "unfinished": tmp_path / "unfinished"}
+    evaluate(Bigram(1), ["boolq"], **options)
+    file = options["unfinished"] / "boolq.jsonl"
+    header, *batches = file.read_text().splitlines()
+    old = {key: value for key, value in json.loads(header).items() if key != "metric_list"}
+    file.write_text("\n".join([json.dumps(old), *batches, ""]))
+    with pytest.raises(UserError, match="holds samples found with metric_list None, now it is"):
+        evaluate(Bigram(1), ["boolq"], **options)
 
 
 def test_fidelity_against_a_direct_computation(documents):

@@ -415,14 +415,19 @@ _SUITE_CONTEXT, _SUITE_WINDOWS = 1024, 8
 
 def evaluate(arguments: Arguments) -> Result:
     """Score a model on tasks and write the results, and a grid of needles if there are some."""
+    started = time.time()
     named = _tasks(arguments)
+    out = Path(arguments.out)
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: expected at least 0", usage=True)
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a directory, name a file", usage=True)
     tasks = expand_tasks(named)
     model = _load(arguments)
     teacher = tokenizer = None
     if arguments.teacher:
         teacher = load(arguments.teacher)
         tokenizer = _check_pair(teacher, model, arguments)
-    out = Path(arguments.out)
     unfinished = out.with_suffix(".unfinished")
     with Reporter(quiet=arguments.json).in_turn(tasks) as progress:
         results = evaluate_model(
@@ -434,7 +439,8 @@ def evaluate(arguments: Arguments) -> Result:
             unfinished=unfinished,
             progress=progress,
         )
-    write_results(results, out)
+    results["config"]["model"] = arguments.model
+    written = write_results({**results, "date": started}, out)
     for depth, task in _indented(results):
         figures = ", ".join(
             f"{name} {value:.4f}"
@@ -453,7 +459,11 @@ def evaluate(arguments: Arguments) -> Result:
         place = out.with_name(f"fidelity_{name}.json")
         write_text(place, json.dumps(near, indent=1, allow_nan=False) + "\n")
         found.update(near)
-    shutil.rmtree(unfinished)  # only now: what is killed before goes on from the samples
+    # Only now: what is killed before goes on from the samples. Those of other tasks stay.
+    for file in written[1:]:
+        (unfinished / file.name.removeprefix(f"samples_{name}_")).unlink(missing_ok=True)
+    if not any(unfinished.iterdir()):
+        unfinished.rmdir()
     return found
 
 
@@ -610,9 +620,9 @@ def lm_eval(arguments: Arguments) -> Result:
 
 
 def branches(arguments: Arguments) -> Result:
-    """Fidelity of a hybrid student, and of the same with one branch silenced."""
+    """Fidelity of a hybrid student, and of the same with one branch silenced or cut."""
     teacher, student, documents = _pair(arguments)
-    models = {"student": student, **silenced(student, "student")}
+    models = {"student": student, **silenced(student, "student", arguments.model)}
     with Reporter(quiet=arguments.json).bar("branches") as update:
         found = measure_fidelity(
             models,
@@ -680,11 +690,15 @@ def compare(arguments: Arguments) -> Result:
         fidelity=dict(_named(arguments.fidelity, "--fidelity", "NAME=FILE")),
         models=dict(_named(arguments.model, "--model", "NAME=MODEL")),
     )
+    if known.teacher and found.weights and known.teacher != found.weights:
+        known.warnings.append(
+            f"the teacher's scores are of {found.weights}, its evidence of {known.teacher}"
+        )
     if arguments.strict and known.warnings:
         raise UserError(f"not comparable: {known.warnings[0]}")
     found.warnings += known.warnings
-    if known.teacher:
-        found.teacher += f", scores of {known.teacher}"
+    if known.teacher and not found.weights:  # scores that do not say of what they are
+        found.teacher += f", evidence of {known.teacher}"
     comparison_report(found, arguments.out, known)
     _say(arguments, found.table())
     return {"out": arguments.out, **found.model_dump(mode="json")}

@@ -277,6 +277,9 @@ def find_task(name: str, requests: str | Path | None = None) -> Path:
 def _not_there(root: Path, base: str, name: str) -> str:
     if (root / base).is_dir() and base:
         variants = sorted(p.parent.name for p in (root / base).glob(f"*/{REQUESTS}"))
+        written_set, _, written = GSM8K.partition(":")
+        if base == written_set:
+            variants.append(written)
         return f"task {name!r}: {base} has the variants {', '.join(variants)}"
     known = sorted(p.name for p in root.iterdir() if p.is_dir())
     near = difflib.get_close_matches(base, [*known, *_MMLU], n=3) or known

@@ -11,6 +11,8 @@ Metrics have the names of lm-evaluation-harness:
   character of the choice (without the space that joins it to the context), as there. `acc` only,
   as there, where lengths mean nothing: choices that stand in the context (winogrande) and labels
   that are the same for every document (boolq's yes and no).
+- `acc_mutual_info`, of sets that ask for the choices behind "Answer:" alone too: the gold choice
+  gains most by the question, as the difference of both log-likelihoods.
 - `bits_per_byte` of the gold continuation: -(sum of log2 p) / (sum of UTF-8 bytes) over all
   documents, the joining space included on both sides; less is better.
 """
@@ -30,6 +32,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoints import weights_file
 from ..communicator import ALONE, Communicator
 from ..errors import UserError
 from ..json_files import read_json
@@ -54,7 +57,7 @@ from .unfinished import Unfinished
 Logp = NDArray[Any]
 
 _UNCONDITIONAL = 1_000_000
-"""Documents from here on repeat the choices after "Answer:" alone, for another normalisation."""
+"""So much is added to a document's number where its choices are repeated behind "Answer:" alone."""
 _WORTH_SHARING = 12
 """Tokens of a common beginning from which on documents are scored together."""
 _BORDER = 4
@@ -78,7 +81,8 @@ class ScoringModel(Protocol):
 @dataclass(frozen=True)
 class Document:
     """One question. `pairs` are (context, continuation) per choice; a bits-per-byte document has
-    one, the gold one. `gold` indexes pairs. `choices` are the choices' own texts."""
+    one, the gold one. `gold` indexes pairs. `choices` are the choices' own texts, `unconditional`
+    their pairs without the question, or empty."""
 
     doc_id: int
     native_id: Any
@@ -86,6 +90,7 @@ class Document:
     choices: tuple[str, ...]
     gold: int
     fields: Mapping[str, Any]
+    unconditional: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,14 @@ class Task:
     def shots(self) -> int | None:
         value = self.config.get("task_config", {}).get("num_shots")
         return value if isinstance(value, int) else None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        if self.kind == "bpb":
+            return ("bits_per_byte",)
+        norm = ("acc_norm",) if self.kind == "choice" else ()
+        mutual = ("acc_mutual_info",) if self.documents[0].unconditional else ()
+        return ("acc", *norm, *mutual, "bits_per_byte")
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -166,17 +179,24 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _documents(rows: Sequence[Mapping[str, Any]], kind: str) -> tuple[Document, ...]:
     documents = []
+    again = _by_document(rows, unconditional=True)
     for doc_id, requests in _by_document(rows).items():
-        requests = sorted(requests, key=lambda r: r["idx"])
-        pairs = tuple((r["request"]["context"], _continuation(r)) for r in requests)
+        first = min(requests, key=lambda r: r["idx"])
+        pairs, unconditional = _pairs(requests), _pairs(again.get(doc_id, ()))
         choices = tuple(c.lstrip(" ") for _, c in pairs)
-        gold = 0 if kind == "bpb" else int(requests[0]["label"])
+        gold = 0 if kind == "bpb" else int(first["label"])
         if not 0 <= gold < len(pairs) or not all(c for _, c in pairs):
             raise ValueError(f"document {doc_id}: bad label or empty continuation")
-        documents.append(
-            Document(doc_id, requests[0].get("native_id"), pairs, choices, gold, requests[0]["doc"])
-        )
+        if again and [c for _, c in unconditional] != [c for _, c in pairs]:
+            raise ValueError(f"document {doc_id}: other choices without the question")
+        native_id, fields = first.get("native_id"), first["doc"]
+        documents.append(Document(doc_id, native_id, pairs, choices, gold, fields, unconditional))
     return tuple(documents)
+
+
+def _pairs(requests: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    in_order = sorted(requests, key=lambda r: r["idx"])
+    return tuple((r["request"]["context"], _continuation(r)) for r in in_order)
 
 
 def _kind(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -190,11 +210,14 @@ def _kind(rows: Sequence[Mapping[str, Any]]) -> str:
     return "label" if len(documents) > 1 and len(distinct) == most else "choice"
 
 
-def _by_document(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+def _by_document(
+    rows: Sequence[Mapping[str, Any]], unconditional: bool = False
+) -> dict[int, list[Mapping[str, Any]]]:
     grouped: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["doc_id"] < _UNCONDITIONAL:
-            grouped.setdefault(row["doc_id"], []).append(row)
+        repeats, doc_id = divmod(row["doc_id"], _UNCONDITIONAL)
+        if repeats == unconditional:
+            grouped.setdefault(doc_id, []).append(row)
     return grouped
 
 
@@ -280,10 +303,11 @@ def evaluate(
     before its first batch, also where nothing is left to do, and behind each batch. The ranks of
     `comm` take batches of documents in turns, with the same results.
 
-    Returns `results` (task -> `acc,none`, `acc_norm,none`, `bits_per_byte,none`,
-    `string_match_all,none`, `exact_match,none` and `..._stderr,none`), `higher_is_better`,
-    `n-samples`, `n-shot`, `configs` (with the `chance` of guessing right), `config` and `samples`
-    (task -> one mapping per document; documents that ask about one text have the same `passage`).
+    Returns `results` (task -> `acc,none`, `acc_norm,none`, `acc_mutual_info,none`,
+    `bits_per_byte,none`, `string_match_all,none`, `exact_match,none` and `..._stderr,none`),
+    `versions`, `higher_is_better`, `n-samples`, `n-shot`, `configs` (with the `chance` of guessing
+    right), `config` (the model, as far as it knows itself, and the settings) and `samples` (task ->
+    one mapping per document; documents that ask about one text have the same `passage`).
     A group that is named ("mmlu", not one whose subjects a pattern matches) stands in `results` and
     `higher_is_better` too, with metrics over all documents of its subjects; `group_subtasks` says
     what is in it.
@@ -291,6 +315,8 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}, expected at least 1", usage=True)
+    if seed < 0:
+        raise UserError(f"seed is {seed}, expected at least 0", usage=True)
     if getattr(model, "tokenizer", None) is None:
         raise UserError("evaluate: the model has no tokenizer")
 
@@ -301,18 +327,19 @@ def evaluate(
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     settings = {"limit": limit, "seed": seed, "max_length": max_length}
+    measured = comm.broadcast(_measured(model) if comm.first else {})
     kept = None
     if unfinished is not None and comm.first:
-        who = {name: getattr(model, name, None) for name in ("fingerprint", "compute")}
-        who = {name: value() if callable(value) else value for name, value in who.items()}
+        who = {name: measured.get(name) for name in ("fingerprint", "compute")}  # wherever it lies
         kept = Unfinished(unfinished, {**who, **settings})
     out: dict[str, Any] = {
         "results": {},
+        "versions": {},
         "higher_is_better": {},
         "n-samples": {},
         "n-shot": {},
         "configs": {},
-        "config": settings,
+        "config": {**measured, **settings},
         "samples": {},
         "group_subtasks": groups_of(tasks),
     }
@@ -335,6 +362,7 @@ def evaluate(
             if progress is not None:
                 progress(task.name, len(samples), total)
         metrics = _metrics(task)
+        out["versions"][task.name] = task.config.get("task_config", {}).get("version", 0)
         out["results"][task.name] = {"alias": task.name, **_aggregate(metrics, samples)}
         out["higher_is_better"][task.name] = {m: m != "bits_per_byte" for m in metrics}
         out["n-samples"][task.name] = {"original": original, "effective": total}
@@ -350,6 +378,16 @@ def evaluate(
     return out
 
 
+def _measured(model: ScoringModel) -> dict[str, Any]:
+    """Which model it is, as far as it knows."""
+    source = getattr(model, "source", "")
+    found = {"model": source, "weights": weights_file(source)} if source else {}
+    for name in ("fingerprint", "compute"):
+        if (value := getattr(model, name, None)) is not None:
+            found[name] = value() if callable(value) else value
+    return found
+
+
 def _config(task: Task | Questions, documents: Sequence[Document]) -> dict[str, Any]:
     facts: Mapping[str, Any]
     if isinstance(task, Questions):
@@ -360,15 +398,17 @@ def _config(task: Task | Questions, documents: Sequence[Document]) -> dict[str, 
         if task.kind != "bpb":
             guesses = [1 / len(document.pairs) for document in documents]
             facts = {**facts, "chance": math.fsum(guesses) / len(guesses)}
-    return {"task": task.name, "output_type": kind, "num_fewshot": task.shots, **facts}
+    return {
+        "task": task.name,
+        "output_type": kind,
+        "num_fewshot": task.shots,
+        "metric_list": [{"metric": metric} for metric in _metrics(task)],
+        **facts,
+    }
 
 
 def _metrics(task: Task | Questions) -> tuple[str, ...]:
-    if isinstance(task, Questions):
-        return (task.metric,)
-    if task.kind == "bpb":
-        return ("bits_per_byte",)
-    return ("acc", "acc_norm") if task.kind == "choice" else ("acc",)
+    return (task.metric, *task.also) if isinstance(task, Questions) else task.metrics
 
 
 def _subset(task: Task, limit: int | None, seed: int) -> list[Document]:
@@ -380,7 +420,7 @@ def _subset(task: Task, limit: int | None, seed: int) -> list[Document]:
 
 
 _Encoded = list[tuple[tuple[int, ...], tuple[int, ...]]]
-"""(context, continuation) of each pair of a document, as tokens"""
+"""(context, continuation) of each pair of a document, as tokens, behind them the unconditional"""
 
 
 def _scored_samples(
@@ -436,7 +476,8 @@ def _together(
 
 
 def _encoded(tokenizer: ScoringTokenizer, document: Document, max_length: int | None) -> _Encoded:
-    pairs = [encode_pair(tokenizer, *pair) for pair in document.pairs]
+    both = (*document.pairs, *document.unconditional)
+    pairs = [encode_pair(tokenizer, *pair) for pair in both]
     longest = max(len(rest) for _, rest in pairs)
     return [(tuple(_fit(context, longest, max_length)), tuple(rest)) for context, rest in pairs]
 
@@ -492,30 +533,45 @@ def read_tokens(
 
 
 def _choice_sample(task: Task, document: Document, found: list[tuple[float, int]]) -> Sample:
-    scores = [score for score, _ in found]
+    n, gold = len(document.pairs), document.gold
+    scores, unconditional = [s for s, _ in found[:n]], [s for s, _ in found[n:]]
     sample: Sample = {
         "doc_id": document.doc_id,
         "native_id": document.native_id,
-        "target": document.gold,
+        "target": gold,
         "loglikelihoods": scores,
-        "acc": float(int(np.argmax(scores)) == document.gold),
+        "acc": _chosen(scores, gold),
     }
     if task.kind == "choice":
         per_character = [
             s / max(1, len(choice)) for s, choice in zip(scores, document.choices, strict=True)
         ]
-        sample["acc_norm"] = float(int(np.argmax(per_character)) == document.gold)
-    return sample
+        sample["acc_norm"] = _chosen(per_character, gold)
+    if unconditional:
+        gains = [s - u for s, u in zip(scores, unconditional, strict=True)]
+        sample["unconditional_loglikelihoods"] = unconditional
+        sample["acc_mutual_info"] = _chosen(gains, gold)
+    return sample | _bits(document, found)
+
+
+def _chosen(scores: Sequence[float], gold: int) -> float:
+    return float(int(np.argmax(scores)) == gold)
 
 
 def _gold_sample(task: Task, document: Document, found: list[tuple[float, int]]) -> Sample:
-    ((score, tokens),) = found
-    text = document.pairs[0][1]
-    size = len(text.encode("utf-8"))
     return {
         "doc_id": document.doc_id,
         "native_id": document.native_id,
-        "target": text,
+        "target": document.pairs[0][1],
+        **_bits(document, found),
+    }
+
+
+def _bits(document: Document, found: list[tuple[float, int]]) -> Sample:
+    """What is known of the gold continuation."""
+    score, tokens = found[document.gold]
+    size = len(document.pairs[document.gold][1].encode("utf-8"))
+    return {
         "loglikelihood": score,
         "tokens": tokens,
         "bytes": size,
