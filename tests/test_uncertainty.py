@@ -164,12 +164,13 @@ def test_intervals_of_alpha_star_cover_where_the_true_gaps_stand_apart(pairs):
     n, gaps = 2000, [0.0, 0.05, 0.1, 0.15, 0.2]
     covered = 0
     for _ in range(pairs):
-        sides = []
+        sides, seen = [], []
         for gap in gaps:
             t, s = (outcomes(x) for x in right_or_wrong(rng, n, (0.9, 0.9 * (1 - gap)), 0.8))
             a, b = paired_draws([t, s], DRAWS, rng)
             sides.append((b, a))
-        found = interval(0.0, alpha_star_draws(sides)[0], n)
+            seen.append(max(0.0, 1 - s.score / t.score))
+        found = interval(sorted(seen)[2], alpha_star_draws(sides)[0], n)
         covered += found.low <= 0.1 <= found.high
     assert covers(covered, pairs)
 
@@ -183,7 +184,8 @@ def test_binomial_intervals_cover(share, pairs):
     covered = 0
     for _ in range(pairs):
         p = min(0.995, max(0.005, share + rng.uniform(-0.015, 0.015)))
-        found = interval(p, binomial_draws(rng.binomial(200, p) / 2, 200, 100.0, DRAWS, rng))
+        score = rng.binomial(200, p) / 2
+        found = interval(score, binomial_draws(score, 200, 100.0, DRAWS, rng))
         covered += found.low <= 100 * p <= found.high
     assert covers(covered, pairs)
 
@@ -287,7 +289,7 @@ def test_what_is_detectable_is_found_in_eight_of_ten_cases():
     for _ in range(400):
         t, s = (outcomes(x) for x in right_or_wrong(rng, n, (teacher, teacher - effect), 0.5))
         a, b = paired_draws([t, s], 400, rng)
-        found += interval(0.0, a - b, n).low > 0
+        found += interval(t.score - s.score, a - b, n).low > 0
     # The effect is estimated from one sample (its error some 4 %) and shifts the noise itself.
     assert 0.7 < found / 400 < 0.9
     same = outcomes([1.0] * 50)
