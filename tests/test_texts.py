@@ -250,7 +250,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 # ---- Parquet and Arrow --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+@pytest.mark.parametrize("kind", ["parquet", "PARQUET", "file", "stream"])
 def test_tables_are_read_as_jsonl_is(tmp_path, tokenizer, kind):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -258,8 +258,9 @@ def test_tables_are_read_as_jsonl_is(tmp_path, tokenizer, kind):
     records[3] = {"text": None, "messages": CHAT}
     records[5] = {"text": None, "messages": None}
     table = arrow.Table.from_pylist(records)
-    file = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
-    if kind == "parquet":
+    is_parquet = kind.lower() == "parquet"
+    file = tmp_path / (f"a.{kind}" if is_parquet else "a.arrow")
+    if is_parquet:
         parquet.write_table(table, file, row_group_size=250)
     else:
         new = arrow.ipc.new_file if kind == "file" else arrow.ipc.new_stream

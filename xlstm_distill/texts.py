@@ -217,7 +217,7 @@ def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _arrow_batches(file: Path, pyarrow: Any) -> Iterator[Any]:
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as table:
             yield from table.iter_batches()
         return

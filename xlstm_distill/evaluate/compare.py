@@ -53,7 +53,7 @@ def compare(
     -> score of guessing, before what the sources tell. drop_chance: leave benchmarks out on which
     the teacher is at chance. margin: the tolerance within which a student counts as not inferior.
     strict: raise where something was measured otherwise, rather than warn. draws, seed: of
-    what is drawn. out: a directory that gets JSON, CSV and plots.
+    the noise. out: a directory that gets JSON, CSV and plots.
 
     Raises UserError for other task sets or metrics, damaged sources and unknown names.
     """
@@ -76,14 +76,15 @@ def compare(
     reference = sets["teacher"] = _with_chance(sets["teacher"], chance or {})
     if not reference.tasks:
         raise UserError(f"{reference.where}: no tasks")
-    warnings: list[str] = []
+    otherwise = {}
     for name in students:
         check_pair(reference, sets[name])
-        warnings += differences(reference, sets[name])
+        otherwise[name] = differences(reference, sets[name])
+    warnings = list(itertools.chain.from_iterable(otherwise.values()))
     # What the teacher does not state may still differ between a control and a student.
-    alike = [name for name in students if not differences(reference, sets[name])]
+    alike = {name for name, lines in otherwise.items() if not lines}
     for control, name in itertools.product(controls, students):
-        if {control, name} <= {*alike} and name not in controls:
+        if {control, name} <= alike and name not in controls:
             warnings += differences(sets[control], sets[name])
     if strict and warnings:
         more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""

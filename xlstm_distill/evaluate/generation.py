@@ -58,7 +58,7 @@ class Question:
     facts: Mapping[str, Any]
 
 
-Score = Callable[[str, Sequence[str]], float]
+AnswerScore = Callable[[str, Sequence[str]], float]
 """score(answer, targets): 0..1."""
 
 
@@ -73,11 +73,11 @@ class Questions:
     original: int
     max_new_tokens: int
     metric: str
-    score: Score
+    score: AnswerScore
     shots: int | None
     config: Mapping[str, Any]
     until: tuple[str, ...] = ()
-    also: Mapping[str, Score] = field(default_factory=dict)
+    also: Mapping[str, AnswerScore] = field(default_factory=dict)
 
 
 def string_match_all(answer: str, targets: Sequence[str]) -> float:

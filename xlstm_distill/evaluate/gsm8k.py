@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .generation import Question, Questions, Score
+from .generation import AnswerScore, Question, Questions
 
 if TYPE_CHECKING:
     from .tasks import Document, Task
@@ -68,7 +68,7 @@ def last_number_matches(answer: str, targets: Sequence[str]) -> float:
     return float(bool(found) and _plain(found[-1]) == _plain(targets[0]))
 
 
-def math_scores() -> Mapping[str, Score]:
+def math_scores() -> Mapping[str, AnswerScore]:
     """`math_verify`, 1 if an answer is equal to the only target, else 0; empty where math-verify is
     not installed. What takes too long is not equal; outside the main thread nothing is stopped,
     for math-verify measures time by signals."""
