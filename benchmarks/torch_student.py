@@ -93,8 +93,10 @@ class TorchStudent(nn.Module):
         return x.unflatten(-1, (heads, self.config.head_dim)).transpose(1, 2)
 
     def _features(self, x: Tensor, weight: Tensor) -> Tensor:
-        p = torch.softmax(x @ weight, dim=-1)
-        return (p + FLOOR / x.shape[-1]) / (1 + FLOOR)
+        z, floor = x @ weight, FLOOR / x.shape[-1]
+        if self.config.mixers[0].feature_map == "elu":
+            return nn.functional.elu(z) + 1 + floor
+        return (torch.softmax(z, dim=-1) + floor) / (1 + FLOOR)
 
     def _mixer(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
         c, steps = self.config, x.shape[1]

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from xlstm_distill.reference.attention import FEATURE_MAPS
 from xlstm_distill.testing import Array, seeded
 
 Args = dict[str, Any]
@@ -414,30 +415,48 @@ def attention_cases() -> Iterator[Case]:
 
 
 def _feature_map_backward(m: ModuleType, a: Args, d: Values) -> Values:
-    dx, dw = m.feature_map_backward(d["y"], a["x"], a["w"])
+    dx, dw = m.feature_map_backward(d["y"], a["x"], a["w"], a["feature_map"])
     return {"x": dx, "w": dw}
 
 
 FEATURE_MAP = Op(
     ("feature_map_forward", "feature_map_backward"),
-    lambda m, a: {"y": m.feature_map_forward(a["x"], a["w"])},
+    lambda m, a: {"y": m.feature_map_forward(a["x"], a["w"], a["feature_map"])},
     _feature_map_backward,
 )
 
 
+def _named(feature_map: str) -> str:
+    """In the name of a case, where it is not the default."""
+    return "" if feature_map == "softmax" else f" {feature_map}"
+
+
+def off_the_kink(args: Args, inputs: str, maps: str) -> None:
+    """Arguments with features below 0 and above, none near it: there the slope of elu + 1 has a
+    kink, and a finite difference must not step over one."""
+    for name in inputs.split():
+        args[name] = np.abs(args[name])
+    for name in maps.split():
+        args[name] = np.abs(args[name]) * (-1.0) ** np.arange(args[name].shape[-1])
+
+
 def feature_map_cases() -> Iterator[Case]:
-    for b, h, g, t, d, spread in [
+    sizes = [
         (1, 1, 1, 1, 1, 1.0),
         (2, 6, 2, 13, 7, 0.5),
         (1, 2, 1, 150, 16, 0.3),
         (1, 2, 2, 5, 8, 12.0),
-    ]:
+    ]
+    for feature_map, (b, h, g, t, d, spread) in itertools.product(FEATURE_MAPS, sizes):
         rng = seeded("feature map", t)
         args = {
             "x": rng.standard_normal((b, g, t, d)),
             "w": spread * rng.standard_normal((h, d, d)),
+            "feature_map": feature_map,
         }
-        name = f"feature map {b}x{h}/{g}x{t}x{d} spread {spread:g}"
+        if feature_map == "elu":
+            off_the_kink(args, "x", "w")
+        name = f"feature map {b}x{h}/{g}x{t}x{d} spread {spread:g}" + _named(feature_map)
         yield Case(name, FEATURE_MAP, args, ("x", "w"))
 
 
@@ -510,7 +529,7 @@ LOLCATS_INPUTS = ("q", "k", "v", "w_q", "w_k", "factor")
 
 
 def _lolcats_args(a: Args) -> tuple[Any, ...]:
-    options = ("window", "sinks", "reset", "chunk")
+    options = ("window", "sinks", "reset", "chunk", "feature_map")
     return tuple(a[name] for name in (*LOLCATS_INPUTS, *options))
 
 
@@ -531,7 +550,7 @@ def lolcats_cases() -> Iterator[Case]:
 
     No query has its two largest scores within a step of a finite difference: there y has a kink.
     """
-    for b, h, g, t, d, window, sinks, chunk, packed in [
+    sizes = [
         (1, 1, 1, 1, 2, 1, 0, 64, False),
         (2, 4, 2, 37, 9, None, 0, 16, True),
         (1, 3, 3, 37, 8, 1, 0, 16, False),
@@ -540,7 +559,9 @@ def lolcats_cases() -> Iterator[Case]:
         (1, 2, 1, 9, 4, 2, 40, 4, True),
         (1, 2, 1, 100, 16, 64, 4, 64, False),
         (1, 2, 1, 330, 6, 300, 2, 64, False),
-    ]:
+    ]
+    for feature_map, size in itertools.product(FEATURE_MAPS, sizes):
+        b, h, g, t, d, window, sinks, chunk, packed = size
         rng = seeded("lolcats", t, window, sinks)
         args = {
             "q": 2 * rng.standard_normal((b, h, t, d)),
@@ -553,8 +574,12 @@ def lolcats_cases() -> Iterator[Case]:
             "sinks": sinks,
             "reset": resets(rng, b, t, 0.05) if packed else None,
             "chunk": chunk,
+            "feature_map": feature_map,
         }
+        if feature_map == "elu":
+            off_the_kink(args, "q k", "w_q w_k")
         name = f"lolcats {b}x{h}/{g}x{t}x{d} W{window} S{sinks}" + " packed" * packed
+        name += _named(feature_map)
         yield Case(name, LOLCATS, args, LOLCATS_INPUTS)
 
 
@@ -660,7 +685,8 @@ def mlstm_cases() -> Iterator[Case]:
 
 def _mapped_forward(m: ModuleType, a: Args) -> Values:
     arrays = [a[name] for name in ("q", "k", "v", "i", "f", "w_q", "w_k")]
-    h, (c, n, stabiliser) = m.mapped_mlstm_forward(*arrays, chunk=16, reset=a["reset"])
+    options = {name: a[name] for name in ("reset", "feature_map")}
+    h, (c, n, stabiliser) = m.mapped_mlstm_forward(*arrays, chunk=16, **options)
     size = np.exp(stabiliser)
     return {"h": h, "c": c * size[..., None, None], "n": n * size[..., None]}
 
@@ -669,7 +695,9 @@ MAPPED_MLSTM = Op(("mapped_mlstm_forward",), _mapped_forward, cell=True)
 
 
 def mapped_mlstm_cases() -> Iterator[Case]:
-    for (h, g), packed in itertools.product(((2, 2), (6, 2)), (False, True)):
+    for (h, g), packed, feature_map in itertools.product(
+        ((2, 2), (6, 2)), (False, True), FEATURE_MAPS
+    ):
         rng = seeded("mapped mlstm", h, packed)
         b, t, d, e = 2, 37, 6, 5
         args = {
@@ -681,8 +709,10 @@ def mapped_mlstm_cases() -> Iterator[Case]:
             "w_q": rng.standard_normal((h, d, d)),
             "w_k": rng.standard_normal((h, d, d)),
             "reset": resets(rng, b, t, 0.08) if packed else None,
+            "feature_map": feature_map,
         }
-        yield Case(f"mapped mlstm {h}/{g}" + " packed" * packed, MAPPED_MLSTM, args)
+        name = f"mapped mlstm {h}/{g}" + " packed" * packed + _named(feature_map)
+        yield Case(name, MAPPED_MLSTM, args)
 
 
 # ---- sLSTM --------------------------------------------------------------------------------------

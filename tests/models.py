@@ -38,6 +38,9 @@ MIXERS = {
     "lolcats": MixerConfig(mixer="lolcats", window=7),
     "lolcats with sinks": MixerConfig(mixer="lolcats", window=7, sinks=2),
     "hybrid max": MixerConfig(mixer="hybrid", window=7, sinks=2, normalizer="max"),
+    "hybrid elu": MixerConfig(mixer="hybrid", window=7, sinks=2, feature_map="elu"),
+    "linear elu": MixerConfig(mixer="linear", feature_map="elu"),
+    "lolcats elu": MixerConfig(mixer="lolcats", window=7, feature_map="elu"),
 }
 
 

@@ -106,13 +106,14 @@ def test_the_bandwidth_is_measured():
     assert bench.bandwidth(0.01) > 0.1
 
 
-def test_the_student_in_plain_torch_is_the_same_model(monkeypatch):
+@pytest.mark.parametrize("mixer", ["hybrid", "hybrid elu"])
+def test_the_student_in_plain_torch_is_the_same_model(mixer, monkeypatch):
     """Logits and gradients: an oracle that shares no line with the core or the reference."""
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     from torch_student import TorchStudent
 
-    model = random_model("hybrid")
+    model = random_model(mixer)
     ids, _, _ = random_batch(model, 2, 48)
     labels = np.full_like(ids, -1)
     labels[:, :-1] = ids[:, 1:]

@@ -269,7 +269,7 @@ def student_config() -> ModelConfig:
             MixerConfig(mixer="hybrid", window=8, sinks=2),
             MixerConfig(mixer="hybrid", window=16, gate="fixed", normalizer="max"),
             MixerConfig(mixer="mlstm"),
-            MixerConfig(mixer="linear"),
+            MixerConfig(mixer="linear", feature_map="elu"),
             MixerConfig(mixer="window", window=8, sinks=1),
             MixerConfig(mixer="lolcats", window=8),
         ],

@@ -79,6 +79,7 @@ mixers = st.builds(
     sinks=st.integers(0, 8),
     gate=st.sampled_from(["data", "fixed"]),
     normalizer=st.sampled_from(["ratio", "max"]),
+    feature_map=st.sampled_from(["softmax", "elu"]),
 )
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cases import off_the_kink
 from tolerances import GRADIENT_F64, OP_F32, OP_F64
 
 from xlstm_distill import ops
+from xlstm_distill.reference.attention import FEATURE_MAPS
 from xlstm_distill.runtime import core
 from xlstm_distill.testing import assert_close, directional_derivative, inner, seeded
 
 both_types = pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["f64", "f32"])
+by_map = pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 B, H, G, T, D = 2, 6, 3, 300, 16  # several blocks of steps, the last one short
 
 
@@ -62,23 +65,33 @@ def repeated(x):
 # ---- feature map --------------------------------------------------------------------------------
 
 
+@by_map
 @both_types
-def test_feature_map_equals_torch(dtype):
+def test_feature_map_equals_torch(dtype, feature_map):
     x, w = normal("x", B, G, T, D, dtype=dtype), normal("w", H, D, D, dtype=dtype) / 4
     d = normal("dphi", B, H, T, D, dtype=dtype)
     tx, tw = double(x, w)
-    p = torch.softmax(torch.einsum("bhti,hij->bhtj", repeated(tx), tw), dim=-1)
-    phi = (p + 1e-6 / D) / (1 + 1e-6)
-    found = ops.feature_map_forward(x, w), *ops.feature_map_backward(d, x, w)
+    z = torch.einsum("bhti,hij->bhtj", repeated(tx), tw)
+    if feature_map == "elu":
+        phi = torch.nn.functional.elu(z) + 1 + 1e-6 / D
+    else:
+        phi = (torch.softmax(z, dim=-1) + 1e-6 / D) / (1 + 1e-6)
+    found = (
+        ops.feature_map_forward(x, w, feature_map),
+        *ops.feature_map_backward(d, x, w, feature_map),
+    )
     expected = phi.detach().numpy(), *gradients(phi, d, [tx, tw])
     check(found, expected, tolerance(dtype), "feature map")
 
 
-def test_feature_map_gradients_equal_finite_differences():
+@by_map
+def test_feature_map_gradients_equal_finite_differences(feature_map):
     arguments = {"x": normal("x", 1, 2, 9, 5), "w": normal("w", 4, 5, 5) / 2}
+    if feature_map == "elu":
+        off_the_kink(arguments, "x", "w")
     check_derivative(
-        ops.feature_map_forward,
-        lambda d: ops.feature_map_backward(d, *arguments.values()),
+        lambda x, w: ops.feature_map_forward(x, w, feature_map),
+        lambda d: ops.feature_map_backward(d, *arguments.values(), feature_map),
         arguments,
         (1, 4, 9, 5),
     )
@@ -93,6 +106,31 @@ def test_features_are_a_distribution_away_from_zero(dtype, spread):
     assert_close(phi.sum(axis=-1), np.ones((B, H, T)), tolerance(dtype), "sum of features")
     assert phi.min() >= 1e-6 / D * (1 - 1e-5)
     assert (phi[:, :, 1:] * phi[:, :, :-1]).sum(axis=-1).min() > 0
+
+
+@both_types
+@pytest.mark.parametrize("spread", [0.0, 1.0, 40.0, 1e4])
+def test_features_of_elu_are_away_from_zero(dtype, spread):
+    """exp(z) underflows below -87: what is left is the floor, and no product is 0. The gradient
+    there is 0, and 1 of what is above 0, however large."""
+    x, w = normal("x", B, G, T, D, dtype=dtype), normal("w", H, D, D, dtype=dtype)
+    x = (spread * x).astype(dtype)
+    phi = ops.feature_map_forward(x, w, "elu")
+    assert phi.min() >= 1e-6 / D * (1 - 1e-5)
+    assert (phi[:, :, 1:] * phi[:, :, :-1]).sum(axis=-1).min() > 0
+    one = np.eye(D, dtype=dtype)[None]
+    slope, _ = ops.feature_map_backward(np.ones_like(x[:, :1]), x[:, :1], one, "elu")
+    assert_close(slope, np.exp(np.minimum(x[:, :1].astype(np.float64), 0)), tolerance(dtype), "")
+
+
+@by_map
+def test_features_of_nan_are_nan(feature_map):
+    x, w = normal("x", 1, 1, 3, 40), np.eye(40)[None]
+    x[0, 0, 1] = np.nan
+    phi = ops.feature_map_forward(x, w, feature_map)
+    dx, _ = ops.feature_map_backward(np.ones_like(phi), x, w, feature_map)
+    for found in (phi, dx):
+        assert np.isnan(found[0, 0, 1]).all() and np.isfinite(found[0, 0, ::2]).all()
 
 
 # ---- output gate --------------------------------------------------------------------------------
@@ -177,6 +215,8 @@ def all_results():
     return (
         phi,
         *ops.feature_map_backward(q, x, w),
+        ops.feature_map_forward(x, w, "elu"),
+        *ops.feature_map_backward(q, x, w, "elu"),
         a,
         *ops.output_gate_backward(a, q, k, v, gw),
         ops.mix_forward(q, phi, a),
@@ -199,7 +239,7 @@ def test_gradients_are_added_and_only_where_wanted():
     phi, a = ops.feature_map_forward(x, w), normal("a", B, H, T)
     c = core(np.float64)
     cases = [
-        (c.feature_map_backward, (d, phi, x, w, 0), ops.feature_map_backward(d, x, w)),
+        (c.feature_map_backward, (d, phi, x, w, 0, 0), ops.feature_map_backward(d, x, w)),
         (c.output_gate_backward, (a, q, k, v, gw), ops.output_gate_backward(a, q, k, v, gw)),
         (c.mix_backward, (d, q, phi, a), ops.mix_backward(d, q, phi, a)),
     ]
@@ -223,6 +263,10 @@ def test_wrong_arguments_are_named():
         (
             lambda: ops.feature_map_forward(k, np.zeros((4, D, D))),
             "4 heads are not a multiple of 3",
+        ),
+        (
+            lambda: ops.feature_map_forward(k, np.zeros((H, D, D)), "relu"),
+            "feature_map is 'relu', expected one of softmax, elu",
         ),
         (lambda: ops.feature_map_backward(k, k, np.zeros((H, D, D))), "dphi has shape"),
         (lambda: ops.output_gate_forward(q, k, v, w[:, 1:], b), "w has shape"),

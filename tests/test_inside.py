@@ -76,7 +76,9 @@ def test_the_first_layer_is_what_the_reference_says(mixer, text):
         nothing("sinks")
     if m.mixer in ("linear", "mlstm", "hybrid", "lolcats"):
         for part, y in (("q", q), ("k", k)):
-            phi = reference.feature_map_forward(y, model.params[f"{prefix}.map_{part}"])
+            weight = model.params[f"{prefix}.map_{part}"]
+            phi = reference.feature_map_forward(y, weight, m.feature_map)
+            phi /= phi.sum(-1, keepdims=True)  # their shares; softmax's add up to 1
             entropy = -(phi * np.log(phi)).sum(-1).mean((0, 2)) / np.log(WIDTH)
             same(f"entropy_{part}", entropy)
     else:

@@ -13,6 +13,7 @@ from models import MIXERS, random_batch, random_model
 from tolerances import DOCUMENT_MOVED, MIXED_OP, OP_F32, OP_F64, PREFILL_STEP_F32
 
 from xlstm_distill import ops, reference
+from xlstm_distill.reference.attention import FEATURE_MAPS
 from xlstm_distill.testing import assert_close, seeded
 
 NAMES = ("y", "dq", "dk", "dv", "dw_q", "dw_k", "dfactor")
@@ -50,7 +51,7 @@ def compare(found, expected, tolerance, what):
         assert_close(x, y, tolerance, f"{what} {name}")
 
 
-def torch_lolcats(*arrays, window, sinks, reset):
+def torch_lolcats(*arrays, window, sinks, reset, feature_map):
     """The same from torch's differentiation of the definition, in float64, query by query."""
     *x, dy = (torch.from_numpy(a.astype(np.float64)) for a in arrays)
     for a in x:
@@ -60,6 +61,8 @@ def torch_lolcats(*arrays, window, sinks, reset):
     k, v = (a.repeat_interleave(heads // a.shape[1], dim=1) for a in (k, v))
 
     def features(rows, w):
+        if feature_map == "elu":
+            return torch.nn.functional.elu(rows @ w) + 1 + 1e-6 / width
         return (torch.softmax(rows @ w, dim=-1) + 1e-6 / width) / (1 + 1e-6)
 
     phi_q, phi_k, g = features(q, w_q), features(k, w_k), torch.sigmoid(factor)[:, None]
@@ -80,10 +83,12 @@ def torch_lolcats(*arrays, window, sinks, reset):
 
 
 @by_span
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, OP_F64), (np.float32, OP_F32)])
-def test_equals_torch(window, sinks, dtype, tolerance):
+def test_equals_torch(window, sinks, dtype, tolerance, feature_map):
     x = inputs((2, 4, 2, 340, 12), dtype)
     how = {"window": window, "sinks": sinks, "reset": starts(2, 340, 0, 25)}
+    how["feature_map"] = feature_map
     compare(both(*x, **how), torch_lolcats(*x, **how), tolerance, f"W{window}")
 
 
@@ -204,6 +209,7 @@ def test_equal_largest_scores():
         ({"window": 0}, "window is 0"),
         ({"sinks": -1}, "sinks is -1"),
         ({"chunk": 0}, "chunk is 0"),
+        ({"feature_map": "relu"}, "feature_map is 'relu', expected one of softmax, elu"),
         ({"factor": np.zeros(3)}, r"factor has shape \(3,\), expected \(4,\)"),
         ({"w_k": np.zeros((4, 8, 7))}, "w_k has shape"),
         ({"v": np.zeros((1, 3, 20, 8))}, "v has shape"),
@@ -219,7 +225,7 @@ def test_wrong_arguments_are_named(change, message):
 # ---- the model ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lolcats", "lolcats with sinks"])
+@pytest.mark.parametrize("name", ["lolcats", "lolcats with sinks", "lolcats elu"])
 def test_pieces_and_steps_equal_the_forward(name):
     """Pieces shorter and longer than the window, and single steps, in float64."""
     model = random_model(name, dtype=np.float64)

@@ -13,6 +13,7 @@ from xlstm_distill import ops
 from xlstm_distill.errors import UserError
 from xlstm_distill.optim import AdamW, trainable_names
 from xlstm_distill.parameters import aligned_bytes
+from xlstm_distill.reference.attention import FEATURE_MAPS
 from xlstm_distill.runtime import available_isas, core
 from xlstm_distill.testing import assert_close, seeded
 
@@ -128,34 +129,36 @@ def relative(found: Any, exact: Any) -> float:
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def mlstm_of(steps: int, width: int, mixed: bool) -> list[Any]:
-    """Outputs, last state and gradients of an mLSTM on softmax features, with documents."""
+def mlstm_of(steps: int, width: int, feature_map: str, mixed: bool) -> list[Any]:
+    """Outputs, last state and gradients of an mLSTM on features, with documents."""
     q, k, v, dh = tensors(2, 3, steps, width, seed="mlstm")
     gates = tensors(2, 3, steps, seed="gates")
     maps = tensors(3, width, width, seed="maps")
     reset = seeded("mixed documents", steps).random((2, steps)) < 0.03
-    q, k = (ops.feature_map_forward(x, w, mixed) for x, w in zip((q, k), maps, strict=False))
+    how = {"feature_map": feature_map, "mixed": mixed}
+    q, k = (ops.feature_map_forward(x, w, **how) for x, w in zip((q, k), maps, strict=False))
     x = (q, k, v, gates[0], gates[1] + 4)
     h, (c, n, _) = ops.mlstm_forward(*x, scale=1.0, reset=reset, mixed=mixed)
     dq, dk, dv, di, df, _ = ops.mlstm_backward(dh, *x, scale=1.0, reset=reset, mixed=mixed)
     dx, dw = ops.feature_map_backward(
-        dq, tensors(2, 3, steps, width, seed="mlstm")[0], maps[0], mixed
+        dq, tensors(2, 3, steps, width, seed="mlstm")[0], maps[0], **how
     )
     return [h, c, n, dq, dk, dv, di, df, dx, dw]
 
 
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize(("steps", "width"), [(1, 16), (65, 64), (300, 40), (200, 130)])
-def test_the_mlstm_rounds_operands_only(steps, width, runtime):
+def test_the_mlstm_rounds_operands_only(steps, width, feature_map, runtime):
     """Each output is within the rounding of a few products; threads and rows change no bit."""
-    exact = [x.astype(np.float64) for x in mlstm_of(steps, width, False)]
-    found = mlstm_of(steps, width, True)
+    exact = [x.astype(np.float64) for x in mlstm_of(steps, width, feature_map, False)]
+    found = mlstm_of(steps, width, feature_map, True)
     names = ("h", "C", "n", "dq", "dk", "dv", "di", "df", "dx", "dw")
     for name, x, y in zip(names, found, exact, strict=True):
         if steps > 1 or name in ("h", "C", "n"):  # of one step h = v: the rest has no gradient
             assert relative(x, y) <= MIXED_OP, f"{name}: {relative(x, y):.4f}"
     for threads in (1, 3):
         runtime.set_threads(threads)
-        for x, y in zip(mlstm_of(steps, width, True), found, strict=True):
+        for x, y in zip(mlstm_of(steps, width, feature_map, True), found, strict=True):
             assert np.array_equal(x, y)
 
 

@@ -7,6 +7,7 @@ import pytest
 import tolerances as tol
 
 from xlstm_distill import ops, reference
+from xlstm_distill.reference.attention import FEATURE_MAPS
 from xlstm_distill.runtime import available_isas, core
 from xlstm_distill.testing import assert_close, directional_derivative, inner, seeded
 
@@ -403,7 +404,7 @@ def test_rows_have_their_own_lengths(form):
             a[row, :, length:] = np.nan  # padding is never read
     h, last = np.full_like(x[2], np.nan), [np.full_like(a, np.nan) for a in state]
     options = (0, 0.4, form, 16, None, lengths, 0)
-    core(np.float64).mlstm_forward(h, *last, *x, *state, *options, None, None)
+    core(np.float64).mlstm_forward(h, *last, *x, *state, *options, None, None, 0)
     grads, dfirst = [np.zeros_like(a) for a in x], [np.zeros_like(a) for a in state]
     core(np.float64).mlstm_backward(*grads, *dfirst, dh, *x, *state, *dstate, *options)
     for b, length in enumerate(lengths):
@@ -543,7 +544,7 @@ def test_wrong_arguments_are_named():
     h, none = np.empty_like(v), (None,) * 3
     with pytest.raises(ValueError, match=r"lengths\[1\] is 10, T is 9"):
         core(np.float64).mlstm_forward(
-            h, *none, *x, *none, 0, 1.0, 0, 64, None, np.array([9, 10], np.int32), 0, None, None
+            h, *none, *x, *none, 0, 1.0, 0, 64, None, np.array([9, 10], np.int32), 0, None, None, 0
         )
 
 
@@ -558,7 +559,8 @@ def test_an_empty_sequence_hands_the_state_through():
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("heads", [(2, 1), (6, 3)])  # chunks side by side, and heads over threads
-def test_maps_a_chunk_at_a_time_change_no_bit(heads, mixed, isa, runtime):
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_maps_a_chunk_at_a_time_change_no_bit(feature_map, heads, mixed, isa, runtime):
     runtime.set_isa(isa)
     H, G = heads
     T, D = 150, 40
@@ -566,7 +568,8 @@ def test_maps_a_chunk_at_a_time_change_no_bit(heads, mixed, isa, runtime):
     q, k = (random.standard_normal((1, n, T, D)).astype("f4") for n in (H, G))
     w_q, w_k = (random.standard_normal((H, D, D)).astype("f4") for _ in range(2))
     _, _, v, i, f = inputs(T, B=1, H=H, D=D, E=24, dtype=np.float32)
-    phi = [ops.feature_map_forward(x, w, mixed) for x, w in ((q, w_q), (k, w_k))]
+    how = {"feature_map": feature_map, "mixed": mixed}
+    phi = [ops.feature_map_forward(x, w, **how) for x, w in ((q, w_q), (k, w_k))]
     for options in (
         {},
         {"normalizer": "max", "scale": 0.5},
@@ -576,9 +579,21 @@ def test_maps_a_chunk_at_a_time_change_no_bit(heads, mixed, isa, runtime):
         expected = flat(ops.mlstm_forward(*phi, v, i, f, mixed=mixed, **options))
         for threads in (1, 2, 3):
             runtime.set_threads(threads)
-            found = ops.mapped_mlstm_forward(q, k, v, i, f, w_q, w_k, mixed=mixed, **options)
+            found = ops.mapped_mlstm_forward(q, k, v, i, f, w_q, w_k, **how, **options)
             for a, b in zip(flat(found), expected, strict=True):
                 assert np.array_equal(a, b), (options, threads)
+
+
+def test_open_gates_on_features_of_elu_are_linear_attention():
+    """The definition: of the tokens so far, the mean of v by phi(q) . phi(k), phi = elu + 1 and the
+    floor, where the map is the identity."""
+    q, k = 2 * seeded("linear attention").standard_normal((2, 1, 2, 150, 6))
+    _, _, v, i, f = inputs(150, B=1, H=2, D=6)
+    gates, one = (np.zeros_like(i), np.full_like(f, np.inf)), np.stack([np.eye(6)] * 2)
+    h, _ = ops.mapped_mlstm_forward(q, k, v, *gates, one, one, chunk=16, feature_map="elu")
+    phi_q, phi_k = (np.where(x > 0, x + 1, np.exp(x)) + 1e-6 / 6 for x in (q, k))
+    weights = np.tri(150) * (phi_q @ phi_k.swapaxes(2, 3))
+    assert_close(h, weights @ v / weights.sum(-1, keepdims=True), tol.OP_F64, "linear attention")
 
 
 def test_maps_that_do_not_fit_are_refused():
@@ -590,3 +605,5 @@ def test_maps_that_do_not_fit_are_refused():
         ops.mapped_mlstm_forward(q, np.ones((2, 3, 5, 6)), v, i, f, w, w)
     with pytest.raises(ValueError, match="recurrent form takes features"):
         ops.mapped_mlstm_forward(q, k, v, i, f, w, w, form="recurrent")
+    with pytest.raises(ValueError, match="feature_map is 'relu', expected one of softmax, elu"):
+        ops.mapped_mlstm_forward(q, k, v, i, f, w, w, feature_map="relu")

@@ -58,8 +58,9 @@ class MixerConfig(BaseModel):
 
     `window` counts the current token (None: full attention) and, with `sinks` (the first tokens of
     a document, always visible), describes the attention branch; `mlstm` and `linear` have no such
-    branch and ignore both. `gate` and `normalizer` describe the mLSTM side. In `lolcats` the keys
-    that softmax attention does not see have linear attention, both under one normaliser.
+    branch and ignore both. `gate` and `normalizer` describe the mLSTM side, `feature_map` is the
+    form of its maps of q and k. In `lolcats` the keys that softmax attention does not see have
+    linear attention, both under one normaliser; it has maps, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,7 +70,7 @@ class MixerConfig(BaseModel):
     sinks: int = 0
     gate: Literal["data", "fixed"] = "data"
     normalizer: Literal["ratio", "max"] = "ratio"
-    feature_map: Literal["softmax"] = "softmax"
+    feature_map: Literal["softmax", "elu"] = "softmax"
 
     @model_validator(mode="after")
     def _check(self) -> MixerConfig:

@@ -21,9 +21,10 @@ class Inside(NamedTuple):
 
     gate: median output gate, 0 attention to 1 mLSTM. sinks: mean attention on a document's first
     tokens, of positions whose window has left them. entropy_q, entropy_k: mean entropy of the
-    features of queries and keys over log D, 0 (a single feature) to 1 (all alike: the map tells
-    nothing). horizon: tokens after which the mLSTM keeps 1/e of what was written, at the mean of
-    the logarithms of the forget gate; infinite where nothing is forgotten.
+    features of queries and keys (of their shares, where they do not add up to 1) over log D, 0 (a
+    single feature) to 1 (all alike: the map tells nothing). horizon: tokens after which the mLSTM
+    keeps 1/e of what was written, at the mean of the logarithms of the forget gate; infinite where
+    nothing is forgotten.
     """
 
     gate: Array
@@ -57,7 +58,10 @@ def look_inside(
             found.sinks[layer] = _attention_on_first(q, k, starts, mixer, count)
         for x, name, entropy in ((q, "map_q", found.entropy_q), (k, "map_k", found.entropy_k)):
             if (key := f"model.layers.{layer}.mixer.{name}") in model.params:
-                entropy[layer] = _entropy(ops.feature_map_forward(x, model.params[key]))
+                phi = ops.feature_map_forward(x, model.params[key], mixer.feature_map)
+                if mixer.feature_map != "softmax":  # no distribution: the shares of its features
+                    phi /= phi.sum(axis=-1, keepdims=True)
+                entropy[layer] = _entropy(phi)
         with np.errstate(over="ignore"):
             o = 1 / (1 + np.exp(-taps["o"][layer].astype(np.float64)))
         found.gate[layer] = np.median(o, axis=(0, 1))

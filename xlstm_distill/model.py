@@ -20,6 +20,7 @@ from . import checkpoints
 from .config import MixerConfig, ModelConfig
 from .errors import UserError
 from .families import FAMILIES
+from .ops.arrays import FEATURE_MAPS
 from .parameters import Parameters, aligned_bytes, digest_of
 from .rows import IntArray, checked_ids, checked_lengths, checked_reset, next_tokens, positions
 from .runtime import core
@@ -46,7 +47,8 @@ _TAPS = ("o", "f", "q", "k")
 
 def _mixer_row(m: MixerConfig) -> list[int]:
     window = 0 if m.window is None else m.window
-    return [_KINDS[m.mixer], window, m.sinks, m.gate == "fixed", m.normalizer == "max"]
+    switches = [m.gate == "fixed", m.normalizer == "max", FEATURE_MAPS.index(m.feature_map)]
+    return [_KINDS[m.mixer], window, m.sinks, *switches]
 
 
 def _capsule(core: Any, c: ModelConfig, compute: Compute) -> Any:

@@ -450,6 +450,18 @@ static void exp_rows(ptrdiff_t n, const real *x, real *y) {
     if (i < n) store_part(y + i, n - i, vexp(load_part(x + i, n - i)));
 }
 
+/* elu(x) + 1 = max(x, 0) + exp(min(x, 0)). A NaN fails the comparison, goes into exp and stays. */
+INLINE vec velu_above(vec x, real above) {
+    ivec positive = x > 0;
+    return blend(positive, x, (vec){0}) + vexp(blend(positive, (vec){0}, x)) + above;
+}
+
+static void elu_above(ptrdiff_t n, real above, real *x) {
+    ptrdiff_t i = 0;
+    for (; i + VL <= n; i += VL) store(x + i, velu_above(load(x + i), above));
+    if (i < n) store_part(x + i, n - i, velu_above(load_part(x + i, n - i), above));
+}
+
 INLINE vec vsigmoid(vec x) { return (real)1 / ((real)1 + vexp(-x)); }
 
 static void sigmoid(ptrdiff_t n, const real *x, real *y) {
@@ -686,6 +698,7 @@ const xl_kernels XL_PASTE(xl_kernels_, XL_ISA) = {
     .mul_add = mul_add,
     .exp_sum = exp_sum,
     .exp = exp_rows,
+    .elu_above = elu_above,
     .sigmoid = sigmoid,
     .logsigmoid = logsigmoid,
     .rmsnorm = rmsnorm,

@@ -110,6 +110,7 @@ typedef struct xl_kernels {
      * error of each exp <= 2 ulp; 0 below -86.5 (float) and -707 (double). */
     real (*exp_sum)(ptrdiff_t n, const real *x, real shift, real *y);
     void (*exp)(ptrdiff_t n, const real *x, real *y);        /* in place allowed */
+    void (*elu_above)(ptrdiff_t n, real above, real *x);     /* x = elu(x) + 1 + above */
     void (*sigmoid)(ptrdiff_t n, const real *x, real *y);    /* in place allowed */
     void (*logsigmoid)(ptrdiff_t n, const real *x, real *y); /* in place allowed */
 

@@ -24,6 +24,7 @@ typedef struct {
     ptrdiff_t sinks;
     int gate_fixed; /* the output gate is its bias alone */
     xl_normalizer normalizer;
+    xl_map_form map;
     ptrdiff_t teacher_window; /* of the teacher's attention in this layer; 0: unlimited */
     int rope;                 /* which of the model's kinds of RoPE turns q and k */
 } xl_mixer;

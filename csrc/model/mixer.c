@@ -37,11 +37,11 @@ static xl_mlstm cell_args(const xl_config *c, const xl_mixer *m, const xl_batch 
 }
 
 static xl_lolcats lolcats_args(const xl_config *c, const xl_mixer *m, const xl_batch *b) {
-    return (xl_lolcats){attention_args(c, m, b), b->chunk};
+    return (xl_lolcats){attention_args(c, m, b), b->chunk, m->map};
 }
 
-static xl_fmap map_args(const xl_config *c, const xl_batch *b, ptrdiff_t G) {
-    return (xl_fmap){b->B, c->H, G, b->T, c->D, c->mixed};
+static xl_fmap map_args(const xl_config *c, const xl_mixer *m, const xl_batch *b, ptrdiff_t G) {
+    return (xl_fmap){b->B, c->H, G, b->T, c->D, m->map, c->mixed};
 }
 
 static xl_gate gate_args(const xl_config *c, const xl_batch *b) {
@@ -103,7 +103,7 @@ static ptrdiff_t plan(const xl_ctx *ctx, const xl_config *c, const xl_batch *b, 
         w->df = xl_take_reals(&p, gates);
     }
     ptrdiff_t most = xl_linear_scratch(ctx, N, c->d, c->H);
-    xl_fmap fm = map_args(c, b, c->H);
+    xl_fmap fm = map_args(c, c->mixer, b, c->H); /* no form needs more than another */
     xl_gate ga = gate_args(c, b);
     most = xl_max(most, xl_max(xl_feature_map_scratch(ctx, &fm), xl_output_gate_scratch(ctx, &ga)));
     for (ptrdiff_t l = 0; l < c->layers; l++) {
@@ -213,13 +213,13 @@ static xl_status mlstm_branch(xl_ctx *ctx, const xl_config *c, const xl_mixer *m
              h = view(t->hm, T, H, D), i = view(t->i, T, H, 1), f = view(t->f, T, H, 1);
     xl_mlstm a = cell_args(c, m, b, in_place && T == 1);
     if (a.form == XL_RECURRENT) { /* the maps of all rows are one product */
-        xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, c->G);
+        xl_fmap mq = map_args(c, m, b, H), mk = map_args(c, m, b, c->G);
         XL_TRY(xl_feature_map_forward(ctx, &mq, phi_q, q, w->map_q, scratch));
         XL_TRY(xl_feature_map_forward(ctx, &mk, phi_k, k, w->map_k, scratch));
         return xl_mlstm_forward(ctx, &a, NULL, h, no_den, behind, phi_q, phi_k, v, i, f, before,
                                 scratch);
     }
-    xl_mlstm_maps maps = {.G = c->G, .w_q = w->map_q, .w_k = w->map_k};
+    xl_mlstm_maps maps = {.G = c->G, .form = m->map, .w_q = w->map_q, .w_k = w->map_k};
     if (!in_place) maps.phi_q = phi_q, maps.phi_k = phi_k; /* a backward may follow */
     return xl_mlstm_forward(ctx, &a, &maps, h, no_den, behind, q, k, v, i, f, before, scratch);
 }
@@ -284,7 +284,7 @@ static xl_status mlstm_backward(xl_ctx *ctx, const xl_config *c, const xl_mixer 
                              phi_q, phi_k, view(t->v, T, G, D), view(t->i, T, H, 1),
                              view(t->f, T, H, 1), cell(first), none, s->op));
     if (dv) XL_TRY(xl_add_heads(ctx, N, H, G, D, dv, s->dvm));
-    xl_fmap mq = map_args(c, b, H), mk = map_args(c, b, G);
+    xl_fmap mq = map_args(c, m, b, H), mk = map_args(c, m, b, G);
     XL_TRY(xl_feature_map_backward(ctx, &mq, view(dq, T, H, D), g->map_q, dphi_q, phi_q,
                                    view(t->q, T, H, D), w->map_q, s->op));
     XL_TRY(xl_feature_map_backward(ctx, &mk, view(dk, T, G, D), g->map_k, dphi_k, phi_k,

@@ -85,10 +85,15 @@ xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *log
 
 /* ---- feature_map.c ------------------------------------------------------------------------ */
 
-/* z = x_g w_h (z_j = sum_i x_i w[h,i,j]), p = softmax(z), phi = (p + 1e-6/D) / (1 + 1e-6).
- * x: G heads, phi: H heads, w [H, D, D]. paper.md 1.2, numerics.md. */
+/* phi of z: softmax: (softmax(z) + c/D) / (1 + c); elu, each entry by itself: elu(z) + 1 + c/D. c = 1e-6,
+ * so that none is below c/D (1 + c) and phi(q).phi(k) is never 0. */
+typedef enum { XL_MAP_SOFTMAX = 0, XL_MAP_ELU = 1 } xl_map_form;
+
+/* phi of z = x_g w_h (z_j = sum_i x_i w[h,i,j]).
+ * x: G heads, phi: H heads, w [H, D, D]. docs/math/feature_map.md. */
 typedef struct {
     ptrdiff_t B, H, G, T, D;
+    xl_map_form form;
     int mixed; /* products of operands rounded to bf16; see xl_mat */
 } xl_fmap;
 xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl_heads x,
@@ -99,7 +104,8 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                                   void *scratch);
 ptrdiff_t xl_feature_map_scratch(const xl_ctx *ctx, const xl_fmap *a);
 /* Rows z = x w, st reals apart, become features. */
-void xl_features(const xl_ctx *ctx, ptrdiff_t rows, ptrdiff_t D, real *z, ptrdiff_t st);
+void xl_features(const xl_ctx *ctx, xl_map_form form, ptrdiff_t rows, ptrdiff_t D, real *z,
+                 ptrdiff_t st);
 
 /* ---- mlstm.c ------------------------------------------------------------------------------ */
 
@@ -129,6 +135,7 @@ typedef struct {
  * are kept in phi_q, phi_k (H heads) where their p is not NULL. */
 typedef struct {
     ptrdiff_t G;
+    xl_map_form form;
     const real *w_q, *w_k;
     xl_heads phi_q, phi_k;
 } xl_mlstm_maps;
@@ -204,6 +211,7 @@ xl_status xl_mix_backward(xl_ctx *ctx, const xl_gate *g, xl_heads dhm, xl_heads 
 typedef struct {
     xl_attn attn;
     ptrdiff_t chunk; /* of the linear part, >= 1 */
+    xl_map_form map;
 } xl_lolcats;
 
 /* What a forward leaves for the backward; the scratch of a step. All contiguous. */

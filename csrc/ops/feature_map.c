@@ -1,4 +1,4 @@
-/* Feature maps (paper.md 1.2): softmax of a head-wise linear map, kept away from zero. */
+/* Feature maps: softmax or elu + 1 of a head-wise linear map, kept away from zero. */
 #include "kernels/kernels.h"
 #include "ops/cells.h"
 
@@ -6,6 +6,7 @@
 
 #define BLOCK 126          /* steps of a task: whole tiles of every kernel */
 #define FLOOR ((real)1e-6) /* total of what is added to the features: phi(q).phi(k) is never 0 */
+#define SHARE(D) (FLOOR / (real)(D))
 
 typedef struct {
     real *dz; /* [BLOCK, D] */
@@ -38,8 +39,13 @@ static xl_status check(xl_ctx *ctx, const xl_fmap *a) {
     return xl_fail(ctx, XL_VALUE, "%td heads are no multiple of %td key heads", a->H, a->G);
 }
 
-void xl_features(const xl_ctx *ctx, ptrdiff_t rows, ptrdiff_t D, real *z, ptrdiff_t st) {
+void xl_features(const xl_ctx *ctx, xl_map_form form, ptrdiff_t rows, ptrdiff_t D, real *z,
+                 ptrdiff_t st) {
     const xl_kernels *k = ctx->k;
+    if (form == XL_MAP_ELU) {
+        for (ptrdiff_t t = 0; t < rows; t++, z += st) k->elu_above(D, SHARE(D), z);
+        return;
+    }
     for (ptrdiff_t t = 0; t < rows; t++, z += st) {
         real by = 1 / (k->exp_sum(D, z, k->max(D, z), z) * (1 + FLOOR));
         for (ptrdiff_t j = 0; j < D; j++) z[j] = z[j] * by + FLOOR / ((real)D * (1 + FLOOR));
@@ -50,7 +56,7 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
                                  const real *w, void *scratch) {
     XL_TRY(check(ctx, a));
     if (a->T == 1 && a->B > 1) { /* a decoding step: its rows share one product, not one each */
-        xl_fmap rows = {1, a->H, a->G, a->B, a->D, a->mixed};
+        xl_fmap rows = {1, a->H, a->G, a->B, a->D, a->form, a->mixed};
         return xl_feature_map_forward(ctx, &rows, (xl_heads){phi.p, 0, phi.sh, phi.sb},
                                       (xl_heads){x.p, 0, x.sh, x.sb}, w, scratch);
     }
@@ -66,7 +72,7 @@ xl_status xl_feature_map_forward(xl_ctx *ctx, const xl_fmap *a, xl_heads phi, xl
                     ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
                     gemm(rows, D, D, 1, xl_at(x, b, h / rep, t0), x.st, 1, w + h * D * D, D, 1, 0,
                          xl_at(phi, b, h, t0), phi.st, s.pack);
-                    xl_features(ctx, rows, D, xl_at(phi, b, h, t0), phi.st);
+                    xl_features(ctx, a->form, rows, D, xl_at(phi, b, h, t0), phi.st);
                 }
     }
     return XL_OK;
@@ -78,10 +84,32 @@ static void softmax_backward(const xl_ctx *ctx, const xl_fmap *a, real *dz, xl_h
     ptrdiff_t D = a->D;
     for (ptrdiff_t i = 0; i < rows; i++, dz += D) {
         const real *y = xl_at(phi, b, h, t0 + i), *dy = xl_at(dphi, b, h, t0 + i);
-        for (ptrdiff_t j = 0; j < D; j++) dz[j] = y[j] * (1 + FLOOR) - FLOOR / (real)D;
+        for (ptrdiff_t j = 0; j < D; j++) dz[j] = y[j] * (1 + FLOOR) - SHARE(D);
         real dot = ctx->k->dot(D, dz, dy);
         for (ptrdiff_t j = 0; j < D; j++) dz[j] *= (dy[j] - dot) * (1 / (1 + FLOOR));
     }
+}
+
+/* phi = elu(z) + 1 + c/D: its slope is exp(z) below 0, where phi - c/D is that, and 1 above. */
+static void elu_backward(const xl_fmap *a, real *dz, xl_heads dphi, xl_heads phi, ptrdiff_t b,
+                         ptrdiff_t h, ptrdiff_t t0, ptrdiff_t rows) {
+    ptrdiff_t D = a->D;
+    for (ptrdiff_t i = 0; i < rows; i++, dz += D) {
+        const real *y = xl_at(phi, b, h, t0 + i), *dy = xl_at(dphi, b, h, t0 + i);
+        for (ptrdiff_t j = 0; j < D; j++) {
+            real slope = y[j] - SHARE(D);
+            dz[j] = dy[j] * (slope > 1 ? (real)1 : slope); /* a NaN stays */
+        }
+    }
+}
+
+/* dz [rows, D] of a block of steps. */
+static void block_backward(const xl_ctx *ctx, const xl_fmap *a, real *dz, xl_heads dphi,
+                           xl_heads phi, ptrdiff_t b, ptrdiff_t h, ptrdiff_t t0, ptrdiff_t rows) {
+    if (a->form == XL_MAP_ELU)
+        elu_backward(a, dz, dphi, phi, b, h, t0, rows);
+    else
+        softmax_backward(ctx, a, dz, dphi, phi, b, h, t0, rows);
 }
 
 xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, real *dw,
@@ -100,7 +128,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                     for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK)
                         for (ptrdiff_t h = g * rep; h < (g + 1) * rep; h++) {
                             ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
-                            softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
+                            block_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
                             gemm(rows, D, D, 1, s.dz, D, 1, w + h * D * D, 1, D, 1,
                                  xl_at(dx, b, g, t0), dx.st, s.pack);
                         }
@@ -111,7 +139,7 @@ xl_status xl_feature_map_backward(xl_ctx *ctx, const xl_fmap *a, xl_heads dx, re
                 for (ptrdiff_t b = 0; b < a->B; b++)
                     for (ptrdiff_t t0 = 0; t0 < a->T; t0 += BLOCK) {
                         ptrdiff_t rows = xl_min(BLOCK, a->T - t0);
-                        softmax_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
+                        block_backward(ctx, a, s.dz, dphi, phi, b, h, t0, rows);
                         gemm(D, D, rows, 1, xl_at(x, b, h / rep, t0), 1, x.st, s.dz, D, 1, 1,
                              dw + h * D * D, D, s.pack);
                     }

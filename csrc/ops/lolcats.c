@@ -39,8 +39,9 @@ typedef struct {
     void *op;
 } workspace;
 
-static xl_fmap map_args(const xl_attn *a, ptrdiff_t G) {
-    return (xl_fmap){a->B, a->H, G, a->T, a->D, a->mixed};
+static xl_fmap map_args(const xl_lolcats *l, ptrdiff_t G) {
+    const xl_attn *a = &l->attn;
+    return (xl_fmap){a->B, a->H, G, a->T, a->D, l->map, a->mixed};
 }
 
 static xl_gate gate_args(const xl_attn *a) { return (xl_gate){a->B, a->H, a->G, a->T, a->D}; }
@@ -79,7 +80,7 @@ static ptrdiff_t plan(const xl_ctx *ctx, const xl_lolcats *l, ptrdiff_t past_slo
     }
     const xl_lolcats_tape none = {0};
     xl_mlstm linear = linear_args(l, &none, XL_CHUNKWISE);
-    xl_fmap map = map_args(a, a->H);
+    xl_fmap map = map_args(l, a->H);
     ptrdiff_t most =
         xl_max(xl_attention_scratch(ctx, a, past_slots),
                xl_max(xl_mlstm_scratch(ctx, &linear), xl_feature_map_scratch(ctx, &map)));
@@ -183,7 +184,8 @@ xl_status xl_lolcats_forward(xl_ctx *ctx, const xl_lolcats *l, xl_heads y, xl_lo
     XL_TRY(xl_attention_forward(ctx, a, view(t->hs, T, H, D), t->sums, q, k, v, past, w.op));
     collect(ctx, a, t, k, v, past);
     xl_mlstm linear = linear_args(l, t, XL_CHUNKWISE);
-    const xl_mlstm_maps maps = {G, w_q, w_k, view(t->phi_q, T, H, D), view(t->phi_k, T, H, D)};
+    const xl_mlstm_maps maps = {
+        G, l->map, w_q, w_k, view(t->phi_q, T, H, D), view(t->phi_k, T, H, D)};
     XL_TRY(xl_mlstm_forward(ctx, &linear, &maps, view(t->hl, T, H, D), view(t->o, T, H, 1), last, q,
                             view(t->k, T, G, D), view(t->v, T, G, D), gate_i(a, t), gate_f(t),
                             first, w.op));
@@ -201,7 +203,7 @@ xl_status xl_lolcats_step(xl_ctx *ctx, const xl_lolcats *l, xl_heads y, xl_lolca
     XL_TRY(xl_attention_check(ctx, a, past));
     collect(ctx, a, t, k, v, past); /* before the new key takes the place of what leaves */
     XL_TRY(xl_attention_step(ctx, a, view(t->hs, T, H, D), t->sums.log_sum, q, k, v, past, w.op));
-    xl_fmap mq = map_args(a, H), mk = map_args(a, G);
+    xl_fmap mq = map_args(l, H), mk = map_args(l, G);
     XL_TRY(xl_feature_map_forward(ctx, &mq, phi_q, q, w_q, w.op));
     XL_TRY(xl_feature_map_forward(ctx, &mk, phi_k, view(t->k, T, G, D), w_k, w.op));
     xl_mlstm linear = linear_args(l, t, XL_RECURRENT);
@@ -260,7 +262,7 @@ xl_status xl_lolcats_backward(xl_ctx *ctx, const xl_lolcats *l, xl_heads dq, xl_
     XL_TRY(xl_mlstm_backward(ctx, &linear, dphi_q, dphi_k, dv.p ? view(w.dv, T, H, D) : none, none,
                              none, no_state, dhl, do_, phi_q, phi_k, view(t->v, T, G, D),
                              gate_i(a, t), gate_f(t), first, no_state, w.op));
-    xl_fmap mq = map_args(a, H), mk = map_args(a, G);
+    xl_fmap mq = map_args(l, H), mk = map_args(l, G);
     XL_TRY(xl_feature_map_backward(ctx, &mq, dq, dw_q, dphi_q, phi_q, q, w_q, w.op));
     XL_TRY(xl_feature_map_backward(ctx, &mk, dk.p ? view(w.dk, T, G, D) : none, dw_k, dphi_k, phi_k,
                                    view(t->k, T, G, D), w_k, w.op));

@@ -175,12 +175,12 @@ xl_chunk xl_mlstm_open_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work
 
 /* Features of an open chunk's rows x into `own`, or where they are kept. */
 static xl_rows map_rows(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w, const xl_chunk *c,
-                        xl_rows x, const real *map, xl_heads phi, real *own) {
+                        xl_map_form form, xl_rows x, const real *map, xl_heads phi, real *own) {
     ptrdiff_t D = a->D, st = phi.p ? phi.st : D;
     real *to = phi.p ? xl_at(phi, c->b, c->h, c->t0) : own;
     xl_left left = xl_pack_left(ctx, a->mixed, c->S, D, x.p, x.st, 1, w->left);
     xl_packed_product(ctx, a->mixed, c->S, D, D, 1, left, map, 0, to, st);
-    xl_features(ctx, c->S, D, to, st);
+    xl_features(ctx, form, c->S, D, to, st);
     return (xl_rows){to, st};
 }
 
@@ -194,9 +194,9 @@ void xl_mlstm_map_chunk(const xl_ctx *ctx, const xl_mlstm *a, xl_mlstm_work *w,
         xl_pack_right(ctx, a->mixed, D, D, maps->w_k + c->h * D * D, D, 1, w->map_k);
         w->head = c->h;
     }
-    c->k = map_rows(ctx, a, w, c, c->k, w->map_k, maps->phi_k, w->phi_k);
+    c->k = map_rows(ctx, a, w, c, maps->form, c->k, w->map_k, maps->phi_k, w->phi_k);
     if (!both) return;
-    c->q = map_rows(ctx, a, w, c, c->q, w->map_q, maps->phi_q, w->phi_q);
+    c->q = map_rows(ctx, a, w, c, maps->form, c->q, w->map_q, maps->phi_q, w->phi_q);
     scale_q(ctx, a, w, c);
 }
 

@@ -114,18 +114,24 @@ static PyObject *attention_step(PyObject *module, PyObject *const *args, Py_ssiz
 
 /* ---- feature map -------------------------------------------------------------------------- */
 
-static xl_fmap map_sizes(xl_call *c, PyObject *mixed) {
-    return (xl_fmap){xl_dim(c, 'B'), xl_dim(c, 'H'), xl_dim(c, 'G'),
-                     xl_dim(c, 'T'), xl_dim(c, 'D'), (int)xl_int(c, mixed, "mixed", 0, 1)};
+/* args: map, mixed */
+static xl_fmap map_sizes(xl_call *c, PyObject *const *args) {
+    return (xl_fmap){.B = xl_dim(c, 'B'),
+                     .H = xl_dim(c, 'H'),
+                     .G = xl_dim(c, 'G'),
+                     .T = xl_dim(c, 'T'),
+                     .D = xl_dim(c, 'D'),
+                     .form = (xl_map_form)xl_int(c, args[0], "map", XL_MAP_SOFTMAX, XL_MAP_ELU),
+                     .mixed = (int)xl_int(c, args[1], "mixed", 0, 1)};
 }
 
-/* feature_map_forward(phi [B,H,T,D], x [B,G,T,D], w [H,D,D], mixed) */
+/* feature_map_forward(phi [B,H,T,D], x [B,G,T,D], w [H,D,D], map, mixed) */
 static PyObject *feature_map_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 4)) return NULL;
+    if (!xl_begin(&c, module, nargs, 5)) return NULL;
     real *x = xl_in(&c, args[1], "x", "BGTD"), *w = xl_in(&c, args[2], "w", "HDD");
     real *phi = xl_inout(&c, args[0], "phi", "BHTD");
-    xl_fmap a = map_sizes(&c, args[3]);
+    xl_fmap a = map_sizes(&c, args + 3);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_feature_map_scratch(&c.ctx, &a));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_feature_map_forward(&c.ctx, &a, view(phi, a.H, a.T, a.D), view(x, a.G, a.T, a.D),
@@ -134,14 +140,14 @@ static PyObject *feature_map_forward(PyObject *module, PyObject *const *args, Py
 }
 
 /* feature_map_backward(dx? [B,G,T,D], dw? [H,D,D], dphi [B,H,T,D], phi, x [B,G,T,D], w [H,D,D],
- *                      mixed) */
+ *                      map, mixed) */
 static PyObject *feature_map_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 7)) return NULL;
+    if (!xl_begin(&c, module, nargs, 8)) return NULL;
     real *x = xl_in(&c, args[4], "x", "BGTD"), *w = xl_in(&c, args[5], "w", "HDD");
     real *dphi = xl_in(&c, args[2], "dphi", "BHTD"), *phi = xl_in(&c, args[3], "phi", "BHTD");
     real *dx = xl_inout(&c, args[0], "dx?", "BGTD"), *dw = xl_inout(&c, args[1], "dw?", "HDD");
-    xl_fmap a = map_sizes(&c, args[6]);
+    xl_fmap a = map_sizes(&c, args + 6);
     void *scratch = xl_scratch(&c, c.failed ? 0 : xl_feature_map_scratch(&c.ctx, &a));
     if (c.failed) return xl_end(&c, XL_OK);
     XL_RUN(&c, xl_feature_map_backward(&c.ctx, &a, view(dx, a.G, a.T, a.D), dw,
@@ -246,7 +252,7 @@ static ptrdiff_t lolcats_tape(const xl_attn *a, char *base, xl_lolcats_tape *t) 
 }
 
 /* q [B,H,T,D], k, v [B,G,T,D], w_q, w_k [H,D,D], factor [H], pos [B,T], lengths? [B], window, sinks,
- * chunk, mixed; returns the scratch of the ops, behind that of the tape */
+ * chunk, map, mixed; returns the scratch of the ops, behind that of the tape */
 static void *lolcats_args(xl_call *c, PyObject *const *args, int training, lolcats_call *l) {
     *l = (lolcats_call){.q = xl_in(c, args[0], "q", "BHTD")};
     l->k = xl_in(c, args[1], "k", "BGTD"), l->v = xl_in(c, args[2], "v", "BGTD");
@@ -257,7 +263,8 @@ static void *lolcats_args(xl_call *c, PyObject *const *args, int training, lolca
     a->window = xl_int(c, args[8], "window", 1, PTRDIFF_MAX);
     a->sinks = xl_int(c, args[9], "sinks", 0, PTRDIFF_MAX);
     l->sizes.chunk = xl_int(c, args[10], "chunk", 1, PTRDIFF_MAX);
-    a->mixed = (int)xl_int(c, args[11], "mixed", 0, 1);
+    l->sizes.map = (xl_map_form)xl_int(c, args[11], "map", XL_MAP_SOFTMAX, XL_MAP_ELU);
+    a->mixed = (int)xl_int(c, args[12], "mixed", 0, 1);
     if (c->failed) return NULL;
     ptrdiff_t tape = lolcats_tape(a, NULL, &l->tape), total;
     ptrdiff_t op = xl_lolcats_scratch(&c->ctx, &l->sizes, 0, training);
@@ -280,7 +287,7 @@ static xl_status lolcats_run(xl_call *c, lolcats_call *l, real *y, void *scratch
 /* lolcats_forward(y [B,H,T,D], then as lolcats_args) */
 static PyObject *lolcats_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 13)) return NULL;
+    if (!xl_begin(&c, module, nargs, 14)) return NULL;
     lolcats_call l;
     void *scratch = lolcats_args(&c, args + 1, 0, &l);
     real *y = xl_inout(&c, args[0], "y", "BHTD");
@@ -293,7 +300,7 @@ static PyObject *lolcats_forward(PyObject *module, PyObject *const *args, Py_ssi
  *                  then as lolcats_args) */
 static PyObject *lolcats_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 20)) return NULL;
+    if (!xl_begin(&c, module, nargs, 21)) return NULL;
     lolcats_call l;
     void *scratch = lolcats_args(&c, args + 8, 1, &l);
     real *dq = xl_inout(&c, args[0], "dq?", "BHTD"), *dk = xl_inout(&c, args[1], "dk?", "BGTD");

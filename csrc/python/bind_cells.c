@@ -37,10 +37,10 @@ static xl_mlstm mlstm_options(xl_call *c, PyObject *const *args) {
 
 /* mlstm_forward(h [B,H,T,E], last state C, n, m, q [B,H,T,D], k [B,H,T,D], v [B,H,T,E], i, f [B,H,T],
  *               state C?, n, m, normalizer, scale, form, chunk, reset? [B,T], lengths? [B],
- *               mixed, w_q?, w_k [H,D,D]); with maps k has G heads */
+ *               mixed, w_q?, w_k [H,D,D], map); with maps k has G heads */
 static PyObject *mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
-    if (!xl_begin(&c, module, nargs, 21)) return NULL;
+    if (!xl_begin(&c, module, nargs, 22)) return NULL;
     int mapped = args[19] != Py_None;
     real *q = xl_in(&c, args[4], "q", "BHTD");
     real *k = xl_in(&c, args[5], "k", mapped ? "BGTD" : "BHTD");
@@ -53,6 +53,7 @@ static PyObject *mlstm_forward(PyObject *module, PyObject *const *args, Py_ssize
     xl_mlstm_maps maps = {.G = H};
     if (mapped) {
         maps.G = xl_dim(&c, 'G');
+        maps.form = (xl_map_form)xl_int(&c, args[21], "map", XL_MAP_SOFTMAX, XL_MAP_ELU);
         maps.w_q = xl_in(&c, args[19], "w_q", "HDD");
         maps.w_k = xl_in(&c, args[20], "w_k", "HDD");
     }

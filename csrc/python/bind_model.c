@@ -9,10 +9,10 @@
 
 static void free_config(PyObject *capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
-/* config_new(sizes i32 [11], eps, inv_freq f64 [R, D/2], attention_factor f64 [R], mixers i32 [L, 7])
+/* config_new(sizes i32 [11], eps, inv_freq f64 [R, D/2], attention_factor f64 [R], mixers i32 [L, 8])
  * -> capsule; R kinds of RoPE
  * sizes: d, H, G, D, F, V, tied, attention_bias, compute (0 f32, 1 mixed, 2 bf16, 3 int8), post_norm,
- * qk_norm; mixers: kind, window, sinks, gate_fixed, normalizer, teacher_window, rope */
+ * qk_norm; mixers: kind, window, sinks, gate_fixed, normalizer, map, teacher_window, rope */
 static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     xl_call c;
     if (!xl_begin(&c, module, nargs, 5)) return NULL;
@@ -21,7 +21,7 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
     double eps = xl_double(&c, args[1], "rms_norm_eps");
     const double *freq = xl_in_f64(&c, args[2], "inv_freq", "RF");
     const double *factor = xl_in_f64(&c, args[3], "attention_factor", "R");
-    const int32_t *m = xl_in_i32(&c, args[4], "mixers", "L7");
+    const int32_t *m = xl_in_i32(&c, args[4], "mixers", "L8");
     if (c.failed) return xl_end(&c, XL_OK);
     ptrdiff_t layers = xl_dim(&c, 'L');
     static const xl_dtype weights[] = {XL_DT_REAL, XL_DT_REAL, XL_DT_PANELS, XL_DT_I8};
@@ -42,14 +42,15 @@ static PyObject *config_new(PyObject *module, PyObject *const *args, Py_ssize_t 
                           .mixed = s[8] != 0,
                           .ropes = xl_dim(&c, 'R'),
                           .eps = eps};
-    for (ptrdiff_t l = 0; l < xl_min(layers, XL_MAX_LAYERS); l++, m += 7)
+    for (ptrdiff_t l = 0; l < xl_min(layers, XL_MAX_LAYERS); l++, m += 8)
         config->mixer[l] = (xl_mixer){.kind = (xl_mixer_kind)m[0],
                                       .window = m[1],
                                       .sinks = m[2],
                                       .gate_fixed = m[3],
                                       .normalizer = (xl_normalizer)m[4],
-                                      .teacher_window = m[5],
-                                      .rope = m[6]};
+                                      .map = (xl_map_form)m[5],
+                                      .teacher_window = m[6],
+                                      .rope = m[7]};
     xl_status status = xl_config_check(&c.ctx, config);
     if (status == XL_OK && xl_dim(&c, 'F') != config->D / 2)
         status = xl_fail(&c.ctx, XL_VALUE, "inv_freq has %td entries, expected %td",

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Array = np.ndarray[Any, np.dtype[Any]]
+FEATURE_MAPS = ("softmax", "elu")
 
 
 def common_dtype(*arrays: ArrayLike | None) -> np.dtype[Any]:
@@ -39,6 +40,13 @@ def integers(name: str, a: ArrayLike, ndim: int) -> Array:
     if given.size and (given.min() < limits.min or given.max() > limits.max):
         raise ValueError(f"{name} holds values that do not fit in 32 bits")
     return np.require(given, dtype=np.int32, requirements=["C", "A"])
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
+    """The place of `value` in `allowed`; ValueError if it is none of them."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+    return allowed.index(value)
 
 
 def same_shape(name: str, a: Array, shape: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from xlstm_distill.ops.arrays import Array, common_dtype, floats, same_shape
+from xlstm_distill.ops.arrays import FEATURE_MAPS, Array, choice, common_dtype, floats, same_shape
 from xlstm_distill.runtime import core
 
 
@@ -149,25 +149,41 @@ def _map(x: ArrayLike, w: ArrayLike, dtype: np.dtype[Any]) -> tuple[Array, Array
     return x, w
 
 
-def _features(x: Array, w: Array, mixed: bool) -> Array:
+def _features(x: Array, w: Array, options: tuple[int, int]) -> Array:
     phi = np.empty((x.shape[0], w.shape[0], *x.shape[2:]), x.dtype)
-    core(x.dtype).feature_map_forward(phi, x, w, int(mixed))
+    core(x.dtype).feature_map_forward(phi, x, w, *options)
     return phi
 
 
-def feature_map_forward(x: ArrayLike, w: ArrayLike, mixed: bool = False) -> Array:
-    """phi [B, H, T, D]: softmax over features of a head-wise linear map, kept away from zero.
+def _map_options(feature_map: str, mixed: bool) -> tuple[int, int]:
+    return choice("feature_map", feature_map, FEATURE_MAPS), int(mixed)
+
+
+def feature_map_forward(
+    x: ArrayLike, w: ArrayLike, feature_map: str = "softmax", mixed: bool = False
+) -> Array:
+    """phi [B, H, T, D]: positive features of a head-wise linear map, kept away from zero.
 
     x [B, G, T, D], w [H, D, D]; head h reads x of group h // (H/G) as a row vector:
-    z_j = Σ_i x_i w[h, i, j], p = softmax(z), phi = (p + c/D) / (1 + c), c = 1e-6. mixed: x and w
-    are rounded to bf16 where the processor gains by it.
-    Source: arXiv:2603.15590, section 3 (Hedgehog, arXiv:2402.04347); the floor is this project's.
+    z_j = Σ_i x_i w[h, i, j], and with c = 1e-6
+
+        softmax    phi = (softmax(z) + c/D) / (1 + c)    arXiv:2603.15590, section 3 (Hedgehog,
+                                                         arXiv:2402.04347)
+        elu        phi = elu(z) + 1 + c/D                arXiv:2006.16236, section 3.2.1, which has
+                                                         no w
+
+    mixed: x and w are rounded to bf16 where the processor gains by it. The floors are this
+    project's.
     """
-    return _features(*_map(x, w, common_dtype(x, w)), mixed)
+    return _features(*_map(x, w, common_dtype(x, w)), _map_options(feature_map, mixed))
 
 
 def feature_map_backward(
-    dphi: ArrayLike, x: ArrayLike, w: ArrayLike, mixed: bool = False
+    dphi: ArrayLike,
+    x: ArrayLike,
+    w: ArrayLike,
+    feature_map: str = "softmax",
+    mixed: bool = False,
 ) -> tuple[Array, Array]:
     """(dx [B, G, T, D], dw [H, D, D]) of `feature_map_forward` for dphi [B, H, T, D].
 
@@ -175,10 +191,11 @@ def feature_map_backward(
     """
     dtype = common_dtype(dphi, x, w)
     x, w = _map(x, w, dtype)
-    dphi, phi = floats("dphi", dphi, 4, dtype), _features(x, w, mixed)
+    options = _map_options(feature_map, mixed)
+    dphi, phi = floats("dphi", dphi, 4, dtype), _features(x, w, options)
     same_shape("dphi", dphi, phi.shape)
     dx, dw = np.zeros_like(x), np.zeros_like(w)
-    core(dtype).feature_map_backward(dx, dw, dphi, phi, x, w, int(mixed))
+    core(dtype).feature_map_backward(dx, dw, dphi, phi, x, w, *options)
     return dx, dw
 
 
@@ -276,6 +293,7 @@ class _Lolcats:
         sinks: int,
         reset: ArrayLike | None,
         chunk: int,
+        feature_map: str,
         mixed: bool,
         *more: ArrayLike,
     ) -> None:
@@ -290,7 +308,12 @@ class _Lolcats:
             raise ValueError(f"chunk is {chunk}, expected at least 1")
         self.dtype, self.y = a.dtype, a.o
         self.inputs = (a.q, a.k, a.v, *maps, factor)
-        self.options = (*a.options, min(int(chunk), max(1, a.q.shape[2])), a.mixed)
+        self.options = (
+            *a.options,
+            min(int(chunk), max(1, a.q.shape[2])),
+            choice("feature_map", feature_map, FEATURE_MAPS),
+            a.mixed,
+        )
 
 
 def lolcats_forward(
@@ -304,20 +327,21 @@ def lolcats_forward(
     sinks: int = 0,
     reset: ArrayLike | None = None,
     chunk: int = 64,
+    feature_map: str = "softmax",
     mixed: bool = False,
 ) -> Array:
     """y [B, H, T, D]: softmax attention over the last `window` tokens and the document's `sinks`,
     linear attention over its other tokens, one normaliser for both.
 
-    q [B, H, T, D], k and v [B, G, T, D], q and k after RoPE; feature maps w_q, w_k [H, D, D] as in
-    `feature_map_forward`; factor [H]. The weight of a token that softmax sees is sigmoid(factor)
-    times exp(score - largest score), that of another phi(q) . phi(k). Window, sinks and reset as in
-    `attention_forward`. Time is linear in T; the linear part works on `chunk` steps at a time,
-    which changes rounding only. mixed: the operands of products are rounded to bf16 where the
-    processor gains by it. Source: arXiv:2410.10254, the form with a sliding window; the sinks are
-    this project's.
+    q [B, H, T, D], k and v [B, G, T, D], q and k after RoPE; maps w_q, w_k [H, D, D] and
+    `feature_map` as in `feature_map_forward`; factor [H]. The weight of a token that softmax sees
+    is sigmoid(factor) times exp(score - largest score), that of another phi(q) . phi(k). Window,
+    sinks and reset as in `attention_forward`. Time is linear in T; the linear part works on `chunk`
+    steps at a time, which changes rounding only. mixed: the operands of products are rounded to
+    bf16 where the processor gains by it. Source: arXiv:2410.10254, the form with a sliding window;
+    the sinks are this project's.
     """
-    a = _Lolcats(q, k, v, w_q, w_k, factor, window, sinks, reset, chunk, mixed)
+    a = _Lolcats(q, k, v, w_q, w_k, factor, window, sinks, reset, chunk, feature_map, mixed)
     core(a.dtype).lolcats_forward(a.y, *a.inputs, *a.options)
     return a.y
 
@@ -334,6 +358,7 @@ def lolcats_backward(
     sinks: int = 0,
     reset: ArrayLike | None = None,
     chunk: int = 64,
+    feature_map: str = "softmax",
     mixed: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """(dq, dk, dv, dw_q, dw_k, dfactor) of `lolcats_forward`, each of the shape of its input, for
@@ -341,7 +366,7 @@ def lolcats_backward(
 
     Runs the forward again.
     """
-    a = _Lolcats(q, k, v, w_q, w_k, factor, window, sinks, reset, chunk, mixed, dy)
+    a = _Lolcats(q, k, v, w_q, w_k, factor, window, sinks, reset, chunk, feature_map, mixed, dy)
     dy = floats("dy", dy, 4, a.dtype)
     same_shape("dy", dy, a.y.shape)
     dq, dk, dv, dw_q, dw_k, dfactor = gradients = tuple(np.zeros_like(x) for x in a.inputs)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from xlstm_distill.ops.arrays import Array, common_dtype, floats, same_shape
+from xlstm_distill.ops.arrays import FEATURE_MAPS, Array, choice, common_dtype, floats, same_shape
 from xlstm_distill.runtime import core
 
 NORMALIZERS = ("ratio", "max")
@@ -28,12 +28,6 @@ SLSTM_TAPE = 7  # arrays of the size of y that the sLSTM's forward keeps for its
 
 MlstmState = tuple[Array, Array, Array]
 SlstmState = tuple[Array, Array, Array, Array]
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-    return allowed.index(value)
 
 
 def _reset(reset: ArrayLike | None, batch: int, steps: int) -> Array | None:
@@ -113,9 +107,9 @@ class _Mlstm:
         self.state = _parts("state", "C, n, m", state, self.shapes, self.dtype)
         self.inputs = (self.q, self.k, self.v, self.i, self.f)
         self.options = (
-            _choice("normalizer", normalizer, NORMALIZERS),
+            choice("normalizer", normalizer, NORMALIZERS),
             1 / math.sqrt(max(1, width)) if scale is None else float(scale),
-            _choice("form", form, FORMS),
+            choice("form", form, FORMS),
             min(int(chunk), max(1, steps)),  # a longer chunk is the whole row
             _reset(reset, batch, steps),
             None,  # lengths: rows of the public functions are full
@@ -152,7 +146,7 @@ def mlstm_forward(
     a = _Mlstm(q, k, v, i, f, state, normalizer, scale, form, chunk, reset, mixed)
     c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
     h = np.empty_like(a.v)
-    core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, None, None)
+    core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, None, None, 0)
     return h, (c, n, m)
 
 
@@ -170,6 +164,7 @@ def mapped_mlstm_forward(
     form: str = "chunkwise",
     chunk: int = 64,
     reset: ArrayLike | None = None,
+    feature_map: str = "softmax",
     mixed: bool = False,
 ) -> tuple[Array, MlstmState]:
     """`mlstm_forward` of `feature_map_forward(q, w_q)` and `feature_map_forward(k, w_k)`, bit by
@@ -178,6 +173,7 @@ def mapped_mlstm_forward(
     q [B, H, T, D], k [B, G, T, D], w_q, w_k [H, D, D]; form "chunkwise" or "parallel"; the rest as
     there.
     """
+    map_form = choice("feature_map", feature_map, FEATURE_MAPS)
     options = (normalizer, scale, form, chunk, reset, mixed)
     a = _Mlstm(q, k, v, i, f, state, *options, w_q, w_k, key_heads=True)
     heads, width = a.q.shape[1], a.q.shape[3]
@@ -186,7 +182,7 @@ def mapped_mlstm_forward(
         same_shape(name, w, (heads, width, width))
     c, n, m = (np.empty(shape, a.dtype) for shape in a.shapes)
     h = np.empty_like(a.v)
-    core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, *maps)
+    core(a.dtype).mlstm_forward(h, c, n, m, *a.inputs, *a.state, *a.options, *maps, map_form)
     return h, (c, n, m)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from xlstm_distill.reference.scalars import Array, repeat_heads, softmax, sum_heads
 
 FEATURE_FLOOR = 1e-6  # total added to the D features, so that phi(q) . phi(k) is never 0 in float32
+FEATURE_MAPS = ("softmax", "elu")
 
 # ---- RoPE ---------------------------------------------------------------------------------------
 
@@ -100,23 +101,44 @@ def attention_backward(
 # ---- feature map --------------------------------------------------------------------------------
 
 
-def feature_map_forward(x: Array, w: Array) -> Array:
-    """phi [B, H, T, D]: softmax over features of a head-wise linear map, kept away from zero.
+def _check_map(feature_map: str) -> None:
+    if feature_map not in FEATURE_MAPS:
+        names = ", ".join(FEATURE_MAPS)
+        raise ValueError(f"feature_map is {feature_map!r}, expected one of {names}")
+
+
+def feature_map_forward(x: Array, w: Array, feature_map: str = "softmax") -> Array:
+    """phi [B, H, T, D]: positive features of a head-wise linear map, kept away from zero.
 
     x [B, G, T, D], w [H, D, D]; head h reads x of group h // (H/G) as a row vector:
-    z_j = Σ_i x_i w[h, i, j], p = softmax(z), phi = (p + c/D) / (1 + c), c = 1e-6.
-    Source: arXiv:2603.15590, section 3 (Hedgehog, arXiv:2402.04347); the floor is this project's.
+    z_j = Σ_i x_i w[h, i, j], and with c = 1e-6
+
+        softmax    phi = (softmax(z) + c/D) / (1 + c)    arXiv:2603.15590, section 3 (Hedgehog,
+                                                         arXiv:2402.04347)
+        elu        phi = elu(z) + 1 + c/D                arXiv:2006.16236, section 3.2.1, which has
+                                                         no w
+
+    The floors are this project's.
     """
-    p = softmax(repeat_heads(x, w.shape[0]) @ w)
-    return (p + FEATURE_FLOOR / x.shape[3]) / (1 + FEATURE_FLOOR)
+    _check_map(feature_map)
+    z, floor = repeat_heads(x, w.shape[0]) @ w, FEATURE_FLOOR / x.shape[3]
+    if feature_map == "elu":
+        return np.maximum(z, 0) + np.exp(np.minimum(z, 0)) + floor
+    return (softmax(z) + floor) / (1 + FEATURE_FLOOR)
 
 
-def feature_map_backward(dphi: Array, x: Array, w: Array) -> tuple[Array, Array]:
+def feature_map_backward(
+    dphi: Array, x: Array, w: Array, feature_map: str = "softmax"
+) -> tuple[Array, Array]:
     """(dx [B, G, T, D], dw [H, D, D]) for dphi [B, H, T, D]."""
+    _check_map(feature_map)
     rows = repeat_heads(x, w.shape[0])
-    p = softmax(rows @ w)
-    dp = dphi / (1 + FEATURE_FLOOR)
-    dz = p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
+    z = rows @ w
+    if feature_map == "elu":
+        dz = dphi * np.exp(np.minimum(z, 0))
+    else:
+        p, dp = softmax(z), dphi / (1 + FEATURE_FLOOR)
+        dz = p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
     return (
         sum_heads(dz @ w.swapaxes(1, 2), x.shape[1]),
         np.sum(rows.swapaxes(2, 3) @ dz, axis=0),

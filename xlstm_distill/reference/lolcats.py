@@ -53,6 +53,7 @@ def lolcats_forward(
     sinks: int = 0,
     reset: Array | None = None,
     chunk: int = 64,
+    feature_map: str = "softmax",
 ) -> Array:
     """y [B, H, T, D]: one mean of v over the document, the weights of which are softmax's for the
     last `window` tokens and the `sinks`, and linear attention's for the others.
@@ -61,7 +62,7 @@ def lolcats_forward(
     factor [H], whose sigmoid multiplies softmax's weights. Window, sinks and reset as in
     `attention_forward`. The result does not depend on `chunk`.
     """
-    phi_q, phi_k = feature_map_forward(q, w_q), feature_map_forward(k, w_k)
+    phi_q, phi_k = (feature_map_forward(x, w, feature_map) for x, w in ((q, w_q), (k, w_k)))
     batch, heads, steps, _ = q.shape
     masks = _masks(batch, steps, window, sinks, reset)
     near, far, _ = _weights(q, repeat_heads(k, heads), phi_q, phi_k, factor, *masks)
@@ -81,11 +82,12 @@ def lolcats_backward(
     sinks: int = 0,
     reset: Array | None = None,
     chunk: int = 64,
+    feature_map: str = "softmax",
 ) -> tuple[Array, Array, Array, Array, Array, Array]:
     """(dq, dk, dv, dw_q, dw_k, dfactor), each of the shape of its input, for dy [B, H, T, D]."""
     batch, heads, steps, width = q.shape
     groups, scale = k.shape[1], 1 / math.sqrt(width)
-    phi_q, phi_k = feature_map_forward(q, w_q), feature_map_forward(k, w_k)
+    phi_q, phi_k = (feature_map_forward(x, w, feature_map) for x, w in ((q, w_q), (k, w_k)))
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
     inside, before = _masks(batch, steps, window, sinks, reset)
     near, far, z = _weights(q, keys, phi_q, phi_k, factor, inside, before)
@@ -103,6 +105,6 @@ def lolcats_backward(
     np.put_along_axis(dz, largest, np.take_along_axis(dz, largest, -1) - moved[..., None], -1)
     dq, dk = scale * dz @ keys, sum_heads(scale * dz.swapaxes(2, 3) @ q, groups)
     dfar = before * dweights
-    dq_far, dw_q = feature_map_backward(dfar @ phi_k, q, w_q)
-    dk_far, dw_k = feature_map_backward(dfar.swapaxes(2, 3) @ phi_q, k, w_k)
+    dq_far, dw_q = feature_map_backward(dfar @ phi_k, q, w_q, feature_map)
+    dk_far, dw_k = feature_map_backward(dfar.swapaxes(2, 3) @ phi_q, k, w_k, feature_map)
     return dq + dq_far, dk + dk_far, sum_heads(dv, groups), dw_q, dw_k, dfactor

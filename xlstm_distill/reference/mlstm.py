@@ -173,9 +173,10 @@ def mapped_mlstm_forward(
     form: str = "chunkwise",
     chunk: int = 64,
     reset: Array | None = None,
+    feature_map: str = "softmax",
 ) -> tuple[Array, State]:
     """`mlstm_forward` of the features of q [B, H, T, D] under w_q, of k [B, G, T, D] under w_k."""
-    phi_q, phi_k = feature_map_forward(q, w_q), feature_map_forward(k, w_k)
+    phi_q, phi_k = (feature_map_forward(x, w, feature_map) for x, w in ((q, w_q), (k, w_k)))
     return mlstm_forward(phi_q, phi_k, v, i, f, state, normalizer, scale, form, chunk, reset)
 
 
