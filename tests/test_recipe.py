@@ -82,6 +82,7 @@ def changed(path: str, value) -> dict:
         ),
         ("student.sinks", -1, "student.sinks"),
         ("student.mixer", "magic", "student.mixer"),
+        ("student.feature_map", "relu", "student.feature_map: Input should be 'softmax' or 'elu'"),
         ("student", {"mixer": "lolcats", "window": None}, "student: mixer lolcats needs a window"),
         ("student.keep_attention", "none", "student.keep_attention: expected a list of layers, or"),
         ("student.keep_attention", [0, "1"], "student.keep_attention: expected a list of layers"),

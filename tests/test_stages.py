@@ -85,6 +85,9 @@ def test_linearize_starts_max_above_its_floor(teacher):
     student = student_of(teacher, normalizer="max")
     bias = student.params["model.layers.0.mixer.i_proj.bias"]
     assert np.allclose(bias, 1.5 * np.log(16))
+    student = student_of(teacher, normalizer="max", feature_map="elu")  # q.n is not small there
+    assert not student.params["model.layers.0.mixer.i_proj.bias"].any()
+    assert {m.feature_map for m in student.config.mixers} == {"elu"}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,7 @@ def test_linearize_starts_max_above_its_floor(teacher):
         ({"window": 0}, "window must be at least 1"),
         ({"sinks": -1}, "sinks must be at least 0"),
         ({"mixer": "magic"}, "student: mixer"),
+        ({"feature_map": "relu"}, "student: feature_map"),
         ({"keep_attention": [2]}, "layer 2 is outside 0..1"),
     ],
 )

@@ -35,6 +35,7 @@ def linearize(
     mixer: Literal["hybrid", "mlstm", "linear", "window", "lolcats"] = "hybrid",
     gate: Literal["data", "fixed"] = "data",
     normalizer: Literal["ratio", "max"] = "ratio",
+    feature_map: Literal["softmax", "elu"] = "softmax",
     keep_attention: KeptLayers = (),
 ) -> Source:
     """A student with `model`'s weights in which `mixer` takes the place of softmax attention; it
@@ -45,8 +46,9 @@ def linearize(
     attention; with "all" the student is a copy of the teacher, a control that can be trained as
     students are. A layer that had a window of its own gets the smaller of the two. New parameters
     (paper.md 1.2): feature maps are the identity, gate weights 0, b_f = 6, b_og = -3, b_i = 0
-    (log D^1.5 under `max`, below which that normaliser's floor silences the branch). `lolcats`
-    needs a window; as published it has no sinks and a window's factor of 0.1 at the start.
+    (log D^1.5 under `max` with softmax features, below which that normaliser's floor silences the
+    branch). `lolcats` needs a window; as published it has no sinks and a window's factor of 0.1 at
+    the start.
 
     A checkpoint gives a checkpoint, whose tensors are read or made when they are asked for: memory
     for one tensor, where a model is held whole.
@@ -59,6 +61,7 @@ def linearize(
         "sinks": sinks,
         "gate": gate,
         "normalizer": normalizer,
+        "feature_map": feature_map,
     }
     if isinstance(model, Model) and model.params.packed:
         raise UserError(
@@ -71,7 +74,8 @@ def linearize(
         "linearize": {**choice, "keep_attention": _kept(model.config, keep_attention)},
     }
     source = f"student of {model.source}" if model.source else ""
-    start = partial(_start, head_dim=config.head_dim, normalizer=normalizer)
+    bias = input_bias(config.head_dim, normalizer, feature_map)
+    start = partial(_start, input_bias=bias)
     if isinstance(model, Checkpoint):
         made = {
             name: TensorSource(shape, partial(start, name, shape), source)
@@ -133,7 +137,7 @@ def _narrowed(wanted: MixerConfig, own: int | None) -> MixerConfig:
     return wanted.model_copy(update={"window": own})
 
 
-def _start(name: str, shape: Shape, head_dim: int, normalizer: str) -> NDArray[Any]:
+def _start(name: str, shape: Shape, input_bias: float) -> NDArray[Any]:
     """The start value of a new parameter; feature maps are [heads, head_dim, head_dim]."""
     value: Any = 0.0
     if name.endswith((".map_q", ".map_k")):
@@ -144,14 +148,16 @@ def _start(name: str, shape: Shape, head_dim: int, normalizer: str) -> NDArray[A
         value = GATE_BIAS
     elif name.endswith(".window_factor"):
         value = WINDOW_FACTOR
-    elif name.endswith(".i_proj.bias") and normalizer == "max":
-        value = input_bias_for_max(head_dim)
+    elif name.endswith(".i_proj.bias"):
+        value = input_bias
     return np.full(shape, value)
 
 
-def input_bias_for_max(head_dim: int) -> float:
-    """log D^1.5: the input bias below which the floor of the `max` normaliser is active.
+def input_bias(head_dim: int, normalizer: str, feature_map: str) -> float:
+    """b_i at the start: log D^1.5 under `max` with softmax features, else 0.
 
-    With softmax features q.n is near 1/D, divided again by sqrt(D) (docs/math/mlstm.md).
+    It is the bias below which the floor of that normaliser is active: with softmax features q.n is
+    near 1/D, divided again by sqrt(D) (docs/math/mlstm.md). Features of elu are near 1 each: there
+    q.n is sqrt(D) after a token, above the floor.
     """
-    return 1.5 * math.log(head_dim)
+    return 1.5 * math.log(head_dim) if (normalizer, feature_map) == ("max", "softmax") else 0.0

@@ -54,6 +54,7 @@ class StudentSection(_Section):
     sinks: int = Field(default=4, ge=0)
     gate: Literal["data", "fixed"] = "data"
     normalizer: Literal["ratio", "max"] = "ratio"
+    feature_map: Literal["softmax", "elu"] = "softmax"
     keep_attention: list[int] | Literal["all"] = Field(default_factory=list)
 
     @field_validator("keep_attention", mode="before")
