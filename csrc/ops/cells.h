@@ -85,8 +85,8 @@ xl_status xl_attention_step(xl_ctx *ctx, const xl_attn *a, xl_heads o, real *log
 
 /* ---- feature_map.c ------------------------------------------------------------------------ */
 
-/* phi of z: softmax: (softmax(z) + c/D) / (1 + c); elu, each entry by itself: elu(z) + 1 + c/D. c = 1e-6,
- * so that none is below c/D (1 + c) and phi(q).phi(k) is never 0. */
+/* phi of z: softmax: (softmax(z) + c/D) / (1 + c); elu, each entry by itself: elu(z) + 1 + c/D. c = 1e-6:
+ * none is below c / (D (1 + c)) and phi(q).phi(k) is never 0. */
 typedef enum { XL_MAP_SOFTMAX = 0, XL_MAP_ELU = 1 } xl_map_form;
 
 /* phi of z = x_g w_h (z_j = sum_i x_i w[h,i,j]).

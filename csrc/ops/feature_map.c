@@ -6,7 +6,7 @@
 
 #define BLOCK 126          /* steps of a task: whole tiles of every kernel */
 #define FLOOR ((real)1e-6) /* total of what is added to the features: phi(q).phi(k) is never 0 */
-#define SHARE(D) (FLOOR / (real)(D))
+#define SHARE(D) (FLOOR / (real)(D)) /* of one feature */
 
 typedef struct {
     real *dz; /* [BLOCK, D] */
