@@ -1,18 +1,22 @@
 """Trackers: every step of log.jsonl once, whatever was stopped; nothing where a package is missing.
 
-TensorBoard's event files are read back. Weights & Biases is not installed here: a small module in
-its place records what is called, so only the sequence of calls is tested.
+TensorBoard's event files and the files of offline runs of Weights & Biases are read back. Where
+wandb would go online a small module stands in its place.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
+import os
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,63 +157,112 @@ def test_trackers_change_no_bit_of_a_result(values, tmp_path):
 # ---- Weights & Biases ---------------------------------------------------------------------------
 
 
-class FakeRun:
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings, self.defined, self.lines = settings, [], []
-        self.finished = False
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The real wandb as one finds it who set nothing."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    wandb = importlib.import_module("wandb")
+    yield
+    wandb.teardown()  # its service, and the settings of the process
 
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self.defined.append((name, step_metric))
 
-    def log(self, values: dict[str, float]) -> None:
-        assert not self.finished
-        self.lines.append(values)
+def sent(part: Path) -> Iterator[Any]:
+    """The records that wandb keeps of an offline run: LevelDB's log format behind 7 bytes, in
+    blocks of 32 KiB; a record may come in several parts."""
+    pb2 = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    (file,) = part.glob("run-*.wandb")
+    content, record, at = file.read_bytes(), b"", 7
+    while at < len(content):
+        if (rest := -at % (1 << 15)) < 7:
+            at += rest
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, at)
+        record, at = record + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield pb2.Record.FromString(record)
+            record = b""
 
-    def finish(self) -> None:
-        self.finished = True
+
+def test_wandb_has_each_step_of_the_log_once(values, tmp_path, offline, monkeypatch):
+    out = tmp_path / "out"
+    close = trackers.Wandb.close
+
+    def closed(tracker: trackers.Wandb) -> None:
+        close(tracker)
+        time.sleep(1)  # parts are named by the second; a command takes longer to start
+
+    monkeypatch.setattr(trackers.Wandb, "close", closed)
+    stopped_and_continued(make_recipe({**values, "trackers": ["wandb"]}), out)
+    parts = sorted(out.glob("wandb/offline-run-*"))
+    records = [record for part in parts for record in sent(part)]
+    runs = [r.run for r in records if r.HasField("run")]
+    assert len(parts) == 3 and {r.run_id for r in runs} == {(out / "wandb/run-id").read_text()}
+    for r in runs:
+        assert (r.project, r.display_name) == ("xlstm_distill", "tiny: out")
+        assert {c.key: c.value_json for c in r.config.update}["seed"] == "3"
+    lines = []
+    for r in (r.history for r in records if r.HasField("history")):
+        line = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.item}
+        lines.append({key: value for key, value in line.items() if key[0] != "_"})  # not its own
+    with RunDirectory(out) as directory:
+        for stage in STAGES:
+            group = "/".join(stage.split())
+            expected = [
+                {f"{group}/{key}": value for key, value in [("step", m["step"]), *scalars(m)]}
+                for m in directory.steps(stage)
+            ]
+            found = [line for line in lines if f"{group}/step" in line]
+            for line in [*expected, *found]:  # steps that were done twice took other times
+                for key in ("seconds", "tokens_per_second"):
+                    line.pop(f"{group}/{key}", None)
+            assert found == expected and expected, stage
+    assert any("align/layers/01" in line and "align/loss" in line for line in lines)
+    defined = {(m.name or m.glob_name, m.step_metric) for m in (r.metric for r in records)}
+    assert {("align/step", ""), ("distill/notes/*", "distill/notes/step")} <= defined
+    run(make_recipe({**values, "trackers": ["wandb"]}), out, until="distill")
+    assert len([*out.glob("wandb/offline-run-*")]) == 3  # nothing was left to show
+
+
+def test_wandb_asks_for_no_host(tmp_path, offline):
+    """Nor does the package's own telemetry, which goes by other settings than the run's."""
+    code = (
+        "import socket, sys; from pathlib import Path\n"
+        "socket.getaddrinfo = lambda host, *_, **__: print('asked for', host, flush=True)\n"
+        "from xlstm_distill.trackers import Wandb\n"
+        "tracker = Wandb(Path(sys.argv[1]), 'title', {}); tracker.begin('align', [], 1)\n"
+        "tracker.step('align', {'step': 1, 'loss': 2.0}); tracker.end('align'); tracker.close()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "asked for" not in done.stdout and [*tmp_path.glob("wandb/offline-run-*")]
+
+
+def test_what_is_no_mode_of_wandb_is_one_line(tmp_path, offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(UserError, match=r"trackers: wandb: .*'onlin'"):
+        trackers.Wandb(tmp_path, "title", {})
 
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """The calls that a module in wandb's place got."""
-    runs: list[FakeRun] = []
+    """What a module in wandb's place is asked to open."""
+    asked: list[dict[str, Any]] = []
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.Error = type("Error", (Exception,), {})
-
-    def init(**settings: Any) -> FakeRun:
-        runs.append(FakeRun(settings))
-        return runs[-1]
-
-    module.init = init
+    module.Settings = dict
+    module.setup = lambda settings: None
+    module.init = lambda **settings: asked.append(settings)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    return runs
-
-
-def test_wandb_gets_each_step_once(values, tmp_path, wandb, monkeypatch):
-    out = tmp_path / "out"
-    stopped_and_continued(make_recipe({**values, "trackers": ["wandb"]}), out)
-    assert len(wandb) == 3 and all(r.finished for r in wandb)
-    assert {r.settings["id"] for r in wandb} == {(out / "wandb" / "run-id").read_text()}
-    for settings in (r.settings for r in wandb):
-        assert settings["mode"] == "offline" and settings["resume"] == "allow"
-        assert settings["dir"] == str(out) and settings["config"]["seed"] == 3
-    lines = [line for r in wandb for line in r.lines]
-    with RunDirectory(out) as directory:
-        for stage in STAGES:
-            group = stage.replace(" ", "/")
-            steps = [x[f"{group}/step"] for x in lines if f"{group}/step" in x]
-            assert steps == [m["step"] for m in directory.steps(stage)], stage
-    assert (("align/step", None) in wandb[0].defined) and (
-        ("distill/notes/*", "distill/notes/step") in wandb[-1].defined
-    )
-    assert any("align/layers/01" in line and "align/loss" in line for line in lines)
-    run(make_recipe({**values, "trackers": ["wandb"]}), out, until="distill")
-    assert len(wandb) == 3  # nothing was left to show
     monkeypatch.setenv("WANDB_MODE", "online")
-    trackers.Wandb(out, "title", {})
-    assert wandb[-1].settings["mode"] == "online"
+    return asked
+
+
+def test_wandb_goes_online_where_it_is_told_to(tmp_path, wandb):
+    trackers.Wandb(tmp_path, "title", {})
+    assert wandb[0]["mode"] == "online" and wandb[0]["resume"] == "allow"
 
 
 def test_wandb_that_does_not_open_is_one_line(tmp_path, wandb, monkeypatch):

@@ -168,17 +168,21 @@ class Wandb:
         file = run / "wandb" / "run-id"
         if not file.is_file():
             write_text(file, secrets.token_hex(8))
+        mode = os.environ.get("WANDB_MODE", "offline")
         try:
+            # What init is told holds for the run alone: the package's own telemetry goes by the
+            # settings of the process, and looked up its server beside runs that were offline.
+            wandb.setup(settings=wandb.Settings(mode=mode))
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "xlstm_distill"),
                 name=f"{title}: {run.resolve().name}",
                 id=file.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=str(run),
-                mode=os.environ.get("WANDB_MODE", "offline"),
+                mode=mode,
                 config=dict(recipe),
             )
-        except wandb.Error as error:
+        except (wandb.Error, ValueError) as error:  # ValueError: of a mode that is none
             raise UserError(f"trackers: wandb: {error}; WANDB_MODE=offline needs no one") from None
         self._sent: dict[str, int] = {}
 
