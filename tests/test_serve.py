@@ -374,6 +374,18 @@ def test_what_would_change_the_answer_is_refused(path, key, value):
     refused(400, f"{key}: only {only} is served", path, {**body, key: value})
 
 
+def test_models_are_listed_and_told_one_by_one():
+    async def work() -> list[tuple[int, bytes]]:
+        async with served() as server:
+            paths = ("/v1/models", "/v1/models/tiny", "/v1/models/a/b")
+            return [await send(server, path) for path in paths]
+
+    (_, many), (_, one), (status, other) = asyncio.run(work())
+    assert json.loads(many) == {"object": "list", "data": [json.loads(one)]}
+    assert json.loads(one)["id"] == "tiny" and json.loads(one)["object"] == "model"
+    assert status == 404 and "'a/b' is not served here; 'tiny' is" in other.decode()
+
+
 # ---- many clients -------------------------------------------------------------------------------
 
 

@@ -478,6 +478,7 @@ class Server:
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
+                Route("/v1/models/{model:path}", self._one_model),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
             ],
@@ -500,9 +501,20 @@ class Server:
         with contextlib.suppress(asyncio.CancelledError):
             await work
 
-    async def _models(self, _request: Request) -> Response:
+    def _facts(self) -> Json:
         facts = {"object": "model", "created": self._started, "owned_by": "xlstm_distill"}
-        return JSONResponse({"object": "list", "data": [{"id": self.name, **facts}]})
+        return {"id": self.name, **facts}
+
+    async def _models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._facts()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        self._is_served(request.path_params["model"])
+        return JSONResponse(self._facts())
+
+    def _is_served(self, model: str) -> None:
+        if model != self.name:
+            raise _RefusedError(404, f"model {model!r} is not served here; {self.name!r} is")
 
     async def _completions(self, request: Request) -> Response:
         wanted = validated(CompletionRequest, await _body(request), "request")
@@ -519,8 +531,7 @@ class Server:
     async def _answer(
         self, request: Request, wanted: CompletionRequest | ChatRequest, new: int | None
     ) -> Response:
-        if wanted.model != self.name:
-            raise _RefusedError(404, f"model {wanted.model!r} is not served here; {self.name!r} is")
+        self._is_served(wanted.model)
         stops = StopStrings(self.tokenizer, wanted.stops())
         seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
         prompts = [p for p in wanted.prompts(self.tokenizer) for _ in range(wanted.n)]
