@@ -180,8 +180,16 @@ def test_a_group_has_the_mean_over_all_documents(requests, variant):
         samples = [sample for task in within for sample in out["samples"][f"{task}{variant}"]]
         for metric in metrics:
             values = [sample[metric] for sample in samples]
-            assert out["results"][group][f"{metric},none"] == pytest.approx(np.mean(values))
-            stderr = np.std(values, ddof=1) / np.sqrt(len(values))
+            mean, n = np.mean(values), len(values)
+            assert out["results"][group][f"{metric},none"] == pytest.approx(mean)
+            # Questions on one passage count as one unit.
+            units: dict[Any, float] = {}
+            for number, sample in enumerate(samples):
+                unit = sample.get("passage", number)
+                units[unit] = units.get(unit, 0.0) + sample[metric] - mean
+            assert len(units) < n or group != f"mmlu{variant}"
+            square = sum(total**2 for total in units.values())
+            stderr = np.sqrt(len(units) / (len(units) - 1) * square) / n
             assert out["results"][group][f"{metric}_stderr,none"] == pytest.approx(stderr)
         assert out["results"][group]["alias"] == group
         directions = {**dict.fromkeys(metrics, True), "bits_per_byte": False}

@@ -296,3 +296,24 @@ def test_what_is_detectable_is_found_in_eight_of_ten_cases():
     assert detectable(*paired_draws([same, same], 100, rng), 1 / 50) == pytest.approx(
         2.8 / 50, 1e-3
     )
+
+
+@pytest.mark.parametrize("exponential", [False, True])
+def test_the_standard_error_of_a_score_is_that_of_its_draws(exponential):
+    """Passages of one to five documents that are hard together; taken for independent, the same
+    documents have a smaller error."""
+    rng = np.random.default_rng(8)
+    passages = np.repeat(np.arange(300), rng.integers(1, 6, 300))
+    size = rng.integers(5, 50, len(passages)).astype(float)
+    values = size * (0.7 + 0.2 * rng.normal(size=300)[passages] + 0.1 * rng.normal(size=len(size)))
+    one = outcomes(values, size, passages, exponential=exponential)
+    (draws,) = paired_draws([one], 20_000, rng)
+    assert one.stderr == pytest.approx(draws.std(), rel=0.03)
+    assert outcomes(values, size, exponential=exponential).stderr < 0.8 * one.stderr
+
+
+def test_the_standard_error_of_independent_answers_is_the_usual_one():
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert outcomes(values).stderr == pytest.approx(np.std(values, ddof=1) / math.sqrt(5))
+    assert outcomes(values, passages=["one"] * 5).stderr == outcomes(values).stderr
+    assert outcomes([1.0]).stderr == 0

@@ -47,7 +47,8 @@ _PREFERRED = (
     "perplexity",
 )
 """Which metric stands for a task that has several."""
-_LIKELIHOOD = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "nll")
+LIKELIHOOD = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "nll")
+"""Metrics of the kind "likelihood"."""
 _EXPONENTIAL = ("byte_perplexity", "word_perplexity", "perplexity")
 _ERROR = ("brier_score", "ter", "wer", "cer", "mae", "mse")
 _CHOICE = ("acc", "acc_norm", "acc_mutual_info")
@@ -159,12 +160,12 @@ def _count(value: Any, what: str) -> int:
 def _kind(metric: str, more_is_better: Any, where: str) -> str:
     name = metric.partition(",")[0]
     if more_is_better is _ABSENT:
-        more_is_better = name not in (*_LIKELIHOOD, *_ERROR)
+        more_is_better = name not in (*LIKELIHOOD, *_ERROR)
     if not isinstance(more_is_better, bool):
         raise UserError(f"{where}: higher_is_better of {name} is {short(more_is_better)}")
     if more_is_better:
         return "accuracy"
-    return "likelihood" if name in ("", *_LIKELIHOOD) else "error"
+    return "likelihood" if name in ("", *LIKELIHOOD) else "error"
 
 
 # ---- any source ---------------------------------------------------------------------------------
@@ -303,7 +304,8 @@ def _of_results(
             continue
         leaves = _leaves(task, subtasks)
         score = _task_score(results, task, metric, directions, leaves, what)
-        outcomes = _outcomes(results, leaves, metric, where)
+        samples = {leaf: _samples(results, leaf, where) for leaf in leaves}
+        outcomes = outcomes_of(samples, metric, where)
         if outcomes is not None and not math.isclose(
             outcomes.score, float(score.value), rel_tol=_SAME, abs_tol=_SAME
         ):
@@ -522,14 +524,17 @@ def _choices(sample: Mapping[str, Any]) -> int:
     return count if isinstance(count, int) else 0
 
 
-def _outcomes(
-    results: Mapping[str, Any], leaves: Sequence[str], metric: str, where: str
+def outcomes_of(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, where: str
 ) -> Outcomes | None:
-    """What the samples say; None where there are none, or none of this metric."""
+    """What the samples of some tasks say; None where one has none, or none of this metric.
+
+    metric: with or without filter. where: opens error messages. Raises UserError for samples that
+    are damaged.
+    """
     name, _, chosen = metric.partition(",")
     found: dict[Any, tuple[Any, float, float]] = {}
-    for leaf in leaves:
-        rows = _samples(results, leaf, where)
+    for leaf, rows in samples.items():
         if not rows:
             return None
         for row in rows:
@@ -567,10 +572,10 @@ def _sample_value(sample: Mapping[str, Any], name: str) -> tuple[float, float] |
     size: Any = 1
     if name == "bits_per_byte" and "loglikelihood" in sample:
         value, size = sample["loglikelihood"], sample.get("bytes")
-    elif name in _LIKELIHOOD and isinstance(value, list) and len(value) == 2:
+    elif name in LIKELIHOOD and isinstance(value, list) and len(value) == 2:
         value, size = value
     if not isinstance(value, int | float) or not isinstance(size, int | float):
         return None
-    if name not in _LIKELIHOOD:
+    if name not in LIKELIHOOD:
         return float(value), 1.0
     return -float(value) / (math.log(2) if name == "bits_per_byte" else 1.0), float(size)

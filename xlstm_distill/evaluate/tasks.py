@@ -52,6 +52,7 @@ from .names import (
 )
 from .needle import needle
 from .results import passage_of
+from .scores import LIKELIHOOD, outcomes_of
 from .unfinished import Unfinished
 
 Logp = NDArray[Any]
@@ -363,8 +364,9 @@ def evaluate(
                 progress(task.name, len(samples), total)
         metrics = _metrics(task)
         out["versions"][task.name] = task.config.get("task_config", {}).get("version", 0)
-        out["results"][task.name] = {"alias": task.name, **_aggregate(metrics, samples)}
-        out["higher_is_better"][task.name] = {m: m != "bits_per_byte" for m in metrics}
+        results = _aggregate(metrics, {task.name: samples})
+        out["results"][task.name] = {"alias": task.name, **results}
+        out["higher_is_better"][task.name] = {m: m not in LIKELIHOOD for m in metrics}
         out["n-samples"][task.name] = {"original": original, "effective": total}
         out["n-shot"][task.name] = task.shots
         out["configs"][task.name] = config
@@ -372,8 +374,8 @@ def evaluate(
     for group in out["group_subtasks"]:
         subjects = expand_tasks([group])
         directions = out["higher_is_better"][subjects[0]]
-        samples = [sample for subject in subjects for sample in out["samples"][subject]]
-        out["results"][group] = {"alias": group, **_aggregate(list(directions), samples)}
+        inside = {subject: out["samples"][subject] for subject in subjects}
+        out["results"][group] = {"alias": group, **_aggregate(list(directions), inside)}
         out["higher_is_better"][group] = directions
     return out
 
@@ -579,26 +581,17 @@ def _bits(document: Document, found: list[tuple[float, int]]) -> Sample:
     }
 
 
-def _aggregate(metrics: Sequence[str], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Metrics over documents with their standard errors (of a ratio for bits per byte)."""
-    n = len(samples)
+def _aggregate(
+    metrics: Sequence[str], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, float]:
+    """Metrics over the documents of all tasks in `samples`, with their standard errors."""
     out: dict[str, float] = {}
     for metric in metrics:
-        if metric == "bits_per_byte":
-            bits = np.array([-s["loglikelihood"] / math.log(2) for s in samples])
-            size = np.array([s["bytes"] for s in samples], dtype=np.float64)
-            value = float(bits.sum() / size.sum())
-            spread = (bits - value * size) / size.mean()
-        else:
-            spread = np.array([s[metric] for s in samples])
-            value = float(spread.sum() / n)
-        out[f"{metric},none"] = value
-        out[f"{metric}_stderr,none"] = _stderr(spread)
+        outcomes = outcomes_of(samples, metric, "evaluate")
+        assert outcomes is not None
+        out[f"{metric},none"] = outcomes.score
+        out[f"{metric}_stderr,none"] = outcomes.stderr
     return out
-
-
-def _stderr(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 # ---- text ---------------------------------------------------------------------------------------

@@ -59,6 +59,20 @@ class Outcomes:
         return float(_ratio(self.values.sum(), self.weights.sum(), self.exponential))
 
     @property
+    def stderr(self) -> float:
+        """Its standard error over units (of a ratio, linearised); 0 for one unit, which tells
+        nothing. Documents that ask about one passage are right and wrong together: taken for
+        independent, they would make it too small."""
+        n, score = self.units, self.score
+        if n < 2:
+            return 0.0
+        total = self.weights.sum()
+        rest = self.values - self.values.sum() / total * self.weights
+        units = np.bincount(_clusters(self.passages), rest)
+        error = math.sqrt(n / (n - 1) * float(units @ units)) / float(total)
+        return error * score if self.exponential else error
+
+    @property
     def right_or_wrong(self) -> bool:
         """Whether every document is one answer, right (1) or wrong (0)."""
         whole = bool((self.weights == 1).all()) and not self.exponential
