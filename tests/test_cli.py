@@ -216,18 +216,20 @@ def test_json_of_small_commands(capsys, root, tmp_path):
 def test_perplexity_is_that_of_the_scores(capsys, root, tmp_path):
     teacher = tiny_run.teacher()
     file = tmp_path / "a.txt"
-    file.write_text("".join(tiny_run.TEXT))
-    ids = [*teacher.tokenizer.encode("".join(tiny_run.TEXT)), 0]
-    total = count = 0.0
-    for at in range(0, len(ids), 50):
-        piece = ids[at : at + 50]
-        if len(piece) > 1:
-            total -= float(teacher.score([piece]).sum())
-            count += len(piece) - 1
+    text = "".join(tiny_run.TEXT)
+    file.write_text(text)
+    ids = [teacher.tokenizer.start_id, *teacher.tokenizer.encode(text)]
+    total = 0.0
+    for begin in range(0, len(ids) - 1, 50):
+        end = min(begin + 50, len(ids) - 1)
+        window = ids[max(0, end - 50) : end + 1]
+        total -= float(teacher.score([window])[0, begin - end :].sum())
     arguments = ["perplexity", root / "teacher", "--data", file, "--context", 50]
     found = json_of(capsys, *arguments)
-    assert found["tokens"] == count
-    assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert found["tokens"] == len(ids) - 1 > 100 and found["documents"] == 1
+    assert found["perplexity"] == pytest.approx(np.exp(total / (len(ids) - 1)), rel=1e-4)
+    size = len(text.encode())
+    assert found["bits_per_byte"] == pytest.approx(total / np.log(2) / size, rel=1e-4)
     status, out, _ = call(capsys, *arguments)
     assert status == 0 and "perplexity" in out
     fails(capsys, 2, "--context 1", *arguments[:-1], 1)

@@ -162,7 +162,8 @@ def _add_evaluation(add: _Add) -> None:
         "--tasks",
         type=_listed,
         action="extend",
-        help="comma-separated: squad, arc_easy:rc_0shot, mt_mbpp_*, *:mc_5shot, mmlu_stem, vt:512",
+        help="comma-separated: squad, arc_easy:rc_0shot, mt_mbpp_*, *:mc_5shot, mmlu_stem, vt:512, "
+        "perplexity:FILE",
     )
     which.add_argument("--suite", choices=list(commands.SUITES), help="tasks that go together")
     p.add_argument("--lengths", metavar="N,N", help="lengths of the suite's needle tasks, tokens")
@@ -170,6 +171,12 @@ def _add_evaluation(add: _Add) -> None:
         "--teacher", metavar="MODEL", help="also measure fidelity to it, on passages of the tasks"
     )
     p.add_argument("--haystack", metavar="FILE", help="text to hide needles in")
+    p.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="longest input of request sets, windows of text, tokens (default: the model's)",
+    )
     p.add_argument("--out", required=True, help="results file (JSON)")
     p.add_argument("--limit", type=int, help="at most so many documents a task")
     p.add_argument("--seed", type=int, default=0, help="chooses the documents")

@@ -41,6 +41,7 @@ from .evaluate.fidelity import windows_of
 from .evaluate.names import FEEL_THE_WINDOW, expand_tasks
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
+from .evaluate.perplexity import PERPLEXITY
 from .evaluate.tasks import PASSAGE_TASKS, open_task, read_tokens
 from .inside import median_gates
 from .merge import merge as merge_models
@@ -65,7 +66,6 @@ _COMPUTE: dict[str, Compute] = {
     "bfloat16": "bf16",
     "int8": "int8",
 }
-_ROWS_AT_ONCE = 4
 
 
 def _say(arguments: Arguments, text: str) -> None:
@@ -318,46 +318,26 @@ def serve(arguments: Arguments) -> Result:
 
 
 def perplexity(arguments: Arguments) -> Result:
-    """exp of the mean negative log-likelihood of files, documents cut into windows of `context`."""
+    """What `evaluate` finds of files, a token and over all of them; nothing is written."""
     if arguments.context < 2:
         raise UserError(f"--context {arguments.context}: expected at least 2", usage=True)
+    names = expand_tasks([f"{PERPLEXITY}:{file}" for file in arguments.data])
     model = _load(arguments)
-    if model.tokenizer is None:
-        raise UserError(f"{arguments.model}: holds no tokenizer")
-    data = TokenData.from_files(arguments.data, model.tokenizer)
-    total, count = 0.0, 0
-    pieces = _windows(data, arguments.context)
-    with Reporter(quiet=arguments.json).bar("perplexity") as update:
-        for start in range(0, len(pieces), _ROWS_AT_ONCE):
-            some = pieces[start : start + _ROWS_AT_ONCE]
-            lengths = np.array([len(p) for p in some])
-            ids = np.zeros((len(some), int(lengths.max())), dtype=np.int32)
-            for row, piece in enumerate(some):
-                ids[row, : len(piece)] = piece
-            total -= float(model.score(ids, lengths=lengths).sum(dtype=np.float64))
-            count += int((lengths - 1).sum())
-            update({"step": start + len(some), "steps": len(pieces)})
+    with Reporter(quiet=arguments.json).in_turn(names) as progress:
+        results = evaluate_model(model, names, max_length=arguments.context, progress=progress)
+    samples = [sample for of in results["samples"].values() for sample in of]
+    totals = {what: sum(s[what] for s in samples) for what in ("loglikelihood", "tokens", "bytes")}
+    nll = -totals["loglikelihood"] / totals["tokens"]
     found = {
-        "perplexity": math.exp(total / count),
-        "nll": total / count,
-        "tokens": count,
-        "documents": data.documents,
+        "perplexity": math.exp(nll),
+        "nll": nll,
+        "bits_per_byte": -totals["loglikelihood"] / (totals["bytes"] * math.log(2)),
+        "tokens": totals["tokens"],
+        "documents": len(samples),
         "context": arguments.context,
     }
     _facts(arguments, found)
     return found
-
-
-def _windows(data: TokenData, context: int) -> list[Any]:
-    """Pieces of at most `context` tokens; each has at least one next token."""
-    pieces = []
-    for index in range(data.documents):
-        ids = data.document(index)
-        cut = [ids[at : at + context] for at in range(0, len(ids), context)]
-        pieces += [piece for piece in cut if len(piece) > 1]
-    if not pieces:
-        raise UserError(f"{data.where}: no document has two tokens; add text")
-    return pieces
 
 
 def merge(arguments: Arguments) -> Result:
@@ -435,6 +415,7 @@ def evaluate(arguments: Arguments) -> Result:
             named,
             limit=arguments.limit,
             seed=arguments.seed,
+            max_length=arguments.max_length,
             haystack=arguments.haystack,
             unfinished=unfinished,
             progress=progress,

@@ -11,6 +11,7 @@ names          names of tasks: request sets, their variants, patterns
 tasks          request sets: multiple choice, bits per byte; evaluate
 mmlu           MMLU's subjects and categories, read into the form of request sets
 needle         needles in haystacks, made on the spot
+perplexity     perplexity of text files, windows as lm-evaluation-harness cuts them
 gsm8k          its questions with written answers; generation.py has them written and scored
 fidelity       KL, agreement and perplexity by position, with paired intervals
 divergence     tails of the KL, and KL by distance of what is needed

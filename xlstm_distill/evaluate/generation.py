@@ -129,6 +129,15 @@ def _batches(
         yield task.count, batch
 
 
+def start_id(tokenizer: ScoringTokenizer) -> int:
+    """The token that stands where nothing does: the beginning- or end-of-text token. UserError
+    where there is neither."""
+    for token in (tokenizer.bos_id, *tokenizer.eos_ids):
+        if token is not None:
+            return token
+    raise UserError("an empty context needs a beginning- or end-of-text token")
+
+
 def prompt_ids(tokenizer: ScoringTokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt, behind the beginning-of-text token if the model wants one."""
     ids = tokenizer.encode(prompt, special=False)

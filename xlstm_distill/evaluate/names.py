@@ -8,7 +8,7 @@ boolq and socialiqa are.
 
 Subjects of MMLU (mmlu.py) are tasks like request sets, a group of them, such as "mmlu_stem", stands
 for all of its subjects. Of patterns only those that begin with "mmlu" take subjects: others are
-over request sets, or needles.
+over request sets, or needles. Behind "perplexity:" stands a path, which is no pattern.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from . import mmlu
 from .gsm8k import GSM8K
 from .needle import TASKS as NEEDLES
 from .needle import check_length, is_needle
+from .perplexity import PERPLEXITY
 
 REQUESTS = "requests.jsonl.gz"
 """The file of a variant's requests, in SET/VARIANT of the directory of request sets."""
@@ -123,11 +124,11 @@ teacher, which on multiple choice it often is not."""
 
 
 def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> list[str]:
-    """Task names as results have them, each once, and groups of MMLU's subjects expanded ("mmlu",
-    "mmlu_stem:mc_5shot") as well as `*` patterns: over all request sets in their default variants
-    ("mt_mbpp_*"), over the variants that lie in `requests` (as for `load_task`; "*:mc_5shot"), over
-    subjects ("mmlu_*", "mmlu_*:mc_5shot") or, with a length, over needle.py's tasks
-    ("niah_*:4096").
+    """Task names as results have them, each once, text by its path ("perplexity:a.txt"), and groups
+    of MMLU's subjects expanded ("mmlu", "mmlu_stem:mc_5shot") as well as `*` patterns: over all
+    request sets in their default variants ("mt_mbpp_*"), over the variants that lie in `requests`
+    (as for `load_task`; "*:mc_5shot"), over subjects ("mmlu_*", "mmlu_*:mc_5shot") or, with a
+    length, over needle.py's tasks ("niah_*:4096").
 
     Raises UserError for a pattern that matches nothing and, with the nearest names, for one that is
     not known (`check_name`).
@@ -136,7 +137,10 @@ def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> li
     for name in names:
         base, colon, variant = name.partition(":")
         needles = [f"{needle}{colon}{variant}" for needle in fnmatch.filter(NEEDLES, base)]
-        if is_needle(base) or (needles and variant.isdecimal()):
+        if base == PERPLEXITY:
+            _check_path(name)
+            matches = [name]
+        elif is_needle(base) or (needles and variant.isdecimal()):
             matches = needles
         elif base in mmlu.GROUPS and "*" not in variant:
             _check_variant(name)
@@ -220,17 +224,30 @@ def _check_variant(name: str) -> None:
         raise UserError(f"task {name!r}: {base} has the variants {there}", usage=True)
 
 
+def _check_path(name: str) -> None:
+    """UserError unless a path stands behind the colon."""
+    if not name.partition(":")[2]:
+        message = f"task {name!r}: expected a file or a directory, as in {PERPLEXITY}:FILE"
+        raise UserError(message, usage=True)
+
+
 def check_task(name: str) -> None:
-    """UserError unless `evaluate` may know `name`: as `check_name`, or a needle with its length."""
-    if source_of(name).requests is None:
+    """UserError unless a recipe may name the task: as `check_name`, or a needle with its length.
+    Text is none of them: a recipe holds its own text back (`held_out_tokens`)."""
+    source = source_of(name)
+    if source.requests is not None:
+        check_name(name)
+    elif source.written:
         check_length(name)
     else:
-        check_name(name)
+        message = f"task {name!r}: text is no task of a recipe; use `xlstm-distill evaluate`"
+        raise UserError(message, usage=True)
 
 
 class Source(NamedTuple):
     """What a task is made of. requests: the name of the request set that its documents come from,
-    None where they are made on the spot (needle.py). written: whether the model writes answers."""
+    None where they are made on the spot (needle.py) or are the user's text (perplexity.py).
+    written: whether the model writes answers."""
 
     requests: str | None
     written: bool
@@ -240,6 +257,8 @@ def source_of(name: str) -> Source:
     """What kind of task a name is; also of names that are not known, taken for request sets."""
     if is_needle(name):
         return Source(None, written=True)
+    if name.partition(":")[0] == PERPLEXITY:
+        return Source(None, written=False)
     if name == GSM8K:
         return Source("gsm8k", written=True)
     return Source(name, written=False)

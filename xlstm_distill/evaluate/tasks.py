@@ -2,8 +2,8 @@
 
 `packages.fetch("olmes")` gives a directory with one folder per task and, in it, one per variant
 (`arc_easy/rc_5shot/requests.jsonl.gz`): contexts with their few-shot examples, continuations, gold
-labels; `mmlu.py` makes the same of each subject of MMLU. For these a model needs a `scorer` only;
-tasks whose answers it writes are `needle.py`'s.
+labels; `mmlu.py` makes the same of each subject of MMLU. For these and for texts (`perplexity.py`)
+a model needs a `scorer` only; tasks whose answers it writes are `needle.py`'s.
 
 Metrics have the names of lm-evaluation-harness:
 
@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ from ..errors import UserError
 from ..json_files import read_json
 from ..scoring import Request, score_pairs
 from . import mmlu
-from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids
+from .generation import Questions, Sample, ScoringTokenizer, answers, prompt_ids, start_id
 from .gsm8k import gsm8k
 from .names import (
     DEFAULT_TASKS,
@@ -51,6 +51,7 @@ from .names import (
     source_of,
 )
 from .needle import needle
+from .perplexity import Texts, Whole, document_samples, scored_windows, texts, windows_of
 from .results import passage_of
 from .scores import LIKELIHOOD, outcomes_of
 from .unfinished import Unfinished
@@ -155,13 +156,17 @@ def open_task(
     seed: int = 0,
     requests: str | Path | None = None,
     haystack: str | Path | None = None,
-) -> Task | Questions:
-    """Whatever `evaluate` knows by a name: a request set, or questions whose answers are written.
+) -> Task | Questions | Texts:
+    """Whatever `evaluate` knows by a name: a request set, questions whose answers are written, or
+    text.
 
-    Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, and
-    for a length that is too short for its needles or longer than the haystack.
+    Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, for
+    a length that is too short for its needles or longer than the haystack, and for files that
+    cannot be read.
     """
     source = source_of(name)
+    if source.requests is None and not source.written:
+        return texts(name, tokenizer)
     if source.requests is None:
         return needle(name, tokenizer, limit=limit, seed=seed, haystack=haystack)
     task = load_task(source.requests, requests)
@@ -257,12 +262,7 @@ def encode_pair(
         rest = tokenizer.encode(continuation, special=False)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:
         first = [tokenizer.bos_id, *first]
-    if not first:
-        start = [*tokenizer.eos_ids] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        if not start:
-            raise UserError("an empty context needs a beginning- or end-of-text token")
-        first = start[:1]
-    return first, rest
+    return first or [start_id(tokenizer)], rest
 
 
 def _fit(context: list[int], longest: int, limit: int | None) -> list[int]:
@@ -294,18 +294,20 @@ def evaluate(
     """Score `model` on `tasks`; results in the form of lm-evaluation-harness.
 
     Names are those of request sets, of needle.py with a length ("niah_single_1:4096"), of mmlu.py's
-    subjects and groups of them, or "gsm8k:generate".
+    subjects and groups of them, "gsm8k:generate", or "perplexity:" with a text file or a directory.
     limit: at most so many documents a task (of a group: a subject), a subset fixed by `seed` and
     the task's name (a smaller limit takes a subset of a larger one's). max_length: longest context
     and continuation of request sets in tokens (default: the model's `max_position_embeddings`);
-    longer contexts lose their beginning. haystack: a text file to hide needles in. unfinished: a
-    directory that keeps the samples found so far; with it the same call goes on where a killed one
-    stopped, with the same results. progress(task, documents done, total) is called for every task
-    before its first batch, also where nothing is left to do, and behind each batch. The ranks of
-    `comm` take batches of documents in turns, with the same results.
+    longer contexts lose their beginning, and text is cut into windows of so many. haystack: a text
+    file to hide needles in. unfinished: a directory that keeps the samples found so far; with it
+    the same call goes on where a killed one stopped, with the same results. progress(task,
+    documents done, total), of text windows done, is called for every task before its first batch,
+    also where nothing is left to do, and behind each batch. The ranks of `comm` take batches of
+    documents in turns, with the same results.
 
     Returns `results` (task -> `acc,none`, `acc_norm,none`, `acc_mutual_info,none`,
-    `bits_per_byte,none`, `string_match_all,none`, `exact_match,none` and `..._stderr,none`),
+    `bits_per_byte,none`, `word_perplexity,none`, `byte_perplexity,none`, `string_match_all,none`,
+    `exact_match,none` and `..._stderr,none`, over passages where documents share some),
     `versions`, `higher_is_better`, `n-samples`, `n-shot`, `configs` (with the `chance` of guessing
     right), `config` (the model, as far as it knows itself, and the settings) and `samples` (task ->
     one mapping per document; documents that ask about one text have the same `passage`).
@@ -318,6 +320,8 @@ def evaluate(
         raise UserError(f"limit is {limit}, expected at least 1", usage=True)
     if seed < 0:
         raise UserError(f"seed is {seed}, expected at least 0", usage=True)
+    if max_length is not None and max_length < 1:
+        raise UserError(f"max_length is {max_length}, expected at least 1", usage=True)
     if getattr(model, "tokenizer", None) is None:
         raise UserError("evaluate: the model has no tokenizer")
 
@@ -345,32 +349,25 @@ def evaluate(
         "group_subtasks": groups_of(tasks),
     }
     for task in loaded:
-        documents = () if isinstance(task, Questions) else _subset(task, limit, seed)
-        config = _config(task, documents)
-        samples = comm.broadcast(kept.read(task.name, config) if kept is not None else [])
-        if isinstance(task, Questions):
-            total, original = task.count, task.original
-            batches = answers(model, task, len(samples), comm)
-        else:
-            total, original = len(documents), len(task.documents)
-            batches = _scored_samples(model, task, documents, len(samples), max_length, comm)
+        work = _work(model, task, limit, seed, max_length, comm)
+        parts = comm.broadcast(kept.read(task.name, work.config) if kept is not None else [])
         if progress is not None:
-            progress(task.name, len(samples), total)
-        for batch in batches:
+            progress(task.name, len(parts), work.steps)
+        for batch in work.batches(len(parts)):
             if kept is not None:
                 kept.add(task.name, batch)
-            samples += batch
+            parts += batch
             if progress is not None:
-                progress(task.name, len(samples), total)
+                progress(task.name, len(parts), work.steps)
         metrics = _metrics(task)
+        samples = out["samples"][task.name] = work.samples(parts)
         out["versions"][task.name] = task.config.get("task_config", {}).get("version", 0)
         results = _aggregate(metrics, {task.name: samples})
         out["results"][task.name] = {"alias": task.name, **results}
         out["higher_is_better"][task.name] = {m: m not in LIKELIHOOD for m in metrics}
-        out["n-samples"][task.name] = {"original": original, "effective": total}
+        out["n-samples"][task.name] = {"original": work.original, "effective": len(samples)}
         out["n-shot"][task.name] = task.shots
-        out["configs"][task.name] = config
-        out["samples"][task.name] = samples
+        out["configs"][task.name] = work.config
     for group in out["group_subtasks"]:
         subjects = expand_tasks([group])
         directions = out["higher_is_better"][subjects[0]]
@@ -390,30 +387,80 @@ def _measured(model: ScoringModel) -> dict[str, Any]:
     return found
 
 
-def _config(task: Task | Questions, documents: Sequence[Document]) -> dict[str, Any]:
-    facts: Mapping[str, Any]
+class _Work(NamedTuple):
+    """What there is to do for a task. config: of the results. original: documents that it has.
+    steps: parts to be found; batches(done): those behind the first `done`, a batch at a time;
+    samples(parts): what all of them come to, one for each document."""
+
+    config: dict[str, Any]
+    original: int
+    steps: int
+    batches: Callable[[int], Iterator[list[Sample]]]
+    samples: Callable[[list[Sample]], list[Sample]] = list
+
+
+def _work(
+    model: ScoringModel,
+    task: Task | Questions | Texts,
+    limit: int | None,
+    seed: int,
+    max_length: int | None,
+    comm: Communicator,
+) -> _Work:
     if isinstance(task, Questions):
-        kind, facts = "generate_until", task.config
-    else:
-        kind = "loglikelihood" if task.kind == "bpb" else "multiple_choice"
-        facts = {"request_set": task.config.get("task_hash")}
-        if task.kind != "bpb":
-            guesses = [1 / len(document.pairs) for document in documents]
-            facts = {**facts, "chance": math.fsum(guesses) / len(guesses)}
+        config = _config(task, "generate_until", task.config)
+        return _Work(
+            config, task.original, task.count, lambda done: answers(model, task, done, comm)
+        )
+    original = len(task.documents)
+    if isinstance(task, Texts):
+        whole = _subset(task, limit, seed)
+        windows = windows_of(model.tokenizer, whole, max_length)
+        return _Work(
+            _config(task, "loglikelihood_rolling", task.config),
+            original,
+            len(windows),
+            lambda done: scored_windows(model.scorer(()), windows[done:], comm),
+            lambda parts: document_samples(whole, parts),
+        )
+    documents = _subset(task, limit, seed)
+    facts: dict[str, Any] = {"request_set": task.config.get("task_hash")}
+    if task.kind != "bpb":
+        guesses = [1 / len(document.pairs) for document in documents]
+        facts["chance"] = math.fsum(guesses) / len(guesses)
+    return _Work(
+        _config(task, "loglikelihood" if task.kind == "bpb" else "multiple_choice", facts),
+        original,
+        len(documents),
+        lambda done: _scored_samples(model, task, documents, done, max_length, comm),
+    )
+
+
+def _config(
+    task: Task | Questions | Texts, output_type: str, facts: Mapping[str, Any]
+) -> dict[str, Any]:
     return {
         "task": task.name,
-        "output_type": kind,
+        "output_type": output_type,
         "num_fewshot": task.shots,
         "metric_list": [{"metric": metric} for metric in _metrics(task)],
         **facts,
     }
 
 
-def _metrics(task: Task | Questions) -> tuple[str, ...]:
+def _metrics(task: Task | Questions | Texts) -> tuple[str, ...]:
     return (task.metric, *task.also) if isinstance(task, Questions) else task.metrics
 
 
-def _subset(task: Task, limit: int | None, seed: int) -> list[Document]:
+@overload
+def _subset(task: Task, limit: int | None, seed: int) -> list[Document]: ...
+
+
+@overload
+def _subset(task: Texts, limit: int | None, seed: int) -> list[Whole]: ...
+
+
+def _subset(task: Task | Texts, limit: int | None, seed: int) -> Sequence[Any]:
     if limit is None or limit >= len(task.documents):
         return list(task.documents)
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
@@ -520,7 +567,7 @@ class ReadTokens(NamedTuple):
 
 
 def read_tokens(
-    tokenizer: ScoringTokenizer, task: Task | Questions, measured: int = 8
+    tokenizer: ScoringTokenizer, task: Task | Questions | Texts, measured: int = 8
 ) -> ReadTokens:
     """What scoring takes, from the first `measured` documents; answers count with all the tokens
     that they may have, like those that are read."""
@@ -528,6 +575,9 @@ def read_tokens(
         prompts = [task.question(n).prompt for n in range(min(measured, task.count))]
         sizes = [len(prompt_ids(tokenizer, p)) + task.max_new_tokens for p in prompts]
         return ReadTokens(0, float(np.mean(sizes)))
+    if isinstance(task, Texts):
+        windows = windows_of(tokenizer, task.documents[:measured], None)
+        return ReadTokens(0, float(np.mean([len(window.rest) for window in windows])))
     documents = task.documents[:measured]
     prefix = _shared_tokens(tokenizer, documents)
     new = [_new_tokens(_encoded(tokenizer, document, None), len(prefix)) for document in documents]
