@@ -97,6 +97,14 @@ def test_details_against_a_direct_computation(teacher, student, documents):
         assert part.kl == pytest.approx(kl[:, :-1][inside].mean(), **exact)
         assert part.nll == pytest.approx(-true[1][inside].mean(), **exact)
         assert part.teacher_nll == pytest.approx(-true[0][inside].mean(), **exact)
+        # Standard errors over windows: of sums over counts, linearised.
+        for values, stderr in (
+            (kl[:, :-1], part.kl_stderr),
+            (true[0] - true[1], part.nll_difference_stderr),
+        ):
+            rest = np.where(inside, values - values[inside].mean(), 0.0).sum(axis=1)
+            expected = math.sqrt(n / (n - 1) * (rest**2).sum()) / inside.sum()
+            assert stderr == pytest.approx(expected, **exact)
     assert sum(part.positions for part in got.by_distance) == ids[:, 1:].size
 
 
@@ -208,3 +216,6 @@ def test_the_window_suite(capsys, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "fidelity_student.json").read_text())
     assert set(found["divergence"]) == {"squad", "drop", "coqa"}
     assert found["divergence"]["coqa"]["kl"][0] > 0
+    few = ["--limit", "1", "--out", str(tmp_path / "results_few.json")]
+    assert main([*suite[:2], "--suite", "window", "--lengths", "2048", *few]) == 0
+    assert "hint: with --teacher MODEL also KL and perplexity" in capsys.readouterr().out

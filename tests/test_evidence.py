@@ -42,7 +42,8 @@ def test_the_page_shows_what_the_files_tell(compared):
     figures = {
         *("win_and_tie_accuracy", "win_and_tie_accuracy_separating", "recovery"),
         *("needle_teacher", "needle_hybrid", "needle_window"),
-        *("kl_by_position", "kl_by_distance", "gates_hybrid", "context_costs"),
+        *("kl_by_position", "kl_by_distance", "perplexity_by_distance"),
+        *("gates_hybrid", "context_costs"),
     }
     assert page.count("<svg") == len(figures)
     pictures = {f"{name}.{ending}" for name in figures for ending in ("svg", "png")}
@@ -84,9 +85,24 @@ def test_figures_and_tables_agree_with_the_files(compared):
     assert found.needles["window"]["niah_single_1"][512] == [0, 0, 0, 0, 1]
     assert found.needles["hybrid"]["vt"] == {512: [1]}
     by_position, by_distance, costs = found.listings()
-    assert by_position.columns == ["position", "hybrid", "window"]
+    assert by_position.columns == ["position", "hybrid", "detectable", "window", "detectable"]
     assert by_position.rows[0][1] == f"{found.fidelity.mean('hybrid', 0).kl:.4f}"
+    windows = np.array(found.fidelity.models["hybrid"]["text"].windows_by_position["kl"][0])
+    error = windows.std(ddof=1) / np.sqrt(len(windows))
+    assert float(by_position.rows[0][2]) == pytest.approx(2.8016 * error, abs=6e-5)
     assert by_distance.rows[-1][0] == "new"
+    # Of each student what it costs to have lost the far context, in both measures.
+    row = dict(zip(by_distance.columns[:8], by_distance.rows[-1], strict=False))
+    new, other = (found.by_distance[name][-1] for name in ("hybrid", "window"))
+    assert row["hybrid: KL"] == f"{new.kl:.4f}" and row["NLL - teacher's"] == (
+        f"{new.nll - new.teacher_nll:.4f}"
+    )
+    assert row["hybrid: perplexity"] == f"{np.exp(new.nll):.3f}"
+    assert row["teacher: perplexity"] == f"{np.exp(other.teacher_nll):.3f}"
+    assert float(by_distance.rows[-1][7]) == pytest.approx(2.8016 * new.kl_stderr, abs=6e-5)
+    for listing in (by_position, by_distance):
+        assert "that so many windows show in 8 of 10 cases" in listing.title
+    assert "nothing is sampled" in costs.title
     assert [row[0] for row in costs.rows] == ["1,024", "4,096", "16,384", "65,536"]
 
 
@@ -121,6 +137,15 @@ def test_domains_are_pooled_by_positions(files):
     assert first.kl == text["by_distance"][0]["kl"]
     assert second.kl == pytest.approx(1.5 * text["by_distance"][1]["kl"])
     assert second.positions == 2 * text["by_distance"][1]["positions"]
+    assert first.kl_stderr == text["by_distance"][0]["kl_stderr"]
+    errors = [text["by_distance"][1]["kl_stderr"]] * 2
+    assert second.kl_stderr == pytest.approx(np.hypot(*errors) / 2)
+    # Files from before there were standard errors.
+    del less["by_distance"][0]["kl_stderr"]
+    changed(files / "fidelity_hybrid.json", divergence={"a": text, "b": less})
+    found = found_in(files)
+    assert found.by_distance["hybrid"][1].kl_stderr is None
+    assert found.listings()[1].rows[1][7] == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,8 @@ def evaluate(arguments: Arguments) -> Result:
         place = plots.save(plots.needle_grid(grid, name), out.with_name(f"needle_{name}.svg"))
         _say(arguments, f"grid: {place}")
     found = {"out": out, "results": results["results"]}
+    if arguments.suite == "window" and teacher is None:
+        _say(arguments, "hint: with --teacher MODEL also KL and perplexity by distance")
     if teacher is not None and tokenizer is not None:
         documents = {task: _encoded_passages(task, tokenizer) for task in PASSAGE_TASKS}
         near = _divergence(arguments, teacher, model, documents, _SUITE_CONTEXT, _SUITE_WINDOWS)
@@ -543,7 +545,9 @@ def _divergence(
         for d in of.by_distance:
             where = "new" if d.low is None else f"distance {d.low}-{d.high}"
             facts[where] = (
-                f"KL {d.kl:.4f}, same top-1 {d.agree:.4f}, NLL {d.nll:.4f} ({d.teacher_nll:.4f}), "
+                f"KL {_with_error(Estimate(d.kl, d.kl_stderr))}, same top-1 {d.agree:.4f}, "
+                f"NLL {d.nll:.4f} ({d.teacher_nll:.4f}), "
+                f"perplexity {d.perplexity:.3f} ({d.teacher_perplexity:.3f}), "
                 f"{d.positions} positions"
             )
         _say(arguments, f"{domain}: {means.tokens[domain]} tokens")

@@ -149,17 +149,25 @@ def by_position(result: Fidelity, metric: str, models: Sequence[str], title: str
     return figure
 
 
-def by_distance(students: Mapping[str, Sequence[DistanceMeasure]], title: str) -> Figure:
-    """KL of each student by how far back the next token could be copied from; new ones last."""
-    measures = itertools.chain.from_iterable(students.values())
+def by_distance(
+    students: Mapping[str, Sequence[DistanceMeasure]], metric: str, title: str
+) -> Figure:
+    """`metric` ("kl" or "perplexity", which the teacher has, too) of each student by how far back
+    the next token could be copied from; new ones last."""
+    measures = list(itertools.chain.from_iterable(students.values()))
     ends = {m.range: math.inf if m.low is None else m.low for m in measures}
-    lines = {
-        name: {m.range: m.kl for m in sorted(of, key=lambda m: ends[m.range])}
-        for name, of in students.items()
-    }
-    figure, axes = _by_range(lines, title, sorted(ends, key=lambda name: ends[name]))
-    axes.set(xlabel="distance in tokens", ylabel="KL(teacher ‖ model), nats")
-    axes.set_ylim(bottom=0)
+    places = sorted(ends, key=lambda name: ends[name])
+    lines = {name: {m.range: getattr(m, metric) for m in of} for name, of in students.items()}
+    words = {"kl": "KL(teacher ‖ model), nats"}
+    if metric == "perplexity":
+        lines = {"teacher": {m.range: m.teacher_perplexity for m in measures}, **lines}
+    ordered = {name: {p: of[p] for p in places if p in of} for name, of in lines.items()}
+    figure, axes = _by_range(ordered, title, places)
+    axes.set(xlabel="distance in tokens", ylabel=words.get(metric, metric))
+    if metric == "perplexity":
+        axes.set_yscale("log")  # new tokens are a hundred times as hard as repeated ones
+    else:
+        axes.set_ylim(bottom=0)
     return figure
 
 

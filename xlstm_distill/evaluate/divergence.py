@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from .fidelity import BUCKETS, Fidelity, FidelityTeacher, IntArray, Values, fidelity
-from .uncertainty import FloatArray
+from .uncertainty import FloatArray, ratio_stderr
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 
@@ -36,7 +36,8 @@ class Estimate(NamedTuple):
 
 class DistanceMeasure(BaseModel):
     """Means over the positions whose distance is in [low, high); both None: the two tokens were
-    never followed by this one. nll in nats a token."""
+    never followed by this one. nll in nats a token. Standard errors are over windows; None for a
+    single one, and in files from before they were there."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,6 +48,18 @@ class DistanceMeasure(BaseModel):
     agree: float
     nll: float
     teacher_nll: float
+    kl_stderr: float | None = None
+    nll_difference_stderr: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """The model's."""
+        return math.exp(min(self.nll, 700.0))
+
+    @property
+    def teacher_perplexity(self) -> float:
+        """The teacher's, on the same positions."""
+        return math.exp(min(self.teacher_nll, 700.0))
 
     @property
     def range(self) -> str:
@@ -139,7 +152,7 @@ def induction_distances(windows: IntArray) -> NDArray[np.int64]:
 def _by_distance(
     distances: NDArray[np.int64], values: Mapping[str, FloatArray]
 ) -> list[DistanceMeasure]:
-    longest = distances.shape[1]
+    longest, excess = distances.shape[1], values["nll"] - values["teacher_nll"]
     ranges: list[tuple[int | None, int | None]] = [
         *((max(1, low), min(high, longest)) for low, high in BUCKETS if low < longest),
         (None, None),
@@ -148,9 +161,22 @@ def _by_distance(
     for low, high in ranges:
         inside = distances == 0 if low is None or high is None else _within(distances, low, high)
         if inside.any():
-            means = {m: float(v[inside].mean()) for m, v in values.items()}
-            found.append(DistanceMeasure(low=low, high=high, positions=int(inside.sum()), **means))
+            found.append(
+                DistanceMeasure(
+                    low=low,
+                    high=high,
+                    positions=int(inside.sum()),
+                    kl_stderr=_stderr(values["kl"], inside),
+                    nll_difference_stderr=_stderr(excess, inside),
+                    **{m: float(v[inside].mean()) for m, v in values.items()},
+                )
+            )
     return found
+
+
+def _stderr(values: FloatArray, inside: NDArray[np.bool_]) -> float | None:
+    """Of the mean over the positions inside, over windows."""
+    return ratio_stderr((values * inside).sum(axis=1), inside.sum(axis=1))
 
 
 def _within(distances: NDArray[np.int64], low: int, high: int) -> NDArray[np.bool_]:

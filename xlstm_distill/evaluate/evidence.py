@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from .. import checkpoints
@@ -27,6 +29,7 @@ from .divergence import DistanceMeasure, Divergence
 from .fidelity import Fidelity
 from .needle import is_needle, needle_grid
 from .results import read_results
+from .uncertainty import seen_with
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,12 +57,22 @@ class FidelityFile(BaseModel):
     continuations: Continuations | None = None
 
 
+_DETECTABLE = (
+    "detectable: the true difference to the teacher that so many windows show in 8 of 10 cases"
+)
+
+
+def _detectable(stderr: float | None) -> str:
+    return "unknown" if stderr is None else f"{seen_with(stderr):.4f}"
+
+
 @dataclass
 class Evidence:
     """What the files tell; what no file tells is empty.
 
     teacher: its weights, in words. needles: model -> `needle_grid`. fidelity: of all students on
-    the same windows. by_distance: student -> KL by distance, over the positions of all domains.
+    the same windows. by_distance: student -> measures by distance, over the positions of all
+    domains.
     gates: student -> median output gate. costs: model -> `bench.counted_costs`. warnings: what does
     not compare and was left out.
     """
@@ -97,8 +110,10 @@ class Evidence:
                 plots.by_position(self.fidelity, "kl", self.students, text),
             )
         if self.by_distance:
-            text = "KL by distance of what can be copied"
-            add("kl_by_distance", text, plots.by_distance(self.by_distance, text))
+            for metric, what in (("kl", "KL"), ("perplexity", "Perplexity")):
+                text = f"{what} by distance of what can be copied"
+                figure = plots.by_distance(self.by_distance, metric, text)
+                add(f"{metric}_by_distance", text, figure)
         for name, gates in self.gates.items():
             text = f"Median output gate: {name}"
             add(f"gates_{name}", text, plots.gate_map(gates, text))
@@ -111,34 +126,56 @@ class Evidence:
         """The figures' numbers as tables; each names the teacher."""
         found = []
         if self.fidelity is not None:
-            rows = [
-                [f"{low}–{high}", *(f"{self.fidelity.mean(n, i).kl:.4f}" for n in self.students)]
-                for i, (low, high) in enumerate(self.fidelity.buckets)
-            ]
-            title = "KL(teacher ‖ student) in nats by position in the window, mean of the domains"
-            found.append(Listing(self._of_teacher(title), ["position", *self.students], rows, 1))
+            found.append(self._positions(self.fidelity))
         if self.by_distance:
             found.append(self._distances())
         if self.costs:
             found.append(self._costs())
         return found
 
+    def _positions(self, fidelity: Fidelity) -> Listing:
+        rows = []
+        for i, (low, high) in enumerate(fidelity.buckets):
+            row = [f"{low}–{high}"]
+            for name in self.students:
+                kl, stderr = fidelity.mean(name, i).kl, fidelity.kl_stderr(name, i)
+                row += [f"{kl:.4f}", _detectable(stderr)]
+            rows.append(row)
+        title = (
+            "KL(teacher ‖ student) in nats by position in the window, mean of the domains; "
+            + _DETECTABLE
+        )
+        columns = ["position"]
+        for name in self.students:
+            columns += [name, "detectable"]
+        return Listing(self._of_teacher(title), columns, rows, 1)
+
     def _distances(self) -> Listing:
         rows = []
         ranges = list(dict.fromkeys(m.range for of in self.by_distance.values() for m in of))
+        columns = ["distance", "positions", "teacher: perplexity"]
+        for name in self.by_distance:
+            columns += [f"{name}: perplexity", "NLL - teacher's", "detectable"]
+            columns += [f"{name}: KL", "detectable"]
         for low_high in ranges:
-            own = {
-                name: next((m for m in of if m.range == low_high), None)
-                for name, of in self.by_distance.items()
-            }
-            count = next(m.positions for m in own.values() if m is not None)
-            cells = ["" if m is None else f"{m.kl:.4f}" for m in own.values()]
-            rows.append([low_high, f"{count:,}", *cells])
+            own = [
+                next((m for m in of if m.range == low_high), None)
+                for of in self.by_distance.values()
+            ]
+            any_of = next(m for m in own if m is not None)
+            row = [low_high, f"{any_of.positions:,}", f"{any_of.teacher_perplexity:.3f}"]
+            for m in own:
+                if m is None:
+                    row += [""] * 5
+                    continue
+                row += [f"{m.perplexity:.3f}", f"{m.nll - m.teacher_nll:.4f}"]
+                row.append(_detectable(m.nll_difference_stderr))
+                row += [f"{m.kl:.4f}", _detectable(m.kl_stderr)]
+            rows.append(row)
         title = (
-            "KL(teacher ‖ student) in nats by how far back the next token could be copied from "
-            "(new: never in this window)"
+            "KL(teacher ‖ student) in nats and perplexity by how far back the next token could be "
+            f"copied from (new: never in this window); {_DETECTABLE}"
         )
-        columns = ["distance", "positions", *self.by_distance]
         return Listing(self._of_teacher(title), columns, rows, 1)
 
     def _costs(self) -> Listing:
@@ -152,7 +189,11 @@ class Evidence:
             for of in self.costs.values():
                 row += [f"{of['memory'][context]:,.3f}", f"{of['work'][context] / 1e6:,.1f}"]
             rows.append(row)
-        title = "What one more token costs, counted from the models' sizes, numbers of 4 bytes"
+        # No samples, hence nothing to detect: every difference is one.
+        title = (
+            "What one more token costs, counted from the models' sizes (nothing is sampled: counts "
+            "are exact), numbers of 4 bytes"
+        )
         return Listing(self._of_teacher(title), columns, rows, 1)
 
     def _of_teacher(self, title: str) -> str:
@@ -262,17 +303,22 @@ def _difference(file: Path, own: FidelityFile, first: Path, other: FidelityFile)
 
 
 def _pooled(domains: Sequence[Divergence]) -> list[DistanceMeasure]:
-    """KL by distance over the positions of all domains."""
+    """Measures by distance over the positions of all domains."""
     measures = sorted(itertools.chain.from_iterable(d.by_distance for d in domains), key=_by_range)
     found = []
     for _, group in itertools.groupby(measures, key=_by_range):
         of = list(group)
         count = sum(m.positions for m in of)
-        means = {
-            what: sum(m.positions * getattr(m, what) for m in of) / count
+        shares = [m.positions / count for m in of]
+        pooled: dict[str, float | None] = {
+            what: sum(share * getattr(m, what) for share, m in zip(shares, of, strict=True))
             for what in ("kl", "agree", "nll", "teacher_nll")
         }
-        found.append(of[0].model_copy(update={"positions": count, **means}))
+        for what in ("kl_stderr", "nll_difference_stderr"):
+            errors = [getattr(m, what) for m in of]
+            known = None not in errors
+            pooled[what] = math.hypot(*np.multiply(shares, errors)) if known else None
+        found.append(of[0].model_copy(update={"positions": count, **pooled}))
     return found
 
 

@@ -103,6 +103,14 @@ class Fidelity(BaseModel):
         parts = [d.overall if bucket is None else d.by_position[bucket] for d in per_domain]
         return _measure({m: float(np.mean([getattr(p, m) for p in parts])) for m in _METRICS})
 
+    def kl_stderr(self, model: str, bucket: int) -> float | None:
+        """Standard error of the mean KL in a bucket, over the windows of each domain; None where a
+        domain has one window."""
+        of = [np.array(d.windows_by_position["kl"][bucket]) for d in self._of(model).values()]
+        if min(map(len, of)) < 2:
+            return None
+        return math.sqrt(sum(float(x.var(ddof=1)) / len(x) for x in of)) / len(of)
+
     def ratio(
         self,
         model: str,

@@ -633,14 +633,16 @@ def _bits(document: Document, found: list[tuple[float, int]]) -> Sample:
 
 def _aggregate(
     metrics: Sequence[str], samples: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, float]:
-    """Metrics over the documents of all tasks in `samples`, with their standard errors."""
-    out: dict[str, float] = {}
+) -> dict[str, float | str]:
+    """Metrics over the documents of all tasks in `samples`, with their standard errors, "N/A" as in
+    lm-evaluation-harness where a single unit tells none."""
+    out: dict[str, float | str] = {}
     for metric in metrics:
         outcomes = outcomes_of(samples, metric, "evaluate")
         assert outcomes is not None
         out[f"{metric},none"] = outcomes.score
-        out[f"{metric}_stderr,none"] = outcomes.stderr
+        error = outcomes.stderr
+        out[f"{metric}_stderr,none"] = "N/A" if error is None else error
     return out
 
 

@@ -59,18 +59,14 @@ class Outcomes:
         return float(_ratio(self.values.sum(), self.weights.sum(), self.exponential))
 
     @property
-    def stderr(self) -> float:
-        """Its standard error over units (of a ratio, linearised); 0 for one unit, which tells
-        nothing. Documents that ask about one passage are right and wrong together: taken for
-        independent, they would make it too small."""
-        n, score = self.units, self.score
-        if n < 2:
-            return 0.0
-        total = self.weights.sum()
-        rest = self.values - self.values.sum() / total * self.weights
-        units = np.bincount(_clusters(self.passages), rest)
-        error = math.sqrt(n / (n - 1) * float(units @ units)) / float(total)
-        return error * score if self.exponential else error
+    def stderr(self) -> float | None:
+        """Its standard error over units (of a ratio, linearised); None for one unit. Documents that
+        ask about one passage are right and wrong together: taken for independent, they would make
+        it too small."""
+        clusters = _clusters(self.passages)
+        values, weights = (np.bincount(clusters, x) for x in (self.values, self.weights))
+        error = ratio_stderr(values, weights)
+        return error * self.score if error is not None and self.exponential else error
 
     @property
     def right_or_wrong(self) -> bool:
@@ -87,6 +83,15 @@ class Outcomes:
 def _ratio(values: ArrayLike, weights: ArrayLike, exponential: bool) -> FloatArray:
     mean: FloatArray = np.asarray(values) / np.asarray(weights)
     return np.exp(np.minimum(mean, 700.0)) if exponential else mean
+
+
+def ratio_stderr(values: NDArray[Any], weights: NDArray[Any]) -> float | None:
+    """Standard error of sum(values) / sum(weights) over units, linearised; None for one unit."""
+    n, total = len(values), float(weights.sum())
+    if n < 2:
+        return None
+    rest = values - values.sum() / total * weights
+    return math.sqrt(n / (n - 1) * float(rest @ rest)) / total
 
 
 def _clusters(passages: Sequence[Hashable]) -> NDArray[np.intp]:
@@ -239,14 +244,18 @@ def _student(tail: float, freedom: int) -> float:
 
 
 def detectable(first: FloatArray, second: FloatArray, least: float = 0.0) -> float:
-    """The smallest true difference of two scores that such samples show in 8 of 10 cases, in a
-    two-sided test at 5 %: 2.8 standard errors of the difference.
+    """`seen_with` the standard error of the difference of two scores, known by their draws.
 
     least: a bound of the standard error from below, for samples in which no document tells the
     models apart.
     """
-    factor = _NORMAL.inv_cdf((1 + _LEVEL) / 2) + _NORMAL.inv_cdf(_POWER)
-    return factor * max(float((first - second).std()), least)
+    return seen_with(max(float((first - second).std()), least))
+
+
+def seen_with(stderr: float) -> float:
+    """The smallest true difference that samples with such a standard error show in 8 of 10 cases,
+    in a two-sided test at 5 %: 2.8 standard errors."""
+    return (_NORMAL.inv_cdf((1 + _LEVEL) / 2) + _NORMAL.inv_cdf(_POWER)) * stderr
 
 
 def mcnemar(first: Outcomes, second: Outcomes) -> float | None:
