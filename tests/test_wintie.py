@@ -287,3 +287,28 @@ def test_table_dict_and_plot(tmp_path):
     assert first.startswith(b"<?xml") and b"<svg" in first
     assert r.plot(tmp_path / "again.svg").read_bytes() == first
     assert r.plot(tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_says_what_the_samples_can_show():
+    alone = win_and_tie({"a": 0.8, "b": 0.5}, {"s": {"a": 0.74, "b": 0.4}})
+    assert alone.detectable == {"s": {"a": None, "b": None}} and "unknown" in alone.table()
+    assert "no number of samples is known of teacher and student both" in alone.table()
+
+    def results(a: float, b: float) -> dict:
+        return {
+            "results": {"a": {"acc,none": a}, "b": {"acc,none": b}},
+            "n-samples": {"a": {"effective": 400}},
+        }
+
+    found = win_and_tie(results(0.8, 0.5), {"s": results(0.74, 0.4)})
+    error = math.sqrt(0.8 * 0.2 / 400 + 0.74 * 0.26 / 400)
+    assert found.detectable["s"]["a"] == pytest.approx(2.8 * error, rel=0.1)
+    shown = f"{found.detectable['s']['a']:.4g}"
+    assert f"seen in 8 of 10 such samples, here {shown}" in found.table()
+    assert found.detectable["s"]["b"] is None
+    assert found.rows()[0]["s detectable"] == found.to_dict()["students"]["s"]["detectable"]["a"]
+    # One of the two is not enough.
+    mixed = win_and_tie(results(0.8, 0.5), {"s": {"a": 0.74, "b": 0.4}})
+    assert "no number of samples is known of teacher and student both" in mixed.table()
+    with pytest.raises(UserError, match="a student cannot be named 'teacher'"):
+        win_and_tie({"a": 0.5}, {"teacher": {"a": 0.5}})

@@ -4,6 +4,7 @@ results        result files, read and written
 scores         scores from mappings, tables and result files
 comparable     which scores may stand side by side
 uncertainty    bootstrap draws, intervals, McNemar's test
+noise          draws of scores, from whatever is known of their documents
 wintie         alpha*, coverage, recovery, exact
 compare        teacher, students and controls side by side; comparison.py is what it finds
 evidence       what else is known of the models compared: needles, fidelity, gates, costs

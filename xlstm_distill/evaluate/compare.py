@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ..errors import UserError
 from . import uncertainty
 from .comparable import check_pair, differences
 from .comparison import Benchmark, Comparison, Curve, Group, Range, Standing
+from .noise import DRAWS, detectable, noise_of
 from .scores import ModelScores, Number, Score, Source, exact, scores_of
 from .uncertainty import FloatArray
 from .wintie import COVERAGES, WinTie, float_not_below, judge
@@ -39,7 +39,7 @@ def compare(
     drop_chance: bool = False,
     margin: Number | None = None,
     strict: bool = False,
-    draws: int = 4000,
+    draws: int = DRAWS,
     seed: int = 0,
     out: str | Path | None = None,
 ) -> Comparison:
@@ -122,46 +122,6 @@ def _with_chance(scores: ModelScores, chance: Mapping[str, Number]) -> ModelScor
 # ---- noise --------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Noise:
-    """Draws of the scores on one benchmark, by model, and where they come from. units: passages or
-    documents that were drawn, None where nothing was drawn from samples."""
-
-    draws: dict[str, FloatArray] = field(default_factory=dict)
-    basis: dict[str, str] = field(default_factory=dict)
-    units: int | None = None
-
-
-def _noise(task: str, scores: Mapping[str, Score], n: int, seed: int) -> _Noise:
-    """Draws of all models' scores on a task. Those of the teacher's documents are drawn together,
-    the others apart; a task's draws do not depend on which other tasks there are."""
-    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-    found = _Noise()
-    if (reference := scores["teacher"].outcomes) is not None:
-        documents = set(reference.documents)
-        same = {
-            name: score.outcomes
-            for name, score in scores.items()
-            if score.outcomes is not None and set(score.outcomes.documents) == documents
-        }
-        drawn = uncertainty.paired_draws(list(same.values()), n, rng)
-        found.draws = dict(zip(same, drawn, strict=True))
-        found.basis = dict.fromkeys(same, "paired")
-        found.units = reference.units
-    for name, score in scores.items():
-        value = float(score.value)
-        if name in found.draws:
-            continue
-        if score.samples is not None and not score.lower_is_better:
-            found.basis[name] = "binomial"
-            draws = uncertainty.binomial_draws(value, score.samples, score.unit, n, rng)
-            found.draws[name] = draws
-        elif score.stderr is not None:
-            found.basis[name] = "standard error"
-            found.draws[name] = uncertainty.normal_draws(value, score.stderr, n, rng)
-    return found
-
-
 def _interval(value: float, draws: FloatArray, units: int | None) -> Range | None:
     """None where the interval has no end, because a ratio's denominator may be 0."""
     with np.errstate(invalid="ignore"):
@@ -202,7 +162,7 @@ class _Judges:
             task: {name: scores.tasks[task] for name, scores in sets.items()}
             for task in self.teacher.tasks
         }
-        self.noise = {task: _noise(task, of, draws, seed) for task, of in self.scores.items()}
+        self.noise = {task: noise_of(task, of, draws, seed) for task, of in self.scores.items()}
 
     def lead(self, task: str, of: str, over: str) -> tuple[float, FloatArray | None]:
         """By how much one model is better than another, with draws where the noise is known."""
@@ -294,13 +254,10 @@ class _Judges:
         )
         if (sides := self.sides(task, student)) is not None:
             found.basis = noise.basis[student]
-            least = 0.0
+            found.detectable = detectable(scores, noise, student)
             mine, theirs = scores[student].outcomes, scores["teacher"].outcomes
             if found.basis == "paired" and mine is not None and theirs is not None:
                 found.mcnemar = uncertainty.mcnemar(theirs, mine)
-                if not scores[student].lower_is_better:
-                    least = 1 / len(mine.documents)
-            found.detectable = uncertainty.detectable(*sides, least)
             if found.recovery is not None:
                 draws = _quotient(*sides)
                 found.recovery_interval = _interval(found.recovery, draws, noise.units)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..atomic import write_text
 from ..errors import UserError
+from .noise import detects
 from .wintie import COVERAGES
 
 if TYPE_CHECKING:
@@ -292,11 +293,7 @@ class Comparison(_Part):
 
     def _detects(self) -> str:
         """What differences the samples can show, for the title of every table."""
-        found = [x for b in self.benchmarks for s in b.students.values() if (x := s.detectable)]
-        if not found:
-            return "no number of samples is known, so that any difference may be noise"
-        span = " to ".join(dict.fromkeys(_number(x) for x in (min(found), max(found))))
-        return f"detectable: the true difference seen in 8 of 10 such samples, here {span}"
+        return detects(s.detectable for b in self.benchmarks for s in b.students.values())
 
     def _tests(self) -> Listing:
         columns = ["benchmark", "student", "noise known from", "over chance", "McNemar p"]

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import UserError
 from .comparable import check_pair
+from .noise import DRAWS, detectable, detects, noise_of
 from .scores import ModelScores, Number, Source, exact, scores_of
 
 _TABLE_ALPHAS = ("0", "0.01", "0.05", "0.1", "0.2")
@@ -43,7 +44,9 @@ class WinTie:
     scores[student][task] are Fractions. recovery[student][task]: A_S / A_T (A_T / A_S where less is
     better), None where it does not exist (division by zero). corrected[student][task]: the same
     with the chance level taken off both, (A_S - c) / (A_T - c); None where no level is known or the
-    teacher does not exceed it. alpha_star[student]: float; alpha_star_exact[student]: Fraction.
+    teacher does not exceed it. detectable[student][task]: the smallest true difference of the
+    scores that their samples show in 8 of 10 cases, None where nothing is known of them.
+    alpha_star[student]: float; alpha_star_exact[student]: Fraction.
     lower_is_better: whether less is better (in all tasks).
     """
 
@@ -53,6 +56,7 @@ class WinTie:
         students: Mapping[str, Mapping[str, Fraction]],
         lower_is_better: bool,
         chance: Mapping[str, Fraction] | None = None,
+        detectable: Mapping[str, Mapping[str, float | None]] | None = None,
     ) -> None:
         self.tasks = list(teacher)
         self.students = list(students)
@@ -61,6 +65,11 @@ class WinTie:
         self.scores = {name: dict(scores) for name, scores in students.items()}
         self.recovery: dict[str, dict[str, float | None]] = {}
         self.corrected: dict[str, dict[str, float | None]] = {}
+        effects = detectable or {}
+        self.detectable = {
+            name: {task: effects.get(name, {}).get(task) for task in self.tasks}
+            for name in self.students
+        }
         self._gaps: dict[str, dict[str, Fraction]] = {}
         chance = chance or {}
         for name, scores in self.scores.items():
@@ -136,19 +145,21 @@ class WinTie:
         return all(a <= b for a, b in pairs)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain mapping per task: task, teacher, and per student score and recovery."""
+        """One plain mapping per task: task, teacher, and per student score, recovery and what
+        difference is detectable."""
         return [
             {
                 "task": task,
                 "teacher": float(self.teacher_scores[task]),
                 **{name: float(self.scores[name][task]) for name in self.students},
                 **{f"{name} recovery": self.recovery[name][task] for name in self.students},
+                **{f"{name} detectable": self.detectable[name][task] for name in self.students},
             }
             for task in self.tasks
         ]
 
     def table(self) -> str:
-        """Scores, recovery, coverage and alpha* as text."""
+        """Scores, recovery, coverage and alpha* as text, and what the samples can show."""
         from rich.console import Console
         from rich.table import Table
 
@@ -159,36 +170,41 @@ class WinTie:
         for name in self.students:
             table.add_column(name, justify="right")
             table.add_column("recovery", justify="right")
+            table.add_column("detectable", justify="right")
         for task in self.tasks:
             cells = [task, f"{float(self.teacher_scores[task]):.4g}"]
             for name in self.students:
                 recovery = self.recovery[name][task]
                 cells.append(f"{float(self.scores[name][task]):.4g}")
                 cells.append("n/a" if recovery is None else f"{recovery:.3f}")
+                effect = self.detectable[name][task]
+                cells.append("unknown" if effect is None else f"{effect:.4g}")
             table.add_row(*cells)
         table.add_section()
         for alpha in _TABLE_ALPHAS:
             covered = self.coverage(alpha)
-            values = [x for name in self.students for x in (f"{covered[name]:.2f}", "")]
+            values = [x for name in self.students for x in (f"{covered[name]:.2f}", "", "")]
             table.add_row(f"coverage at {alpha}", "", *values)
-        stars = [x for name in self.students for x in (f"{self.alpha_star[name]:.4f}", "")]
+        stars = [x for name in self.students for x in (f"{self.alpha_star[name]:.4f}", "", "")]
         table.add_row("alpha*", "", *stars)
         for share in COVERAGES:
             needed = [float_not_below(self.tolerance(name, share)) for name in self.students]
-            cells = [x for alpha in needed for x in (f"{alpha:.4f}", "")]
+            cells = [x for alpha in needed for x in (f"{alpha:.4f}", "", "")]
             table.add_row(f"alpha at coverage {share}", "", *cells)
-        worst = [x for name in self.students for x in (self.worst(name) or "n/a", "")]
+        worst = [x for name in self.students for x in (self.worst(name) or "n/a", "", "")]
         table.add_row("worst", "", *worst)
         # Wide enough for any set of students: a terminal's width must not cut figures off.
         # Plain text in notebooks, too.
         console = Console(
-            width=60 + 40 * max(1, len(self.students)),
+            width=60 + 55 * max(1, len(self.students)),
             file=StringIO(),
             force_jupyter=False,
             color_system=None,
         )
         with console.capture() as text:
             console.print(table)
+            effects = (x for of in self.detectable.values() for x in of.values())
+            console.print(detects(effects), soft_wrap=True, highlight=False)
         return text.get()
 
     def plot(self, path: str | Path) -> Path:
@@ -208,6 +224,7 @@ class WinTie:
                     "scores": {task: float(value) for task, value in self.scores[name].items()},
                     "recovery": self.recovery[name],
                     "corrected": self.corrected[name],
+                    "detectable": self.detectable[name],
                     "worst": self.worst(name),
                     "alpha_star": self.alpha_star[name],
                     "alpha_star_exact": str(self.alpha_star_exact[name]),
@@ -260,6 +277,8 @@ def split_groups(
     (less is better). Only kinds that occur are there; arguments and errors as in `win_and_tie`."""
     if not students:
         raise UserError("win_and_tie: no students", usage=True)
+    if "teacher" in students:
+        raise UserError("a student cannot be named 'teacher'", usage=True)
     teacher = scores_of(teacher_scores, "teacher")
     if not teacher.tasks:
         raise UserError(f"{teacher.where}: no tasks")
@@ -269,14 +288,20 @@ def split_groups(
     for student in sets.values():
         check_pair(teacher, student)
     kinds = {score.kind for score in teacher.tasks.values()}
+    effects = _detectable({"teacher": teacher, **sets})
     return {
-        kind: judge(teacher, sets, [t for t, score in teacher.tasks.items() if score.kind == kind])
+        kind: judge(
+            teacher, sets, [t for t, score in teacher.tasks.items() if score.kind == kind], effects
+        )
         for kind in sorted(kinds)
     }
 
 
 def judge(
-    teacher: ModelScores, students: Mapping[str, ModelScores], tasks: Iterable[str]
+    teacher: ModelScores,
+    students: Mapping[str, ModelScores],
+    tasks: Iterable[str],
+    detectable: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> WinTie:
     """Win-and-Tie over `tasks`, which are of one kind and in all scores (`check_pair`)."""
     of = {task: teacher.tasks[task] for task in tasks}
@@ -285,7 +310,19 @@ def judge(
         {name: {task: s.tasks[task].value for task in of} for name, s in students.items()},
         all(score.lower_is_better for score in of.values()),
         {task: score.chance for task, score in of.items() if score.chance is not None},
+        detectable,
     )
+
+
+def _detectable(sets: Mapping[str, ModelScores]) -> dict[str, dict[str, float | None]]:
+    """Student -> task -> what difference to the teacher, which is among `sets`, can be seen."""
+    found: dict[str, dict[str, float | None]] = {name: {} for name in sets if name != "teacher"}
+    for task in sets["teacher"].tasks:
+        scores = {name: of.tasks[task] for name, of in sets.items()}
+        noise = noise_of(task, scores, DRAWS, seed=0)
+        for name, of in found.items():
+            of[task] = detectable(scores, noise, name)
+    return found
 
 
 def _directions(
