@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xlstm_distill import plots
 from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import compare, scores_of, win_and_tie, write_results
@@ -180,6 +181,25 @@ def test_a_teacher_at_chance_is_marked_and_can_be_left_out():
     dropped = compare(TEACHER, {"s": STUDENT}, drop_chance=True, draws=1000)
     assert dropped.groups[0].tasks == ["arc", "piqa", "squad"]
     assert [b.dropped for b in dropped.benchmarks] == [False, False, True, False]
+    nothing = compare(TEACHER, {"s": STUDENT}, tasks=["boolq"], drop_chance=True, draws=1000)
+    assert nothing.groups == [] and len(nothing.listings()) == 2
+    line = "warning: the teacher is at chance on all benchmarks, which are left out: there is no"
+    assert nothing.table().count(line) == 1 and line not in dropped.table()
+
+
+def test_the_recovery_figure_says_which_ratio_it_shows():
+    metrics = {"arc": "acc,none", "piqa": "acc,none", "squad": "bits_per_byte,none"}
+
+    def axis(*tasks: str) -> tuple[str, list[str]]:
+        teacher = {"results": {task: {metrics[task]: 0.5} for task in tasks}}
+        (axes,) = plots.recovery_bars(compare(teacher, {"s": teacher})).axes
+        return axes.get_xlabel(), [label.get_text() for label in axes.get_yticklabels()]
+
+    assert axis("arc", "piqa") == ("student / teacher", ["arc", "piqa"])
+    assert axis("squad") == ("teacher / student", ["squad"])
+    label, names = axis("arc", "squad")
+    assert label == "student / teacher, of ↓ (less is better) teacher / student"
+    assert names == ["arc", "squad ↓"]
     told = compare(TEACHER, {"s": STUDENT}, chance={"*": 0, "boolq": "0.3"}, draws=1000)
     assert [b.chance for b in told.benchmarks] == [0, 0, 0.3, 0]
     assert told.benchmarks[2].students["s"].corrected is None

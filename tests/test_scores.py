@@ -247,7 +247,11 @@ def results(value: Any) -> tuple[str, str]:
         (results({"a": {"acc,none": True}}), "task a: acc,none is True, expected a number"),
         (results({"a": {"acc,none": -0.5}}), "task a: acc,none is -0.5, below 0"),
         (results({"a": {"acc,none": 10**400}}), "task a: acc,none is out of range"),
-        (results({"a": {"acc,none": "N/A"}}), "cannot tell which metric"),
+        (
+            results({"a": {"acc,none": "N/A"}}),
+            "task a: acc,none is N/A, no score; measure the task",
+        ),
+        (results({"a": {"alias": "a"}}), "cannot tell which metric to compare (there: none)"),
         (results({"a": {"acc,none": 0.5, "acc_stderr,none": "x"}}), "acc_stderr is 'x'"),
         (table(""), "x.csv: the first line must name the columns"),
         (table("benchmark,m\na,1\n"), "`task` among them"),

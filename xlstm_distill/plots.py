@@ -301,10 +301,15 @@ def recovery_bars(comparison: Comparison) -> Figure:
         )
         axes.hlines(rows, ends[:, 0], ends[:, 1], color="#000000", linewidth=0.9)
     axes.axvline(1, color="#000000", linewidth=0.8)
-    axes.set_yticks(range(len(benchmarks)), [b.name for b in benchmarks])
+    less = [b.kind != "accuracy" for b in benchmarks]
+    ratio = "teacher / student" if all(less) else "student / teacher"
+    mixed = any(less) and not all(less)
+    names = [b.name + " ↓" * (mixed and lower) for b, lower in zip(benchmarks, less, strict=True)]
+    axes.set_yticks(range(len(benchmarks)), names)
     axes.set_ylim(len(benchmarks) - 0.5, -0.5)
     axes.grid(False, axis="y")
-    axes.set(title="Recovery (1 = teacher), 95 % intervals", xlabel="student / teacher")
+    label = ratio + ", of ↓ (less is better) teacher / student" * mixed
+    axes.set(title="Recovery (1 = teacher), 95 % intervals", xlabel=label)
     figure.legend(loc="outside lower center", ncols=min(4, len(students)))
     return figure
 

@@ -258,8 +258,10 @@ class Comparison(_Part):
     # -- tables --
 
     def listings(self) -> list[Listing]:
-        """Scores and recovery; tests against the teacher and controls; alpha*."""
-        return [self._scores(), self._tests(), self._stars()]
+        """Scores and recovery; tests against the teacher and controls; alpha*, where a benchmark is
+        left."""
+        found = [self._scores(), self._tests()]
+        return [*found, self._stars()] if self.groups else found
 
     def _scores(self) -> Listing:
         titles = ["benchmark", "metric", "documents", "chance", "teacher"]
@@ -346,6 +348,9 @@ class Comparison(_Part):
         """Warnings, notes and what intervals cannot be trusted, a line each."""
         few = [b.task for b in self.benchmarks if b.units is not None and b.units < FEW]
         found = [f"warning: {warning}" for warning in self.warnings] + self.notes
+        if not self.groups:
+            all_dropped = "warning: the teacher is at chance on all benchmarks, which are left out"
+            found.insert(0, f"{all_dropped}: there is no alpha*; compare without --drop-chance")
         if few:
             found.append(f"fewer than {FEW} units, intervals are rough: {', '.join(few)}")
         if parts := [b.task for b in self.benchmarks if b.partial]:

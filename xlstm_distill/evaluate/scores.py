@@ -396,11 +396,11 @@ def _counted(
 
 def _metrics(entry: Mapping[str, Any]) -> list[str]:
     """Keys of an entry that are metrics with a value."""
-    return [
-        key
-        for key, value in entry.items()
-        if ("," in key or key in _PREFERRED) and "_stderr" not in key and value != "N/A"
-    ]
+    return [key for key in _metric_keys(entry) if entry[key] != "N/A"]
+
+
+def _metric_keys(entry: Mapping[str, Any]) -> list[str]:
+    return [key for key in entry if ("," in key or key in _PREFERRED) and "_stderr" not in key]
 
 
 def _metric(
@@ -412,6 +412,11 @@ def _metric(
 ) -> str | None:
     """The metric that stands for a task; None where no metric says which direction is better."""
     there = _metrics(entry)
+    if not there and (unmeasured := _metric_keys(entry)):
+        raise UserError(
+            f"{what}: {', '.join(unmeasured)} is N/A, no score; measure the task again or leave it "
+            "out: --tasks names those to compare"
+        )
     known = [k for k in there if directions.get(k.partition(",")[0], _ABSENT) is not None]
     if there and not known:
         return None
