@@ -143,6 +143,18 @@ def test_models_are_compared_in_pairs_and_other_text_is_told(file):
     assert "longest input of s is 5, of teacher 9" in compare(alike, {"s": shorter}).warnings
 
 
+def test_one_document_has_a_score_and_no_noise(tmp_path):
+    file = tmp_path / "one.txt"
+    file.write_text(DOCUMENTS[1])
+    name = f"perplexity:{file}"
+    teacher, student = (evaluate(Bigram(seed), [name]) for seed in (1, 2))
+    assert teacher["results"][name]["bits_per_byte_stderr,none"] == "N/A"
+    found = compare(teacher, {"s": student})
+    s = found.benchmarks[0].students["s"]
+    assert s.recovery is not None and s.recovery_interval is s.detectable is None
+    assert "unknown" in found.table()
+
+
 def test_names_of_texts(file):
     name = f"perplexity:{file}"
     assert expand_tasks([name, name, "squad"]) == [name, "squad"]

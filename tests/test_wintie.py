@@ -267,6 +267,7 @@ def test_numbers_of_all_kinds_mean_their_decimal_form():
 def test_the_worst_benchmark_and_the_tolerance_of_more():
     r = win_and_tie(f"{TABLE}:Olmo3-7B", {"x": f"{TABLE}:xLSTM-Olmo3-7B"})
     assert r.worst("x") == "MBPP"
+    assert f"13 benchmarks (more is better), scores of teacher ({TABLE}:Olmo3-7B)" in r.table()
     assert r.tolerance("x", 1) == 1 - Fraction(368, 506)
     # The 12th of 13: ceil(.9 * 13).
     assert r.tolerance("x", "0.9") == 1 - Fraction(524, 717)

@@ -60,8 +60,8 @@ def noise_of(task: str, scores: Mapping[str, Score], n: int, seed: int) -> Noise
 
 def detectable(scores: Mapping[str, Score], noise: Noise, student: str) -> float | None:
     """The smallest true difference between a student and its teacher that such samples show in 8 of
-    10 cases; None where the noise of one of them is unknown."""
-    if student not in noise.draws or "teacher" not in noise.draws:
+    10 cases; None where the noise of one of them is unknown, as that of a single unit."""
+    if student not in noise.draws or "teacher" not in noise.draws or noise.units == 1:
         return None
     least, outcomes = 0.0, scores[student].outcomes
     if outcomes is not None and noise.basis[student] == "paired":

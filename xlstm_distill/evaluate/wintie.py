@@ -47,7 +47,8 @@ class WinTie:
     teacher does not exceed it. detectable[student][task]: the smallest true difference of the
     scores that their samples show in 8 of 10 cases, None where nothing is known of them.
     alpha_star[student]: float; alpha_star_exact[student]: Fraction.
-    lower_is_better: whether less is better (in all tasks).
+    lower_is_better: whether less is better (in all tasks). teacher: where its scores come from and
+    what its weights are, in words.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class WinTie:
         lower_is_better: bool,
         chance: Mapping[str, Fraction] | None = None,
         detectable: Mapping[str, Mapping[str, float | None]] | None = None,
+        where: str = "teacher",
     ) -> None:
+        self.teacher = where
         self.tasks = list(teacher)
         self.students = list(students)
         self.lower_is_better = lower_is_better
@@ -164,7 +167,8 @@ class WinTie:
         from rich.table import Table
 
         better = "less is better" if self.lower_is_better else "more is better"
-        table = Table(title=f"Win-and-Tie, {len(self.tasks)} benchmarks ({better})")
+        title = f"Win-and-Tie, {len(self.tasks)} benchmarks ({better}), scores of {self.teacher}"
+        table = Table()
         table.add_column("benchmark")
         table.add_column("teacher", justify="right")
         for name in self.students:
@@ -202,6 +206,7 @@ class WinTie:
             color_system=None,
         )
         with console.capture() as text:
+            console.print(title, soft_wrap=True, highlight=False, markup=False)
             console.print(table)
             effects = (x for of in self.detectable.values() for x in of.values())
             console.print(detects(effects), soft_wrap=True, highlight=False)
@@ -311,6 +316,7 @@ def judge(
         all(score.lower_is_better for score in of.values()),
         {task: score.chance for task, score in of.items() if score.chance is not None},
         detectable,
+        ", ".join(filter(None, [teacher.where, teacher.weights])),
     )
 
 
