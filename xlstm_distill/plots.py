@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -165,7 +165,9 @@ def by_distance(
     figure, axes = _by_range(ordered, title, places)
     axes.set(xlabel="distance in tokens", ylabel=words.get(metric, metric))
     if metric == "perplexity":
-        axes.set_yscale("log")  # new tokens are a hundred times as hard as repeated ones
+        axes.set_yscale("log")  # new tokens are many times as hard as repeated ones
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     else:
         axes.set_ylim(bottom=0)
     return figure
