@@ -252,7 +252,7 @@ def test_noise_of_samples_is_smaller_than_that_of_aggregates_and_said_so():
 
 def test_scores_alone_have_no_noise_and_the_tables_say_so():
     found = compare({"a": 0.5, "b": 0.4}, {"s": {"a": 0.4, "b": 0.4}}, margin=0)
-    assert found.table().count("no number of samples is known") == 3
+    assert found.table().count("no noise is known of teacher and student both") == 3
     s = found.benchmarks[0].students["s"]
     assert s.basis is s.recovery_interval is s.detectable is s.non_inferior is None
     assert found.groups[0].students["s"].alpha_star_interval is None

@@ -152,7 +152,9 @@ def test_one_document_has_a_score_and_no_noise(tmp_path):
     found = compare(teacher, {"s": student})
     s = found.benchmarks[0].students["s"]
     assert s.recovery is not None and s.recovery_interval is s.detectable is None
-    assert "unknown" in found.table()
+    curve = found.groups[0].students["s"]
+    assert curve.alpha_star_interval is curve.lossless_probability is None
+    assert "(no number of samples, or a single one)" in found.table()
 
 
 def test_names_of_texts(file):

@@ -293,7 +293,7 @@ def test_table_dict_and_plot(tmp_path):
 def test_the_table_says_what_the_samples_can_show():
     alone = win_and_tie({"a": 0.8, "b": 0.5}, {"s": {"a": 0.74, "b": 0.4}})
     assert alone.detectable == {"s": {"a": None, "b": None}} and "unknown" in alone.table()
-    assert "no number of samples is known of teacher and student both" in alone.table()
+    assert "no noise is known of teacher and student both" in alone.table()
 
     def results(a: float, b: float) -> dict:
         return {
@@ -310,6 +310,6 @@ def test_the_table_says_what_the_samples_can_show():
     assert found.rows()[0]["s detectable"] == found.to_dict()["students"]["s"]["detectable"]["a"]
     # One of the two is not enough.
     mixed = win_and_tie(results(0.8, 0.5), {"s": {"a": 0.74, "b": 0.4}})
-    assert "no number of samples is known of teacher and student both" in mixed.table()
+    assert "no noise is known of teacher and student both" in mixed.table()
     with pytest.raises(UserError, match="a student cannot be named 'teacher'"):
         win_and_tie({"a": 0.5}, {"teacher": {"a": 0.5}})

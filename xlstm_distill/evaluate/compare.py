@@ -333,7 +333,8 @@ class _Judges:
             draws, lossless = uncertainty.alpha_star_draws(sides)
             units = self.units(judged.tasks)
             found.alpha_star_interval = _interval(found.alpha_star, draws, units)
-            found.lossless_probability = lossless
+            if units != 1:  # whose draws are all alike
+                found.lossless_probability = lossless
             if self.margin is not None and found.alpha_star_interval is not None:
                 found.non_inferior = found.alpha_star_interval[1] <= self.margin
         self.recovered(judged.tasks, student, found)

@@ -75,8 +75,8 @@ def detects(effects: Iterable[float | None]) -> str:
     found = [effect for effect in effects if effect]
     if not found:
         return (
-            "no number of samples is known of teacher and student both, so that any difference may "
-            "be noise"
+            "no noise is known of teacher and student both (no number of samples, or a single "
+            "one), so that any difference may be noise"
         )
     span = " to ".join(dict.fromkeys(f"{x:.4g}" for x in (min(found), max(found))))
     return f"detectable: the true difference seen in 8 of 10 such samples, here {span}"
