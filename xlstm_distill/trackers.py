@@ -168,7 +168,7 @@ class Wandb:
         file = run / "wandb" / "run-id"
         if not file.is_file():
             write_text(file, secrets.token_hex(8))
-        mode = os.environ.get("WANDB_MODE", "offline")
+        mode: Any = os.environ.get("WANDB_MODE", "offline")  # a word that wandb checks
         try:
             # What init is told holds for the run alone: the package's own telemetry goes by the
             # settings of the process, and looked up its server beside runs that were offline.
