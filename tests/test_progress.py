@@ -45,6 +45,16 @@ def test_the_time_left_is_that_of_the_named_part(clock):
     ]
 
 
+def test_work_without_a_known_end_says_now_and_then_how_far_it_is(clock):
+    stream = io.StringIO()
+    with Reporter(stream=stream).counting("reading notes") as show:
+        for documents, seconds in ((10, 14), (20, 1), (30, 14), (40, 2)):
+            clock[0] += seconds
+            show(f"{documents} documents")
+    lines = ["reading notes: 20 documents", "reading notes: 40 documents"]
+    assert stream.getvalue().splitlines() == lines
+
+
 def test_a_first_call_behind_several_steps_is_not_taken_for_one(clock):
     stream = io.StringIO()
     with Reporter(stream=stream).bar("perplexity") as update:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ import pytest
 import tiny_run
 import yaml
 from test_tasks import request, write_task
+from tiny_run import TEXT
 
-from xlstm_distill import checkpoints, packages
+from xlstm_distill import checkpoints, cleaning, packages, progress, runtime, sources, texts
 from xlstm_distill.assess import stage_one_errors
 from xlstm_distill.cli import main
 from xlstm_distill.data import Rows, TokenData
 from xlstm_distill.model import Model, load
 from xlstm_distill.optim import learning_rate
-from xlstm_distill.run import Run, derived_seed
+from xlstm_distill.progress import Reporter
+from xlstm_distill.recipe import derived_seed, make_recipe
+from xlstm_distill.run import Run
+from xlstm_distill.run import run as run_recipe
 from xlstm_distill.rundir import RunDirectory
 
 QUESTION = "Which of the four gases in the flask would turn limewater cloudy after a minute or two?"
@@ -161,6 +167,61 @@ def test_trouble_is_one_line(root, tmp_path, collected, capsys, source, message)
     collected["domains"]["general"] = {"sources": [own]}
     assert run(root, tmp_path / "out", "data", {"data": collected}) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+MOMENTS = {"a text is encoded": 12, "a text is read": 30, "repeats are looked for": 150}
+"""When a run is asked to stop -> the most documents that may be encoded then."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_reading_stops_between_documents_and_is_begun_anew(root, tmp_path, monkeypatch, moment):
+    lines = [json.dumps({"text": f"{n} lines, {TEXT[n % 4]}"}) for n in range(150)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    files = {"kind": "files", "paths": [str(tmp_path / "text.jsonl")]}
+    values = tiny_run.recipe(root / "teacher", root / "text")
+    values["data"]["domains"] = {"notes": {"sources": [files], "held_out_tokens": 900}}
+    recipe = make_recipe({**values, "experts": {"notes": {"notes": 1}}, "merge": {}})
+
+    def read(name: str) -> Path:
+        return run_recipe(recipe, tmp_path / name, Reporter(quiet=True), "data") / "data" / "notes"
+
+    whole, encoded, calls = read("whole"), [], []
+    module, function = {
+        "a text is encoded": (sources, "_document"),
+        "a text is read": (texts, "_text_of"),
+        "repeats are looked for": (cleaning, "document_hash"),
+    }[moment]
+    real, real_document = getattr(module, function), sources._document
+
+    def asking(*arguments):
+        calls.append(arguments)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    def counted(*arguments):
+        encoded.append(arguments)
+        return real_document(*arguments) if function != "_document" else asking(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "threads", lambda: 1)
+        patch.setattr(sources, "_AT_ONCE", 5)
+        patch.setattr(module, function, asking)
+        patch.setattr(sources, "_document", counted)
+        with pytest.raises(KeyboardInterrupt):
+            read("cut")
+    assert len(encoded) <= MOMENTS[moment] and len(calls) < 150
+    assert not (tmp_path / "cut" / "data" / "notes" / "train").exists()
+    again = read("cut")
+    for part in ("train/ids.bin", "train/offsets.npy", "evaluation/ids.bin", "hashes.npy"):
+        assert (again / part).read_bytes() == (whole / part).read_bytes()
+
+
+def test_reading_shows_documents_and_bytes(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_LINE_EVERY", 0.0)
+    assert run(root, tmp_path / "out", "data", {}) == 0
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("reading ")]
+    assert said[-1] == "reading notes: 24 documents, 0.0 MB" and "general" not in "".join(said)
 
 
 # ---- training -----------------------------------------------------------------------------------

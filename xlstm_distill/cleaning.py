@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,18 @@ class Collection:
     """Documents of a domain on their way to `train` and `held_out`; `facts` counts what was left
     out, for the manifest.
 
-    sampled: what the teacher wrote, never held out; read: what people wrote.
+    sampled: what the teacher wrote, never held out; read: what people wrote. `watch` is called
+    between two documents wherever all of them are looked at, and may raise to stop.
     """
 
-    def __init__(self, sampled: list[Document], read: list[Document], malformed: Malformed) -> None:
-        self.sampled, self.read = sampled, read
+    def __init__(
+        self,
+        sampled: list[Document],
+        read: list[Document],
+        malformed: Malformed,
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.sampled, self.read, self._watch = sampled, read, watch
         self.held_out: list[Document] = []
         self.facts: dict[str, Any] = {}
         if malformed.counts:
@@ -139,10 +146,15 @@ class Collection:
         """What is trained on."""
         return [*self.sampled, *self.read]
 
+    def _watched(self) -> Iterator[Document]:
+        for document in self.train:
+            self._watch()
+            yield document
+
     def deduplicate(self, seen: Iterable[int], hashes: str | Path) -> None:
         """Leave out repeats, also of documents elsewhere; writes the hashes of the others."""
         before = len(self.train)
-        kept, own = without_repeats(self.train, seen)
+        kept, own = without_repeats(self._watched(), seen)
         self._keep(kept)
         self.facts["repeated"] = before - len(kept)
         with atomic_file(hashes) as handle:
@@ -151,7 +163,7 @@ class Collection:
     def check(self, contamination: Contamination, tokenizer: Tokenizer, *, drop: bool) -> None:
         """Count the documents that hold benchmark text, and leave them out."""
         clean, touched = [], Counter[str]()
-        for document in self.train:
+        for document in self._watched():
             if contamination.runs_in(tokenizer.decode(document.ids, skip_special=True)):
                 touched[document.name] += 1
             else:
@@ -188,7 +200,7 @@ class Collection:
         def same(document: Document) -> bool:  # the length first: a hash reads the whole text
             return len(document.ids) in lengths and document_hash(document) in hashes
 
-        self._keep([d for d in self.train if not same(d)])
+        self._keep([d for d in self._watched() if not same(d)])
 
     def _keep(self, documents: Sequence[Document]) -> None:
         chosen = set(map(id, documents))

@@ -84,6 +84,23 @@ class Reporter:
             yield lambda name, line: self.note(f"{name}: {line}") if line else None
 
     @contextmanager
+    def counting(self, title: str) -> Iterator[Callable[[str], None]]:
+        """A function that shows how far work is whose end is not known: "300 documents"."""
+        with self.side_by_side() as show:
+            if self.console.is_terminal:
+                yield lambda line: show(title, line)
+                return
+            shown = time.monotonic()  # what takes no longer than a line does not need one
+
+            def now_and_then(line: str) -> None:
+                nonlocal shown
+                if time.monotonic() - shown >= _LINE_EVERY:
+                    shown = time.monotonic()
+                    show(title, line)
+
+            yield now_and_then
+
+    @contextmanager
     def in_turn(self, names: Sequence[str]) -> Iterator[Callable[[str, int, int], None]]:
         """A function (name, steps done, steps) that shows each of `names` in a bar of its own, one
         after the other. What the first call for a name finds done was done before."""

@@ -7,6 +7,7 @@ keys; the defaults are those that worked for models of about 100 million paramet
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import types
 import typing
@@ -409,6 +410,12 @@ def _check_shares(
             raise ValueError(f"{where}: {name} has {share}, expected 0 or more")
     if not (empty and not weights) and not sum(weights.values()) > 0:
         raise ValueError(f"{where}: the shares add up to 0")
+
+
+def derived_seed(seed: int, *names: object) -> int:
+    """A seed of its own for each use, 31 bits."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
 
 
 # ---- reading and writing ------------------------------------------------------------------------

@@ -7,7 +7,6 @@ killed and started again ends with the same bits.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import platform
@@ -16,23 +15,20 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import checkpoints, runtime, sources
+from . import checkpoints, runtime
 from .align import MixerTraining, align, alignable_layers, relative_errors, trained_layers
 from .checkpoints import Checkpoint
-from .cleaning import Collection, Contamination, read_hashes
 from .communicator import Communicator, world
 from .config import ModelConfig
-from .data import MANIFEST, Batch, Batches, Rows, TokenData, from_sources, joined
+from .data import Batch, Batches, Rows, TokenData, joined
 from .distill import OfRows, distill
 from .errors import UserError
-from .evaluate import passages, questions
 from .evaluate.names import find_task, source_of
 from .evaluate.needle import needle
 from .layerwise import align_layers, aligned_student, check_room, stream_bytes
@@ -41,10 +37,8 @@ from .lora import Lora
 from .merge import merge
 from .model import Model, from_checkpoint, load
 from .progress import Reporter
-from .recipe import GENERALIST, DomainSection, Recipe, SampledSource
+from .recipe import GENERALIST, Recipe, derived_seed
 from .rundir import Interrupt, RunDirectory
-from .sampling import read_documents, sample_documents
-from .sources import Document
 from .targets import (
     OnlineTargets,
     TargetCache,
@@ -53,7 +47,6 @@ from .targets import (
     identity_of,
     write_targets,
 )
-from .texts import Malformed
 from .tokenizer import Tokenizer
 from .trackers import Trackers, check_installed
 from .training import Metrics
@@ -64,13 +57,6 @@ _SHARED = ("data", "align", "targets", "distill", "evaluate")
 _PROBE_ROWS = 2
 """Rows a domain on which stage I's error is measured before and after."""
 _STATE = "state.npz"
-_HASHES = "hashes.npy"
-
-
-def derived_seed(seed: int, *names: object) -> int:
-    """A seed of its own for each use, 31 bits."""
-    text = "/".join(map(str, (seed, *names)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
 
 
 def check_tasks(recipe: Recipe) -> None:
@@ -259,17 +245,18 @@ class Run:
     def rows(self, domain: str, streams: int = 0) -> Rows:
         """The packed training text of a domain."""
         data = TokenData.open(self.path / "data" / domain / "train")
-        return self._packed(domain, data, streams)
+        return self.packed(domain, data, streams)
 
-    def _packed(self, domain: str, data: TokenData, streams: int = 0) -> Rows:
+    def packed(self, domain: str, data: TokenData, streams: int = 0) -> Rows:
+        """Text of a domain, packed as training packs it."""
         seed = derived_seed(self.recipe.seed, "rows", domain)
         section = self.recipe.distill
         reserve = section.validate_rows if section.validate_every else 0
         return Rows(data, self.recipe.data.length, seed, reserve, streams)
 
     @property
-    def _streams(self) -> int:
-        """Streams of the rows of stage II."""
+    def streams(self) -> int:
+        """Streams of the rows of stage II, 0 for none."""
         return self.recipe.distill.rows if self.recipe.distill.state_passing else 0
 
     def evaluation_text(self) -> dict[str, TokenData]:
@@ -280,130 +267,14 @@ class Run:
             if domain.held_out_tokens
         }
 
-    # ---- data ---------------------------------------------------------------------------------
+    # ---- text ---------------------------------------------------------------------------------
 
     def run_data(self) -> None:
-        """Sample, read and encode the text of every domain; set evaluation text aside."""
-        for name, domain in self.recipe.data.domains.items():
-            place = self.path / "data" / name
-            if self.stands(place / "train" / MANIFEST):
-                continue
-            if not self.comm.first:
-                for number, source in enumerate(domain.sources):
-                    if isinstance(source, SampledSource):
-                        self._sample(name, number, source)
-                self.comm.barrier()
-                continue
-            with self.timed(f"data {name}") as facts:
-                place.mkdir(parents=True, exist_ok=True)
-                found = self._collect(name, domain)
-                described = [source.model_dump() for source in domain.sources]
-                if domain.held_out_tokens:
-                    where = f"evaluation text of {name}"
-                    text = from_sources(found.held_out, self.tokenizer, described, where)
-                    text.save(place / "evaluation")
-                where, vocab = f"text of {name}", self.checkpoint.config.vocab_size
-                data = from_sources(
-                    found.train, self.tokenizer, described, where, vocab, found.facts, place
-                )
-                self._packed(name, data, self._streams)  # refuses too little text now, not later
-                data.save(place / "train")
-                facts.update(documents=data.documents, tokens=data.tokens, **found.facts)
-            self.comm.barrier()
+        """Sample, read and encode the text of every domain; set evaluation text aside
+        (domains.py)."""
+        from .domains import collect_text
 
-    def _collect(self, name: str, domain: DomainSection) -> Collection:
-        """The documents of a domain, cleaned and divided; their tokens are on disk."""
-        disk = self.path / "data" / name
-        sampled: list[Document] = []
-        read: list[Document] = []
-        malformed = Malformed()  # of all sources together
-        answers = domain.loss == "answers"
-        for number, source in enumerate(domain.sources):
-            if isinstance(source, SampledSource):
-                place = self._sample(name, number, source)
-                found = iter(read_documents(self.teacher, place, source.style, answers=answers))
-                sampled += sources.spooled(found, disk)
-            elif source.kind == "stdlib":
-                found = sources.read_stdlib(self.tokenizer)
-                read += sources.spooled(sources.up_to(found, source.max_tokens), disk)
-            else:
-                rules = replace(
-                    malformed,
-                    skip=source.malformed == "skip",
-                    max_bytes=source.max_document_bytes,
-                )
-                found = sources.read_files(source.paths, self.tokenizer, rules, answers=answers)
-                files = sources.spooled(found, disk)
-                files.sort(key=lambda d: sources.hash_order(d.name))
-                read += sources.up_to(files, source.max_tokens)
-        collection = Collection(sampled, read, malformed)
-        if self.recipe.data.deduplicate:
-            place = self.path / "data" / name / _HASHES
-            collection.deduplicate(self._earlier_hashes(name), place)
-        if self._contamination is not None:
-            section = self.recipe.data.contamination
-            assert section is not None
-            collection.check(self._contamination, self.tokenizer, drop=section.action == "drop")
-        collection.check_not_empty(f"domain {name}")
-        if domain.passages:
-            collection.evaluate_on(self._passages(domain))
-        else:
-            collection.hold_out(domain.held_out_tokens, f"domain {name}")
-        return collection
-
-    def _earlier_hashes(self, name: str) -> Iterator[int]:
-        for other in self.recipe.data.domains:
-            if other == name:
-                return
-            yield from read_hashes(self.path / "data" / other / _HASHES)
-
-    @cached_property
-    def _contamination(self) -> Contamination | None:
-        section = self.recipe.data.contamination
-        if section is None:
-            return None
-        asked = (q for task in section.tasks for q in questions(task))
-        return Contamination(asked, section.words)
-
-    def _sample(self, name: str, number: int, source: SampledSource) -> Path:
-        """Let the teacher write the text of a source; where its files are."""
-        place = self.path / "data" / name / f"sampled-{number}"
-        stage = f"sample {name} {number}"
-        metrics = sample_documents(
-            self.teacher,
-            source.style,
-            documents=source.documents,
-            max_new_tokens=source.max_new_tokens,
-            directory=place,
-            temperature=source.temperature,
-            top_p=source.top_p,
-            batch=source.batch,
-            prompts_file=source.prompts,
-            seed=derived_seed(self.recipe.seed, "sample", name, number),
-            check=self.interrupt.check,
-            comm=self.comm,
-        )
-        self.follow(metrics, stage, f"sampling {name} ({source.style})")
-        return place
-
-    def _passages(self, domain: DomainSection) -> list[Document]:
-        """Human passages of request sets, taken in turns, as many as are wanted."""
-        texts = [(task, passages(task)) for task in domain.passages]
-        end = sources.document_end(self.tokenizer)
-        found: list[Document] = []
-        total = 0
-        for turn in range(max(len(own) for _, own in texts)):
-            for task, own in texts:
-                if turn < len(own) and total < domain.held_out_tokens:
-                    ids = [*self.tokenizer.encode(own[turn], special=False), *end]
-                    found.append(Document(f"{task}:{turn}", ids))
-                    total += len(ids)
-        if total < domain.held_out_tokens:
-            raise UserError(
-                f"passages of {', '.join(domain.passages)} have {total} tokens, "
-                f"held_out_tokens is {domain.held_out_tokens}"
-            )
-        return found
+        collect_text(self)
 
     # ---- the student and stage I --------------------------------------------------------------
 
@@ -569,7 +440,7 @@ class Run:
     def _batches(self, name: str) -> Batches:
         weights = self.recipe.trained[name]
         used = (domain for domain, share in weights.items() if share > 0)
-        packed = {domain: self.rows(domain, self._streams) for domain in used}
+        packed = {domain: self.rows(domain, self.streams) for domain in used}
         seed = derived_seed(self.recipe.seed, "distill", name)
         return Batches(packed, self.recipe.distill.rows, weights, seed)
 
@@ -599,7 +470,7 @@ class Run:
                 continue
             with self.timed(stage, tokens=count * self.recipe.data.length):
                 place = self.path / "targets" / name
-                packed = self.rows(name, self._streams)
+                packed = self.rows(name, self.streams)
                 metrics = write_targets(
                     self.teacher, packed, place, count=count, comm=self.comm, **self._kind
                 )

@@ -2,7 +2,8 @@
 library.
 
 Texts are read in order and encoded by several threads; what comes out, and what is said of texts
-that cannot be used, does not depend on how many there are.
+that cannot be used, does not depend on how many there are. A `Watch` sees how far that is, and may
+stop it between two documents.
 """
 
 from __future__ import annotations
@@ -42,6 +43,19 @@ _NOT_LIBRARY = {
     "tests",
     "turtledemo",
 }
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+class Watch(NamedTuple):
+    """Who looks on while text is read. `check` is called between two documents, by any thread, and
+    may raise to stop; `seen` is told of documents that were read and encoded: how many since the
+    last call, and their bytes of UTF-8."""
+
+    check: Callable[[], None] = _nothing
+    seen: Callable[[int, int], None] = _nothing
 
 
 class Document(NamedTuple):
@@ -114,6 +128,7 @@ def read_files(
     malformed: Malformed | None = None,
     *,
     answers: bool = False,
+    watch: Watch = Watch(),  # noqa: B008 (it cannot be changed)
 ) -> Iterator[Document]:
     """Documents of files and directories (`read_texts` says which). With `answers`, only the
     assistant's turns and completions are to be learnt; plain text always is.
@@ -123,7 +138,7 @@ def read_files(
     rules = malformed or Malformed()
     reading = rules.record()
     texts = read_texts(paths, tokenizer, reading)
-    yield from _encode(texts, tokenizer, rules, reading, answers=answers)
+    yield from _encode(texts, tokenizer, rules, reading, watch, answers=answers)
 
 
 class _Chunk(NamedTuple):
@@ -135,10 +150,13 @@ class _Chunk(NamedTuple):
     error: UserError | None = None
 
 
-def _chunks(texts: Iterable[Text], reading: Malformed) -> Iterator[_Chunk]:
+def _chunks(
+    texts: Iterable[Text], reading: Malformed, check: Callable[[], None]
+) -> Iterator[_Chunk]:
     batch: list[Text] = []
     try:
         for text in texts:
+            check()
             batch.append(text)
             if len(batch) == _AT_ONCE:
                 yield _Chunk(batch, reading.taken())
@@ -154,17 +172,21 @@ def _encode(
     tokenizer: Tokenizer,
     malformed: Malformed,
     reading: Malformed,
+    watch: Watch,
     *,
     answers: bool = False,
 ) -> Iterator[Document]:
     """Documents of texts; what is wrong with others comes to `malformed`, in the order of the
     texts, from `reading`, to which `texts` reports it."""
 
-    def encode(chunk: _Chunk) -> tuple[_Chunk, list[MalformedError], list[Document]]:
+    def encode(chunk: _Chunk) -> tuple[_Chunk, int, list[MalformedError], list[Document]]:
         own = chunk.texts if answers else [text._replace(answers=None) for text in chunk.texts]
-        return chunk, *_encode_chunk(own, tokenizer)
+        size = sum(len(text.text.encode(errors="replace")) for text in own)
+        return chunk, size, *_encode_chunk(own, tokenizer, watch.check)
 
-    for chunk, errors, documents in _in_order(encode, _chunks(texts, reading)):
+    chunks = _chunks(texts, reading, watch.check)
+    for chunk, size, errors, documents in _in_order(encode, chunks):
+        watch.seen(len(chunk.texts), size)
         malformed.add(chunk.malformed)
         if chunk.error is not None:
             raise chunk.error
@@ -192,13 +214,14 @@ def _in_order(work: Callable[[_Item], _Result], items: Iterator[_Item]) -> Itera
 
 
 def _encode_chunk(
-    texts: list[Text], tokenizer: Tokenizer
+    texts: list[Text], tokenizer: Tokenizer, check: Callable[[], None]
 ) -> tuple[list[MalformedError], list[Document]]:
     """What is wrong with some of the texts, and the documents of the others: first those of plain
     texts, then those with control tokens."""
     errors: list[MalformedError] = []
     documents: list[Document] = []
     for text in sorted(texts, key=lambda text: text.marked):
+        check()
         try:
             # A batch of one: the library encodes it without holding the interpreter's lock.
             (ids,) = tokenizer.encode_batch([text.text], special=text.marked)
@@ -225,7 +248,11 @@ def _document(text: Text, ids: list[int], tokenizer: Tokenizer) -> Document:
 # ---- the standard library -----------------------------------------------------------------------
 
 
-def read_stdlib(tokenizer: Tokenizer, root: str | Path | None = None) -> Iterator[Document]:
+def read_stdlib(
+    tokenizer: Tokenizer,
+    root: str | Path | None = None,
+    watch: Watch = Watch(),  # noqa: B008 (it cannot be changed)
+) -> Iterator[Document]:
     """Sources (with their docstrings) of the running Python's standard library, a file a document.
 
     In hash order (`hash_order`), without tests, bundled projects and tables. Files that the
@@ -241,7 +268,7 @@ def read_stdlib(tokenizer: Tokenizer, root: str | Path | None = None) -> Iterato
     if not files:
         raise UserError(f"{folder}: holds no Python sources of the standard library")
     rules = Malformed(skip=True)
-    yield from _encode(_readable(files, folder), tokenizer, rules, rules.record())
+    yield from _encode(_readable(files, folder), tokenizer, rules, rules.record(), watch)
 
 
 def _readable(files: Iterable[Path], folder: Path) -> Iterator[Text]:
