@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
+import time
+import weakref
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from xlstm_distill.run import Run
 from xlstm_distill.run import run as run_recipe
 from xlstm_distill.rundir import RunDirectory
 
+run_module = import_module("xlstm_distill.run")  # the package has its function by this name
 QUESTION = "Which of the four gases in the flask would turn limewater cloudy after a minute or two?"
 
 
@@ -169,7 +174,7 @@ def test_trouble_is_one_line(root, tmp_path, collected, capsys, source, message)
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-MOMENTS = {"a text is encoded": 12, "a text is read": 30, "repeats are looked for": 150}
+MOMENTS = {"a text is encoded": 10, "a text is read": 30, "repeats are looked for": 150}
 """When a run is asked to stop -> the most documents that may be encoded then."""
 
 
@@ -197,6 +202,7 @@ def test_reading_stops_between_documents_and_is_begun_anew(root, tmp_path, monke
         calls.append(arguments)
         if len(calls) == 10:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # the main thread, which may not be this one, takes the signal
         return real(*arguments)
 
     def counted(*arguments):
@@ -419,6 +425,48 @@ def test_needles_are_measured_and_reported_as_other_tasks(root, tmp_path, monkey
     results = json.loads((out / "evaluation/results_merged.json").read_text())
     assert results["n-samples"]["niah_single_1:1024"] == {"original": 500, "effective": 2}
     assert "niah_single_1:1024" in (out / "report/report.html").read_text()
+
+
+# ---- the teacher's memory -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "loaded"),
+    [
+        ({}, 1),  # for all that comes before stage II
+        ({"targets": {"online": True}}, 1),
+        (
+            {"distill": {"validate_every": 3, "validate_rows": 1}},
+            2,
+        ),  # and for validation
+        ({"align": {"order": "layer"}}, 2),  # for what it writes, and for the targets
+    ],
+    ids=str,
+)
+def test_the_teacher_is_held_only_where_it_is_needed(root, tmp_path, monkeypatch, changes, loaded):
+    held: list[weakref.ref[Any]] = []
+    in_stage_two: list[int] = []
+    real_load, real_step = run_module.from_checkpoint, Model.loss_and_grad
+
+    def load_teacher(*arguments):
+        model = real_load(*arguments)
+        held.append(weakref.ref(model.params))
+        return model
+
+    def step(self, *arguments, **settings):
+        in_stage_two.append(sum(params() is not None for params in held))
+        return real_step(self, *arguments, **settings)
+
+    monkeypatch.setattr(run_module, "from_checkpoint", load_teacher)
+    monkeypatch.setattr(Model, "loss_and_grad", step)
+    gc.disable()  # it must not take a collection of cycles
+    try:
+        assert run(root, tmp_path / "out", "distill", changes) == 0
+    finally:
+        gc.enable()
+    assert len(held) == loaded
+    online = "targets" in changes
+    assert set(in_stage_two) == {int(online)}
 
 
 # ---- targets ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 from models import MIXERS, random_batch, random_model
 from test_model import directional_errors, relative, step_for
+from test_targets import identity
 from tolerances import DIRECTIONAL_F64, FORMS_F64, OP_F32, PREFILL_STEP_F32
 
 from xlstm_distill.data import Batches, Rows, TokenData
@@ -18,7 +19,7 @@ from xlstm_distill.linearize import linearize
 from xlstm_distill.recipe import make_recipe
 from xlstm_distill.run import run
 from xlstm_distill.sweep import _parts
-from xlstm_distill.targets import OnlineTargets, TargetCache, identity_of, write_targets
+from xlstm_distill.targets import OnlineTargets, TargetCache, write_targets
 
 LENGTH = 32
 CE = {"ce_weight": 1.0, "kl_weight": 0.0}
@@ -410,12 +411,12 @@ def test_a_cache_holds_what_is_computed_on_the_way(tmp_path, teacher, text):
     rows = Rows(text, LENGTH, 1, streams=3)
     for form in ("topk", "sampled"):
         list(write_targets(teacher, rows, tmp_path / form, k=8, form=form, rows_before=2))
-        cache = TargetCache(tmp_path / form, identity_of(teacher, rows, 8, form, 2))
+        cache = TargetCache(tmp_path / form, identity(teacher, rows, 8, form, 2))
         online = OnlineTargets(teacher, rows, 8, form, rows_before=2)
         for one, other in zip(cache.get([4, 11]), online.get([4, 11]), strict=True):
             assert np.array_equal(one, other)
     with pytest.raises(UserError, match="made for rows_before 2, here it is 0; delete"):
-        TargetCache(tmp_path / "topk", identity_of(teacher, rows, 8))
+        TargetCache(tmp_path / "topk", identity(teacher, rows, 8))
 
 
 def test_rows_before_that_cannot_be_are_refused(tmp_path, teacher, text):

@@ -28,6 +28,11 @@ def teacher():
     return tiny_run.teacher()
 
 
+def identity(model, *settings):
+    """What a cache of a model's targets says of itself."""
+    return identity_of(model.fingerprint(), model.tokenizer, *settings)
+
+
 @pytest.fixture(scope="module")
 def rows():
     random = np.random.default_rng(0)
@@ -42,7 +47,7 @@ def contents(folder) -> dict[str, bytes]:
 def test_targets_are_the_teachers_top_k(tmp_path, teacher, rows):
     metrics = list(write_targets(teacher, rows, tmp_path / "t", k=K))
     assert metrics[-1]["step"] == metrics[-1]["steps"] == -(-len(rows) // ROWS_PER_SHARD)
-    cache = TargetCache(tmp_path / "t", identity_of(teacher, rows, K))
+    cache = TargetCache(tmp_path / "t", identity(teacher, rows, K))
     assert cache.rows == len(rows) and cache.k == K
     wanted = [len(rows) - 1, 0, 3]
     ids, logp = cache.get(wanted)
@@ -95,10 +100,10 @@ def test_refuses_what_does_not_belong_and_names_it(tmp_path, teacher, rows):
     for field, (model, packed, k) in cases.items():
         with pytest.raises(UserError, match=f"targets were made for {field} ") as error:
             list(write_targets(model, packed, tmp_path / "t", k=k))
-        found, here = identity_of(teacher, rows, K)[field], identity_of(model, packed, k)[field]
+        found, here = identity(teacher, rows, K)[field], identity(model, packed, k)[field]
         assert str(found) in str(error.value) and str(here) in str(error.value)
         with pytest.raises(UserError, match=f"targets were made for {field} "):
-            TargetCache(tmp_path / "t", identity_of(model, packed, k))
+            TargetCache(tmp_path / "t", identity(model, packed, k))
 
 
 def test_damage_is_found(tmp_path, teacher, rows):
@@ -143,7 +148,7 @@ DRAWS = 300  # more than a byte counts
 
 def test_draws_have_the_teachers_distribution(tmp_path, teacher, rows):
     list(write_targets(teacher, rows, tmp_path / "t", k=DRAWS, form="sampled"))
-    cache = TargetCache(tmp_path / "t", identity_of(teacher, rows, DRAWS, "sampled"))
+    cache = TargetCache(tmp_path / "t", identity(teacher, rows, DRAWS, "sampled"))
     index = list(range(cache.rows))
     ids, logp = cache.get(index)
     assert ids.shape == logp.shape == (len(index), LENGTH, DRAWS)
@@ -217,7 +222,7 @@ def test_the_two_forms_are_not_taken_for_each_other(tmp_path, teacher, rows):
         with pytest.raises(UserError, match=message):
             list(write_targets(teacher, rows, tmp_path / found, k=K, form=here))
         with pytest.raises(UserError, match=message):
-            TargetCache(tmp_path / found, identity_of(teacher, rows, K, here))
+            TargetCache(tmp_path / found, identity(teacher, rows, K, here))
     student = linearize(teacher, window=6, sinks=2)
     for form, kl_form in (("topk", "sampled"), ("sampled", "tail")):
         with pytest.raises(UserError, match=f"kl_form {kl_form} needs targets of the form"):

@@ -277,6 +277,7 @@ def quickstart(
         work = Run(directory, recipe, reporter, interrupt)
         if teacher is not None:
             work.__dict__["teacher"] = teacher  # the cached property: it is loaded already
+            teacher = None  # so that the run can free it
         work.execute(until="align")
         work.recipe = _replanned(directory, recipe, reporter)
         work.execute()

@@ -35,7 +35,7 @@ from .layerwise import align_layers, aligned_student, check_room, stream_bytes
 from .linearize import linearize, student_config
 from .lora import Lora
 from .merge import merge
-from .model import Model, from_checkpoint, load
+from .model import Model, fingerprint_of, from_checkpoint, load
 from .progress import Reporter
 from .recipe import GENERALIST, Recipe, derived_seed
 from .rundir import Interrupt, RunDirectory
@@ -167,8 +167,17 @@ class Run:
 
     @cached_property
     def teacher(self) -> Model:
-        """The teacher in memory, loaded when a stage needs it."""
+        """The teacher in memory, loaded when a stage needs it; `release_teacher` frees it."""
         return from_checkpoint(self.checkpoint, self.recipe.compute)
+
+    def release_teacher(self) -> None:
+        """Free the teacher's memory, for work that is done without it."""
+        self.__dict__.pop("teacher", None)  # the cached property: loaded again when it is asked for
+
+    @cached_property
+    def teacher_fingerprint(self) -> str:
+        """`Model.fingerprint` of the teacher, without holding it."""
+        return fingerprint_of(self.checkpoint)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -366,6 +375,7 @@ class Run:
         self, batches: Batches, probe: list[Batch], state: Path, provenance: dict[str, Any]
     ) -> dict[str, Any]:
         """One layer after another, one of them in memory; the errors of the probe."""
+        self.release_teacher()  # which may have written text
         section = self.recipe.align
         student = checkpoints.load(self.path / "student0")
         metrics = align_layers(
@@ -449,7 +459,7 @@ class Run:
         """What targets are: those of the recipe; of most probable tokens all there are."""
         kind = self.recipe.targets.model_dump(include={"form", "k", "rows_before"})
         if kind["form"] == "topk":
-            kind["k"] = min(kind["k"], self.teacher.config.vocab_size)
+            kind["k"] = min(kind["k"], self.checkpoint.config.vocab_size)
         return kind
 
     def run_targets(self) -> None:
@@ -520,12 +530,14 @@ class Run:
         started = time.perf_counter()
         place, state = self.trained_place(name), self._state(name)
         section, steps = self.recipe.distill, self.recipe.steps_of(name)
-        student = load(self.path / "aligned", self.recipe.compute)
         batches = self._batches(name)
+        held_out, held_out_targets = self._validation(batches, comm)
+        if not self.recipe.targets.online:  # the largest stage has room for the student alone
+            self.release_teacher()
+        student = load(self.path / "aligned", self.recipe.compute)
         targets = None if section.kl_weight == 0 else self._targets(batches, steps)
         settings = section.model_dump(exclude={"steps", "rows", "train", "lora", "validate_rows"})
         train = self._adapter(student) if section.train == "lora" else section.train
-        held_out, held_out_targets = self._validation(batches, comm)
         yield from distill(
             student,
             batches,
@@ -591,7 +603,7 @@ class Run:
             if self.recipe.targets.online:
                 found[name] = self._online(rows)
             else:
-                expect = identity_of(self.teacher, rows, **self._kind)
+                expect = identity_of(self.teacher_fingerprint, self.tokenizer, rows, **self._kind)
                 found[name] = TargetCache(self.path / "targets" / name, expect)
         return found
 

@@ -32,6 +32,7 @@ from .config import ModelConfig
 from .data import MANIFEST, Rows
 from .errors import UserError
 from .model import Model
+from .tokenizer import Tokenizer
 
 Targets = tuple[NDArray[np.int32], NDArray[np.float32]]
 Form = Literal["topk", "sampled"]
@@ -157,12 +158,16 @@ def check_rows_before(rows_before: int, length: int, teacher: ModelConfig) -> No
 
 
 def identity_of(
-    teacher: Model, rows: Rows, k: int, form: Form = "topk", rows_before: int = 0
+    teacher: str,
+    tokenizer: Tokenizer | None,
+    rows: Rows,
+    k: int,
+    form: Form = "topk",
+    rows_before: int = 0,
 ) -> dict[str, Any]:
-    """What a cache must agree on with those who use it."""
-    tokenizer = teacher.tokenizer
+    """What a cache must agree on with those who use it. teacher: its fingerprint."""
     identity = {
-        "teacher": teacher.fingerprint(),
+        "teacher": teacher,
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
         **rows.identity,
         "k": k,
@@ -230,7 +235,7 @@ def write_targets(
     total = len(rows) if count is None else count
     if not 0 < total <= len(rows):
         raise UserError(f"targets of {total} rows were asked for, the text has {len(rows)}")
-    wanted = identity_of(teacher, rows, k, form, rows_before)
+    wanted = identity_of(teacher.fingerprint(), teacher.tokenizer, rows, k, form, rows_before)
     done = comm.broadcast(_finished(folder, wanted) if comm.first else [])
     steps, how = -(-total // ROWS_PER_SHARD), _FORMS[form]
 
