@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tolerances import (
@@ -26,6 +31,60 @@ pytestmark = pytest.mark.real
 @pytest.fixture(scope="module")
 def teacher():
     return load("smollm2-135m-instruct")
+
+
+MEMORY = """
+import json, sys
+from xlstm_distill import checkpoints
+from xlstm_distill.progress import Reporter
+from xlstm_distill.recipe import make_recipe
+from xlstm_distill.room import Room
+from xlstm_distill.run import run
+from xlstm_distill.rundir import RunDirectory
+
+recipe = make_recipe(json.loads(sys.argv[1]))
+out = run(recipe, sys.argv[2], Reporter(quiet=True), "evaluate")
+peaks = {}
+for line in RunDirectory(out).read_log():
+    if line.get("event") == "done":
+        stage = line["stage"].split()[0]
+        peaks[stage] = max(peaks.get(stage, 0), line["peak_memory_mib"])
+estimated = Room(recipe, checkpoints.load(recipe.teacher).config).memory
+print(json.dumps({stage: estimated[stage] / peak for stage, peak in peaks.items()}))
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_every_stage_is_what_is_estimated(tmp_path):
+    """In a process of its own, whose memory is that of the run alone."""
+    source = {"kind": "stdlib", "max_tokens": 60_000}
+    recipe = {
+        "teacher": "smollm2-135m-instruct",
+        "data": {
+            "length": 256,
+            "domains": {"code": {"sources": [source], "held_out_tokens": 1000}},
+        },
+        "align": {"steps": 1, "rows": 1},
+        "targets": {"k": 64},
+        "distill": {"steps": 1, "rows": 1},
+        "experts": {"a": {"code": 1}, "b": {"code": 1}},
+        "evaluate": {
+            "fidelity": [{"context": 256, "windows": 2, "expert_windows": 1}],
+            "gate_tokens": 0,
+        },
+    }
+    command = [sys.executable, "-c", MEMORY, json.dumps(recipe), str(tmp_path / "out")]
+    try:
+        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    finally:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    print(found)
+    # Python and its libraries, which weigh most where little else is held, differ by some 100 MiB.
+    assert 0.85 < found.pop("data") < 2 and 0.8 < found.pop("linearize") < 1.3
+    # Stage II is estimated with the copy that saving a state takes, a fifth of what it holds here;
+    # in one step there is none. The others were within 7 %; mapped files come and go.
+    assert 0.95 < found.pop("distill") < 1.35
+    assert all(0.9 < share < 1.15 for share in found.values())
 
 
 @pytest.fixture(scope="module")

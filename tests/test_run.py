@@ -163,14 +163,15 @@ def test_a_document_of_an_earlier_domain_is_a_repeat(
     [
         ({}, "chats.jsonl:10: needs the field text"),
         ({"max_document_bytes": 30}, "chats.jsonl:1: "),
-        ({"kind": "sampled", "documents": 1, "prompts": "none.txt"}, "none.txt: cannot read"),
+        ({"kind": "sampled", "documents": 1, "prompts": "none.txt"}, "none.txt: no such file"),
     ],
 )
 def test_trouble_is_one_line(root, tmp_path, collected, capsys, source, message):
     files = {"kind": "files", "paths": [str(tmp_path / "chats.jsonl")]}
     own = source if "kind" in source else {**files, **source}
     collected["domains"]["general"] = {"sources": [own]}
-    assert run(root, tmp_path / "out", "data", {"data": collected}) == 1
+    status = 2 if "no such file" in message else 1
+    assert run(root, tmp_path / "out", "data", {"data": collected}) == status
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -409,6 +410,62 @@ def test_request_sets_that_are_not_there_are_named_before_any_work(
     monkeypatch.setattr(packages, "fetch", lambda _: pytest.fail("request sets are fetched"))
     changes = {"evaluate": {"tasks": {"arc_easy": 1}}}
     assert run(root, tmp_path / "early", "linearize", changes) == 0
+
+
+def test_validate_names_every_problem_and_run_the_first_of_them(
+    root, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "requests").mkdir()
+    monkeypatch.setattr(packages, "fetch", lambda _: tmp_path / "requests")
+    monkeypatch.setattr(Model, "__init__", lambda *_, **__: pytest.fail("a model is made"))
+    values = tiny_run.recipe(root / "teacher", root / "text")
+    recipe = tmp_path / "recipe.yaml"
+
+    def problems(command: str = "validate") -> list[str]:
+        recipe.write_text(yaml.safe_dump(values))
+        more = ["--out", str(tmp_path / "out")] if command == "run" else []
+        assert main([command, str(recipe), *more]) == 2 or command == "run"
+        return capsys.readouterr().err.splitlines()
+
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(["validate", str(recipe)]) == 0 and "a valid recipe" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    values["data"]["domains"]["general"]["sources"][0]["prompts"] = "asked.txt"
+    files = ["none.txt", str(tmp_path / "empty")]
+    values["data"]["domains"]["notes"]["sources"][0]["paths"] = files
+    values["data"]["domains"]["notes"]["passages"] = ["squad"]
+    values["data"]["contamination"] = {"tasks": ["piqa"]}
+    values["align"]["layers"] = [0, 9]
+    values["distill"]["state_passing"] = True
+    values["targets"]["rows_before"] = 99
+    values["evaluate"]["tasks"] = {"csqa": 1, "niah_single_1:130": 1}
+    expected = [
+        "data.domains.general.sources.0.prompts: asked.txt: no such file or directory",
+        "data.domains.notes.sources.0.paths: none.txt: no such file or directory",
+        "data.domains.notes.sources.0.paths: " + files[1] + ": holds no .txt, ",
+        "data.domains.notes.passages: ",
+        "data.contamination.tasks: ",
+        "align.layers: layer 9 is outside 0..1",
+        "targets: rows_before is 99, expected 0 to 7",
+        "evaluate.tasks: task 'csqa': ",
+        "evaluate.tasks: task niah_single_1:130: too short",
+    ]
+    found = problems()
+    assert found[-1].endswith(f"{recipe}: 9 problems")
+    for line, start in zip(found, expected, strict=False):
+        assert line.startswith(f"{recipe}: {start}")
+    assert expected[0] in problems("run")[-1] and not (tmp_path / "out").exists()
+    values["teacher"] = str(tmp_path / "nothing")
+    assert any("nothing" in line for line in problems())
+
+
+def test_files_of_a_domain_that_is_done_may_be_gone(root, tmp_path):
+    out, text = tmp_path / "out", tmp_path / "text"
+    shutil.copytree(root / "text", text)
+    domains = tiny_run.recipe(root / "teacher", text)["data"]["domains"]
+    assert run(root, out, "data", {"data": {"domains": domains}}) == 0
+    shutil.rmtree(text)
+    assert run(root, out, "linearize", {"data": {"domains": domains}}) == 0
 
 
 def test_needles_are_measured_and_reported_as_other_tasks(root, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
 from xlstm_distill.recipe import make_recipe
 from xlstm_distill.run import run
-from xlstm_distill.sweep import _parts
+from xlstm_distill.sharing import parts
 from xlstm_distill.targets import OnlineTargets, TargetCache, write_targets
 
 LENGTH = 32
@@ -463,7 +463,7 @@ def test_a_run_passes_states(tmp_path, teacher):
     assert TargetCache(more / "targets" / "notes").manifest["rows_before"] == 1
     # without it, rows are others, and so are their targets
     plain = make_recipe({**given, "distill": {**given["distill"], "state_passing": False}})
-    places = [[p.depends for p in _parts(r) if p.place == "targets/notes"] for r in (recipe, plain)]
+    places = [[p.depends for p in parts(r) if p.place == "targets/notes"] for r in (recipe, plain)]
     assert places[0] != places[1]
 
 

@@ -21,7 +21,7 @@ import tiny_run
 import yaml
 from rich.console import Console
 
-from xlstm_distill import packages, runtime
+from xlstm_distill import packages, runtime, sharing
 from xlstm_distill import sweep as sweeps
 from xlstm_distill.cli import main, parser
 from xlstm_distill.communicator import Communicator
@@ -206,7 +206,7 @@ def test_a_sweep_that_is_stopped_while_sharing_continues(
 
     with monkeypatch.context() as patch:
         if moment == "files":
-            patch.setattr(sweeps.os, "link", stopped)
+            patch.setattr(sharing.os, "link", stopped)
         else:
             patch.setattr(RunDirectory, "log", stopped)
         with pytest.raises(KeyboardInterrupt):
@@ -243,8 +243,8 @@ def test_without_hard_links_files_are_copied(root, swept, tmp_path, monkeypatch)
     def refused(*_: Any) -> None:
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(sweeps.os, "link", refused)
-    sweeps._link(str(root / "recipe.yaml"), str(tmp_path / "copy"))
+    monkeypatch.setattr(sharing.os, "link", refused)
+    sharing._link(str(root / "recipe.yaml"), str(tmp_path / "copy"))
     assert (tmp_path / "copy").read_bytes() == (root / "recipe.yaml").read_bytes()
 
 
@@ -488,7 +488,7 @@ def test_fewer_runs_have_more_threads(root, tmp_path, monkeypatch):
             begun.append((place.name, command, threads))
             recipe, last = recipes[place], sweeps.STAGES.index(command) if command != "run" else 9
             with RunDirectory(place) as directory:
-                for part in sweeps._parts(recipe):
+                for part in sharing.parts(recipe):
                     if part.stage <= last and not directory.done(part.log[-1]):
                         (place / part.place).mkdir(parents=True, exist_ok=True)
                         (place / part.place / "config.json").touch()

@@ -1,4 +1,4 @@
-"""What work costs on this machine: measured rates, and from them time, memory and disk."""
+"""What work costs on this machine: measured rates, and from them the time of a recipe."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ from typing import Any
 
 import numpy as np
 
-from .align import alignable_layers
 from .config import ModelConfig
 from .errors import UserError
 from .evaluate.tasks import ReadTokens
 from .layerwise import stream_bytes
-from .linearize import linearize, student_config
-from .lora import Lora, sizes
+from .linearize import linearize
+from .lora import Lora
 from .model import Model
 from .optim import AdamW, in_mixer, trainable_names
-from .recipe import FidelitySection, Recipe, SampledSource
+from .recipe import FidelitySection, Recipe
+from .room import (
+    CALIBRATION_ROW,
+    SAMPLE_BATCH,
+    Room,
+    sampled_tokens,
+    stage_one_tokens,
+    target_rows,
+    text_bytes,
+)
 from .sampling import sampler
+from .sources import read_files
 
-SAMPLE_BATCH = 64
-SAMPLE_FILLED = 0.75
-"""Share of `max_new_tokens` that a sampled document has on average: many end by themselves."""
 _SHORT_ROWS = 1.7
 """Requests are short rows of different lengths, read after a shared prefix: their tokens cost so
 many times those of full rows (1.4 to 1.6 were measured, docs/speed.md; a student's states and
 answers that are written cost a little more)."""
-_CALIBRATION_ROW = 1024
-"""Tokens: the quickstart's windows and packs are as long, and longer rows cost more a token."""
 _CALIBRATION_STEPS = 12
-_PROCESS_MIB = 600
-"""Memory beside models and activations: Python and its libraries, text, the teacher's mapped file,
-and what the quickstart's calibration leaves. 380 and 450 were missing in two runs by themselves,
-600 in a quickstart."""
+_COPIES = 256
+"""Documents of a file of the library that are encoded: some for each thread."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Rates:
 
     sample: new tokens of a full batch; align, distill: forward and backward; targets: the teacher's
     top-k; teacher, student: hidden states; head: one model's logits and what is read from them;
-    update: one AdamW step on what trains in stage II; save: one model directory; load: one model.
+    update: one AdamW step on what trains in stage II; save: one model directory; load: one model;
+    encode: bytes of text a second that are read and become tokens.
     """
 
     sample: float
@@ -58,6 +61,7 @@ class Rates:
     update: float
     save: float
     load: float
+    encode: float = 3e6  # of one core: what a quickstart that began with an earlier version has
 
 
 def _rate(tokens: int, work: Callable[[], Any], repeat: int = 1) -> float:
@@ -71,9 +75,11 @@ def _rate(tokens: int, work: Callable[[], Any], repeat: int = 1) -> float:
 
 def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) -> Rates:
     """Measure short pieces of each kind of work; `place` is a directory on the run's disk."""
-    assert teacher.tokenizer is not None
-    text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
-    ids = np.array(teacher.tokenizer.encode(text, special=False)[:_CALIBRATION_ROW])[None]
+    tokenizer = teacher.tokenizer
+    assert tokenizer is not None
+    source = Path(os.__file__).parent / "argparse.py"
+    text = source.read_text(encoding="utf-8")
+    ids = np.array(tokenizer.encode(text, special=False)[:CALIBRATION_ROW])[None]
     labels = np.full_like(ids, -1)
     labels[:, :-1] = ids[:, 1:]
     student = linearize(teacher, **recipe.student.model_dump())
@@ -98,6 +104,10 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         if recipe.targets.form == "sampled":
             return teacher.draws(ids, np.sort(np.random.default_rng(0).random((*ids.shape, k))))
         return teacher.topk(ids, k)
+
+    def encode() -> None:
+        for _ in read_files([source] * _COPIES, tokenizer):
+            pass
 
     mixer = {name for name in student.params.names() if in_mixer(name)}
     teacher.compute = student.compute = "f32"  # as all is measured
@@ -139,6 +149,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         update=1.0 / _rate(1, update),
         save=_save_seconds(place, 4 * student.params.flat.size),
         load=load_seconds,
+        encode=_rate(source.stat().st_size * _COPIES, encode),
     )
     return found
 
@@ -168,29 +179,25 @@ def _save_seconds(place: Path, size: int) -> float:
 def estimate(
     recipe: Recipe, config: ModelConfig, rates: Rates, reading: Mapping[str, ReadTokens]
 ) -> dict[str, Any]:
-    """Seconds by stage, most memory and disk in MiB. reading: of each request set."""
+    """Seconds by stage. reading: of each request set; config: the teacher's."""
     length, trained = recipe.data.length, recipe.trained
-    sampled = [s for d in recipe.data.domains.values() for s in d.sources]
-    new = sum(
-        s.documents * s.max_new_tokens * SAMPLE_FILLED
-        for s in sampled
-        if isinstance(s, SampledSource)
-    )
     steps = sum(map(recipe.steps_of, trained))
     stage_two = steps * recipe.distill.rows * length
-    stage_one = _stage_one_tokens(recipe, config)
-    stored = _target_rows(recipe) * length
+    stored = target_rows(recipe) * length
     read = 1 + recipe.targets.rows_before  # at most: less where documents are short
     online = stage_two if recipe.distill.kl_weight and recipe.targets.online else 0
     moved = rates.save + rates.load
+    validates = bool(recipe.distill.validate_every and recipe.distill.kl_weight)
     seconds = {
-        "sample": new / rates.sample,
-        "align": stage_one / rates.align + 2 * moved,
+        "sample": sampled_tokens(recipe) / rates.sample,
+        "read": text_bytes(recipe) / rates.encode,
+        "align": _stage_one_seconds(recipe, config, rates) + 2 * moved,
         "targets": read * stored / rates.targets,
         "distill": stage_two / rates.distill
         + read * online / rates.targets
         + steps * rates.update
         + len(trained) * moved
+        + (len(trained) - 1) * validates * rates.load  # the teacher again
         + sum(_validation_seconds(recipe, rates, name) for name in trained),
         "merge": moved,
         "evaluate": evaluation_seconds(recipe, rates, reading),
@@ -198,64 +205,19 @@ def estimate(
     return {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
-        **estimate_room(recipe, config),
     }
 
 
-def estimate_room(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
-    """`memory_mib` and `disk_mib`, the most memory and disk of a recipe, in MiB."""
-    length = recipe.data.length
-    weights = 4 * config_size(config) / 2**20
-    rows = min(recipe.distill.micro_rows, recipe.distill.rows)
-    layers = config.num_hidden_layers
-    held = layers + 24 if recipe.distill.recompute else 24 * layers  # reals a token, times width
-    activations = 4 * rows * length * held * config.hidden_size / 2**20
-    hidden = 0.0
-    if recipe.align.order == "layer":
-        tokens = _stage_one_tokens(recipe, config)
-        hidden = stream_bytes(config.hidden_size, tokens, recipe.align.stream) / 2**20
-    # ids with float16 or, of draws, with counts: no more tokens than draws, and mostly far fewer
-    k = min(recipe.targets.k, config.vocab_size)
-    token = k * ((2 if config.vocab_size <= 1 << 16 else 4) + 2) + 4
-    stored = _target_rows(recipe) * length
-    models = 3 + 2 * len(recipe.trained)
-    return {
-        "memory_mib": round(_held_numbers(recipe, config) * 4 / 2**20 + activations) + _PROCESS_MIB,
-        "disk_mib": round(models * weights + max(hidden, stored * token / 2**20)),
-    }
-
-
-def _stage_one_tokens(recipe: Recipe, config: ModelConfig) -> int:
-    student = student_config(config, recipe.teacher, **recipe.student.model_dump())
-    steps = recipe.align.steps if alignable_layers(student) else 0
-    return steps * recipe.align.rows * recipe.data.length
-
-
-def _held_numbers(recipe: Recipe, config: ModelConfig) -> int:
-    """Numbers held while stage II runs, but for activations and mixers: teacher and student; of
-    what trains gradients, two moments, a copy while the state is written or read, the running mean,
-    the best values; a buffer of gradients for every level of a tree."""
-    section, size = recipe.distill, config_size(config)
-    levels = 0
-    if recipe.accumulation == "tree":
-        levels = (-(-section.rows // section.micro_rows) - 1).bit_length()
-    of_trained = 4 + (section.average is not None) + (section.keep == "best")
-    if section.train == "lora":
-        matrices, factors = sizes(config, section.lora.rank, section.lora.targets)
-        # the matrices as they were, and their gradients; the factors themselves
-        return 2 * size + (2 + levels) * matrices + (1 + of_trained) * factors
-    return 2 * size + ((of_trained + levels) * size if section.train == "all" else 0)
-
-
-def _target_rows(recipe: Recipe) -> float:
-    """Rows of which targets are stored; experts and the generalist share those of a domain."""
-    wanted = dict.fromkeys(recipe.data.domains, 0.0)
-    for name, shares in recipe.trained.items():
-        rows = recipe.steps_of(name) * recipe.distill.rows / sum(shares.values())
-        for domain, share in shares.items():
-            wanted[domain] = max(wanted[domain], rows * share)
-    stored = recipe.distill.kl_weight > 0 and not recipe.targets.online
-    return sum(wanted.values()) if stored else 0.0
+def _stage_one_seconds(recipe: Recipe, config: ModelConfig, rates: Rates) -> float:
+    """Seconds of the steps of stage I. In the order layer the teacher's layers are computed once
+    more, and each reads the hidden states twice and writes them once."""
+    tokens, section = stage_one_tokens(recipe, config), recipe.align
+    seconds = tokens / rates.align
+    if section.order == "step":
+        return seconds
+    once = stream_bytes(config.hidden_size, tokens, section.stream)
+    disk = rates.save / Room(recipe, config).student_bytes  # seconds a byte
+    return seconds + tokens / rates.teacher + 3 * config.num_hidden_layers * once * disk
 
 
 def _validation_seconds(recipe: Recipe, rates: Rates, name: str) -> float:
@@ -267,15 +229,6 @@ def _validation_seconds(recipe: Recipe, rates: Rates, name: str) -> float:
     tokens = -(-recipe.steps_of(name) // section.validate_every) * domains
     tokens *= section.validate_rows * recipe.data.length
     return tokens * (1 / rates.student + 1 / rates.head)
-
-
-def config_size(config: ModelConfig) -> int:
-    """Number of parameters of a model of Llama's shape, without mixers."""
-    c = config
-    attention = c.head_dim * c.hidden_size * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-    heads = 1 if c.tie_word_embeddings else 2
-    return c.num_hidden_layers * layer + heads * c.vocab_size * c.hidden_size + c.hidden_size
 
 
 def fidelity_seconds(

@@ -27,6 +27,7 @@ from . import sweep as sweeps
 from .assess import machine_facts, report_facts, write_report
 from .atomic import write_text
 from .checkpoints import LazyTensors
+from .checks import problems
 from .communicator import world
 from .data import TokenData
 from .errors import UserError, check_package
@@ -45,11 +46,12 @@ from .evaluate.perplexity import PERPLEXITY
 from .evaluate.tasks import PASSAGE_TASKS, open_task, read_tokens
 from .inside import median_gates
 from .merge import merge as merge_models
-from .model import Compute, Model, load
+from .model import Compute, Model, from_checkpoint, load
 from .progress import Reporter
 from .quickstart import quickstart as run_quickstart
-from .recipe import SampledSource, load_recipe, parse_recipe, shipped_recipes
+from .recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from .report import comparison_report, terminal_table
+from .room import Room, available_memory, sampled_tokens, text_bytes
 from .run import Run
 from .run import run as run_recipe
 from .rundir import RunDirectory
@@ -164,17 +166,55 @@ def recipes(arguments: Arguments) -> Result:
 
 
 def validate(arguments: Arguments) -> Result:
-    """Check a recipe."""
+    """Check a recipe, and what it names: all that a run would look for before it begins."""
     recipe = load_recipe(arguments.recipe, arguments.set)
+    found = list(problems(recipe))
+    if len(found) == 1:
+        raise UserError(f"{arguments.recipe}: {found[0]}", usage=True)
+    for problem in found:
+        print(f"{arguments.recipe}: {problem}", file=sys.stderr)
+    if found:
+        raise UserError(f"{arguments.recipe}: {len(found)} problems", usage=True)
     _say(arguments, f"{arguments.recipe}: a valid recipe")
     return {"recipe": arguments.recipe, "valid": True, "keys": recipe.model_dump(mode="json")}
 
 
 def estimate(arguments: Arguments) -> Result:
-    """Time, memory and disk of a recipe, from a short calibration with its teacher."""
+    """Memory and disk of a recipe, from its teacher's sizes, and its time, from a short calibration
+    with the teacher, where there is memory for that."""
     recipe = load_recipe(arguments.recipe, arguments.set)
+    checkpoint = checkpoints.load(recipe.teacher)
+    room = Room(recipe, checkpoint.config)
+    largest = max(room.memory, key=lambda stage: room.memory[stage])
+    found: Result = {
+        "seconds": None,
+        "total_seconds": None,
+        "memory_mib": room.memory[largest],
+        "memory_mib_by_stage": room.memory,
+        "disk_mib": room.disk_mib,
+    }
+    facts = {
+        "memory": f"{found['memory_mib']:,} MiB (stage {largest})",
+        "disk": f"{found['disk_mib']:,} MiB",
+    }
+    needed, free = room.calibration, available_memory()
+    if needed > free:
+        found["time"] = (
+            f"not measured: the calibration needs {needed / 2**30:.1f} GiB of memory, "
+            f"{free / 2**30:.1f} GiB are available"
+        )
+        _facts(arguments, {"time": found["time"], **facts})
+        return found
+    found.update(_measured_time(recipe, checkpoint))
+    _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
+    _facts(arguments, {"together": f"{found['total_seconds'] / 60:,.1f} minutes", **facts})
+    return found
+
+
+def _measured_time(recipe: Recipe, checkpoint: checkpoints.Checkpoint) -> Result:
+    """Seconds of the stages that a recipe has."""
     started = time.perf_counter()
-    teacher = load(recipe.teacher)
+    teacher = from_checkpoint(checkpoint)
     if teacher.tokenizer is None:
         raise UserError(f"{recipe.teacher}: holds no tokenizer; a run needs one")
     rates = budget.calibrate(teacher, recipe, Path.cwd(), time.perf_counter() - started)
@@ -183,20 +223,9 @@ def estimate(arguments: Arguments) -> Result:
         for task in recipe.evaluate.tasks
     }
     found = budget.estimate(recipe, teacher.config, rates, reading)
-    _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
-    _facts(
-        arguments,
-        {
-            "together": f"{found['total_seconds'] / 60:,.1f} minutes",
-            "memory": f"{found['memory_mib']:,} MiB",
-            "disk": f"{found['disk_mib']:,} MiB",
-        },
-    )
-    sampled = any(
-        isinstance(s, SampledSource) for d in recipe.data.domains.values() for s in d.sources
-    )
-    if not sampled:
-        found["seconds"].pop("sample")
+    for what, asked in (("sample", sampled_tokens(recipe)), ("read", text_bytes(recipe))):
+        if not asked:
+            found["seconds"].pop(what)
     return found
 
 

@@ -372,9 +372,8 @@ def mixer_file(place: Path, layer: int) -> Path:
     return place / f"mixer-{layer:03}.npz"
 
 
-def layer_model(student: Checkpoint, layer: int, compute: Compute = "f32") -> Model:
-    """One layer of a student as a model of its own, for hidden states; its embedding is empty."""
-    c = student.config
+def layer_config(c: ModelConfig, layer: int) -> ModelConfig:
+    """The configuration of one layer of a student as a model of its own; its embedding is empty."""
     alone = {
         "num_hidden_layers": 1,
         "mixers": [c.mixers[layer]],
@@ -385,7 +384,12 @@ def layer_model(student: Checkpoint, layer: int, compute: Compute = "f32") -> Mo
         "eos_token_ids": [],
         "pad_token_id": None,
     }
-    config = ModelConfig(**{**c.model_dump(), **alone})
+    return ModelConfig(**{**c.model_dump(), **alone})
+
+
+def layer_model(student: Checkpoint, layer: int, compute: Compute = "f32") -> Model:
+    """One layer of a student as a model of its own, for hidden states."""
+    config = layer_config(student.config, layer)
     model = Model(config, compute=compute, source=f"layer {layer} of {student.source}")
     for entry in model.params.entries:
         if entry.group == 0:

@@ -11,7 +11,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -33,6 +33,9 @@ Compute = Literal["f32", "mixed", "bf16", "int8"]
 _COMPUTE: tuple[Compute, ...] = ("f32", "mixed", "bf16", "int8")
 _TRAINS = ("f32", "mixed")
 KlForm = Literal["renormalised", "tail", "sampled"]
+
+Work = Literal["forward", "train", "recompute", "align", "head"]
+"""What a workspace is for; numbered as the core numbers them."""
 
 _KINDS = {"attention": 0, "window": 1, "linear": 2, "mlstm": 3, "hybrid": 4, "lolcats": 5}
 _KL_FORMS = {"renormalised": 0, "tail": 1, "sampled": 2}
@@ -709,6 +712,15 @@ def state_nbytes(config: ModelConfig, tokens: int, rows: int = 1) -> int:
     capsule = _capsule(real, config, "f32")
     _, size = real.plan_list(capsule, rows, state_capacity(config, tokens))
     return int(size)
+
+
+def work_nbytes(config: ModelConfig, work: Work, rows: int, steps: int, k: int = 0) -> int:
+    """Memory in bytes in which a model of float32 works on `rows` rows of `steps` tokens, with `k`
+    targets of each, known without a model. Forward, train (recompute: with activations made again),
+    align; head: what becomes of hidden states."""
+    real = core(np.dtype(np.float32))
+    what = get_args(Work).index(work)
+    return int(real.work_bytes(what, _capsule(real, config, "f32"), rows, steps, k, 0))
 
 
 def _fingerprint(config: ModelConfig, digest: str) -> str:

@@ -23,20 +23,19 @@ import yaml
 
 from . import checkpoints, packages
 from .budget import (
-    SAMPLE_BATCH,
-    SAMPLE_FILLED,
     Rates,
     calibrate,
     estimate,
-    estimate_room,
     fidelity_seconds,
     task_seconds,
 )
+from .checks import check
 from .errors import UserError
 from .evaluate.tasks import ReadTokens, load_task, read_tokens
 from .model import load
 from .progress import Reporter
 from .recipe import FidelitySection, Recipe, make_recipe
+from .room import SAMPLE_BATCH, SAMPLE_FILLED, Room
 from .run import Run
 from .rundir import Interrupt, RunDirectory
 
@@ -278,6 +277,7 @@ def quickstart(
         if teacher is not None:
             work.__dict__["teacher"] = teacher  # the cached property: it is loaded already
             teacher = None  # so that the run can free it
+        check(recipe, place=out)
         work.execute(until="align")
         work.recipe = _replanned(directory, recipe, reporter)
         work.execute()
@@ -287,11 +287,11 @@ def quickstart(
 def _check_room(place: Path, draft: Recipe) -> None:
     """UserError if the disk or this machine's memory is too small for any quickstart: most of what
     it needs are models, whatever the budget."""
-    needed = estimate_room(draft, checkpoints.load(TEACHER).config)
+    room = Room(draft, checkpoints.load(TEACHER).config)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for need, found, what in (
-        (needed["disk_mib"], shutil.disk_usage(place).free, f"disk in {place}"),
-        (needed["memory_mib"], memory, "memory"),
+        (room.disk_mib, shutil.disk_usage(place).free, f"disk in {place}"),
+        (max(room.memory.values()), memory, "memory"),
     ):
         if need * 2**20 > found:
             raise UserError(

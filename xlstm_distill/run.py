@@ -22,56 +22,43 @@ from typing import Any
 import numpy as np
 
 from . import checkpoints, runtime
-from .align import MixerTraining, align, alignable_layers, relative_errors, trained_layers
+from .align import MixerTraining, align, relative_errors, trained_layers
 from .checkpoints import Checkpoint
+from .checks import PROBE_ROWS, aligned_layers, check, tokenizer_of
 from .communicator import Communicator, world
 from .config import ModelConfig
 from .data import Batch, Batches, Rows, TokenData, joined
 from .distill import OfRows, distill
 from .errors import UserError
-from .evaluate.names import find_task, source_of
-from .evaluate.needle import needle
-from .layerwise import align_layers, aligned_student, check_room, stream_bytes
+from .layerwise import align_layers, aligned_student
 from .linearize import linearize, student_config
 from .lora import Lora
 from .merge import merge
 from .model import Model, fingerprint_of, from_checkpoint, load
 from .progress import Reporter
 from .recipe import GENERALIST, Recipe, derived_seed
-from .rundir import Interrupt, RunDirectory
+from .rundir import STAGES, Interrupt, RunDirectory
 from .targets import (
     OnlineTargets,
     TargetCache,
     Targets,
-    check_rows_before,
     identity_of,
     write_targets,
 )
 from .tokenizer import Tokenizer
-from .trackers import Trackers, check_installed
+from .trackers import Trackers
 from .training import Metrics
 
-STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
 _SHARED = ("data", "align", "targets", "distill", "evaluate")
 """Stages of which every rank does a part."""
-_PROBE_ROWS = 2
-"""Rows a domain on which stage I's error is measured before and after."""
 _STATE = "state.npz"
 
 
-def check_tasks(recipe: Recipe) -> None:
-    """UserError that names the key if a task of `evaluate` cannot be scored: a request set that is
-    not there, needles that do not fit into their length."""
-    sets = {task: source_of(task).requests for task in recipe.evaluate.tasks}
-    tokenizer = checkpoints.load(recipe.teacher).tokenizer if None in sets.values() else None
-    for task, requests in sets.items():
-        try:
-            if requests is not None:
-                find_task(requests)
-            elif tokenizer is not None:  # a teacher without one is refused by the run itself
-                needle(task, tokenizer, seed=recipe.seed)
-        except UserError as error:
-            raise UserError(f"evaluate.tasks: {error}", usage=error.usage) from None
+def stages_up_to(until: str) -> tuple[str, ...]:
+    """The stages of a run that ends with `until`."""
+    if until not in STAGES:
+        raise UserError(f"stage {until!r} is not known: {', '.join(STAGES)}", usage=True)
+    return STAGES[: STAGES.index(until) + 1]
 
 
 class Run:
@@ -103,16 +90,8 @@ class Run:
 
     def execute(self, until: str = "report") -> None:
         """Run all stages up to `until` that are not done."""
-        if until not in STAGES:
-            raise UserError(f"stage {until!r} is not known: {', '.join(STAGES)}", usage=True)
-        check_installed(self.recipe.trackers)
-        stages = STAGES[: STAGES.index(until) + 1]
+        stages = stages_up_to(until)
         self._check_ranks(stages)
-        if self.comm.first and "align" in stages:
-            self.check_student()
-        if self.comm.first and "targets" in stages:
-            section, length = self.recipe.targets, self.recipe.data.length
-            check_rows_before(section.rows_before, length, self.checkpoint.config)
         with closing(self.trackers):
             for stage in stages:
                 if self.comm.first or stage in _SHARED:
@@ -160,10 +139,7 @@ class Run:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The teacher's files: sizes and tokenizer, and tensors that are read when asked for."""
-        checkpoint = checkpoints.load(self.recipe.teacher)
-        if checkpoint.tokenizer is None:
-            raise UserError(f"{self.recipe.teacher}: holds no tokenizer; a run needs one")
-        return checkpoint
+        return checkpoints.load(self.recipe.teacher)
 
     @cached_property
     def teacher(self) -> Model:
@@ -182,8 +158,7 @@ class Run:
     @property
     def tokenizer(self) -> Tokenizer:
         """The teacher's tokenizer."""
-        assert self.checkpoint.tokenizer is not None
-        return self.checkpoint.tokenizer
+        return tokenizer_of(self.checkpoint, self.recipe.teacher)
 
     # ---- shared by stages ---------------------------------------------------------------------
 
@@ -322,11 +297,7 @@ class Run:
 
     def _aligned_layers(self) -> list[int]:
         """The layers that stage I trains; none: there is no stage I."""
-        section, config = self.recipe.align, self.student_config
-        nothing_of_their_own = section.layers is None and not alignable_layers(config)
-        if section.steps == 0 or nothing_of_their_own:
-            return []
-        return trained_layers(config, section.layers)
+        return aligned_layers(self.recipe, self.student_config)
 
     def _skip_align(self, place: Path) -> None:
         """Without stage I aligned is student0."""
@@ -409,31 +380,6 @@ class Run:
         teacher = self.checkpoint
         return student_config(teacher.config, teacher.source, **self.recipe.student.model_dump())
 
-    def check_student(self) -> None:
-        """Refuse layers that cannot train, and hidden states without room, before any work."""
-        section, state = self.recipe.align, self.path / "aligned.state"
-        if state.exists() or (self.path / "aligned").exists():
-            return
-        layers, config = self._aligned_layers(), self.student_config
-        if self.recipe.distill.train == "mixer" and not alignable_layers(config):
-            raise UserError(
-                "distill.train: mixer has nothing to train: no layer of this student has tensors "
-                "of its own; choose all or lora"
-            )
-        if not config.has_gates:
-            for key, asked in (
-                ("distill.window_dropout", self.recipe.distill.window_dropout),
-                ("evaluate.branches", self.recipe.evaluate.branches),
-            ):
-                if asked:
-                    raise UserError(f"{key} needs a hybrid layer; this student has none")
-        if section.order == "step" or not layers:
-            return
-        rows = section.steps * section.rows + _PROBE_ROWS * len(self.recipe.data.domains)
-        place = state if section.stream_place is None else Path(section.stream_place)
-        tokens = rows * self.recipe.data.length
-        check_room(place, stream_bytes(config.hidden_size, tokens, section.stream))
-
     def _probe(self, packed: dict[str, Rows]) -> list[Any]:
         """A few rows a domain, of evaluation text where it is long enough."""
         length = self.recipe.data.length
@@ -442,7 +388,7 @@ class Run:
         for name, rows in packed.items():
             text = held_out.get(name)
             chosen = Rows(text, length) if text is not None and text.tokens >= length else rows
-            found += [chosen.batch(name, [i]) for i in range(min(_PROBE_ROWS, len(chosen)))]
+            found += [chosen.batch(name, [i]) for i in range(min(PROBE_ROWS, len(chosen)))]
         return found
 
     # ---- stage II -----------------------------------------------------------------------------
@@ -667,10 +613,9 @@ def run(
     A first Ctrl-C stops at the next safe place and saves; KeyboardInterrupt is raised then. All
     processes that mpirun started together do the run together.
     """
-    check_installed(recipe.trackers)
     interrupt, comm = Interrupt(), world()
-    if comm.first and until in STAGES[STAGES.index("evaluate") :]:
-        check_tasks(recipe)
+    if comm.first:
+        check(recipe, stages_up_to(until), out)
     with interrupt.listening(), RunDirectory(out, writes=comm.first) as directory:
         if comm.first:
             recipe = directory.begin(recipe)

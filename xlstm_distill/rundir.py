@@ -22,6 +22,8 @@ from typing import Any
 from .errors import UserError
 from .recipe import Recipe, first_difference, load_recipe, save_recipe
 
+STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
+"""The stages of a run, in order."""
 RECIPE, LOG, LOCK = "recipe.yaml", "log.jsonl", ".lock"
 
 
@@ -99,6 +101,15 @@ class RunDirectory:
         """The recipe that the run began with."""
         return load_recipe(self.path / RECIPE)
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        """UserError naming the key if the run began with another recipe."""
+        difference = first_difference(self.recipe(), recipe) if self.has_recipe else None
+        if difference:
+            raise UserError(
+                f"{self.path}: the run began with another recipe: {difference}; choose another "
+                "--out"
+            )
+
     def begin(self, recipe: Recipe) -> Recipe:
         """Begin a run, or continue one that has the same recipe.
 
@@ -106,12 +117,7 @@ class RunDirectory:
         holds something else.
         """
         if self.has_recipe:
-            difference = first_difference(self.recipe(), recipe)
-            if difference:
-                raise UserError(
-                    f"{self.path}: the run began with another recipe: {difference}; choose "
-                    "another --out"
-                )
+            self.check_recipe(recipe)
             return recipe
         foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
         if foreign:

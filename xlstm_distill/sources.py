@@ -258,17 +258,27 @@ def read_stdlib(
     In hash order (`hash_order`), without tests, bundled projects and tables. Files that the
     vocabulary cannot spell are left out. `root` is another library directory.
     """
-    folder = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
-    files = [
-        file
-        for file in folder.rglob("*.py")
-        if not _NOT_LIBRARY & set(file.relative_to(folder).parts[:-1]) and file.is_file()
-    ]
+    folder = _library(root)
+    files = stdlib_files(root)
     files.sort(key=lambda file: hash_order(file.relative_to(folder).as_posix()))
     if not files:
         raise UserError(f"{folder}: holds no Python sources of the standard library")
     rules = Malformed(skip=True)
     yield from _encode(_readable(files, folder), tokenizer, rules, rules.record(), watch)
+
+
+def _library(root: str | Path | None) -> Path:
+    return Path(root if root is not None else sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_files(root: str | Path | None = None) -> list[Path]:
+    """The files of which `read_stdlib` makes documents, in no order."""
+    folder = _library(root)
+    return [
+        file
+        for file in folder.rglob("*.py")
+        if not _NOT_LIBRARY & set(file.relative_to(folder).parts[:-1]) and file.is_file()
+    ]
 
 
 def _readable(files: Iterable[Path], folder: Path) -> Iterator[Text]:

@@ -14,15 +14,13 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import re
-import shutil
 import statistics
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +30,18 @@ from rich.text import Text
 
 from . import checkpoints, runtime
 from .assess import CONTROL, MERGED, read_piece
-from .atomic import atomic_directory, write_text
+from .atomic import write_text
+from .checkpoints import Checkpoint
+from .checks import check
 from .communicator import world
 from .errors import UserError
 from .evaluate import Fidelity
-from .linearize import student_config
 from .processes import RunProcess
 from .progress import Reporter
 from .recipe import Recipe, first_difference, get_key, make_recipe, read_values, set_key
-from .run import STAGES, Run, check_tasks
-from .rundir import Interrupt, RunDirectory
-from .trackers import check_installed
+from .run import Run
+from .rundir import STAGES, Interrupt, RunDirectory
+from .sharing import parts, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,104 +174,6 @@ def _file_word(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_")[:40] + f"-{digest}"
 
 
-# ---- stages that several runs have in common ----------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A stage, or a domain's share of it. `depends`: all that decides its result."""
-
-    place: str
-    log: tuple[str, ...]
-    depends: dict[str, Any]
-
-    @property
-    def stage(self) -> int:
-        """Its stage's place in STAGES."""
-        return STAGES.index(self.log[-1].split()[0])
-
-    @cached_property
-    def key(self) -> str:
-        """The same for the same part of two runs."""
-        return json.dumps((self.place, self.depends), sort_keys=True)
-
-
-def _parts(recipe: Recipe) -> Iterator[_Part]:
-    """What a run can take from another one whose recipe agrees in `depends`.
-
-    Titles, budgets, trackers and how often states are saved decide no bit of a result.
-    """
-    values = recipe.model_dump()
-    models = {key: values[key] for key in ("teacher", "compute")}
-    text = {"teacher": recipe.teacher, "data": values["data"]}
-    sources = {name: domain.sources for name, domain in recipe.data.domains.items()}
-    if any(source.kind == "sampled" for own in sources.values() for source in own):
-        text.update(models, seed=recipe.seed)
-    section = recipe.distill
-    rows = {
-        "text": text,
-        "seed": recipe.seed,
-        "reserved": section.validate_rows if section.validate_every else 0,
-    }
-    for name, own in sources.items():
-        sampled = [f"sample {name} {n}" for n, s in enumerate(own) if s.kind == "sampled"]
-        yield _Part(f"data/{name}", (*sampled, f"data {name}"), text)
-    student = {**models, "student": values["student"]}
-    yield _Part("student0", ("linearize",), student)
-    stage_one = {key: values[key] for key in ("align", "accumulation")}
-    yield _Part("aligned", ("align",), {**student, **rows, **stage_one})
-    if section.kl_weight and not recipe.targets.online:
-        reached = {key: values[key] for key in ("targets", "experts", "generalist")}
-        reached.update(steps=section.steps, rows_a_step=section.rows)
-        reached["state_passing"] = section.state_passing  # it numbers rows in another way
-        for name in recipe.data.domains:
-            yield _Part(f"targets/{name}", (f"targets {name}",), {**models, **rows, **reached})
-
-
-def _share(directory: RunDirectory, recipe: Recipe, others: dict[Path, Recipe]) -> dict[str, Path]:
-    """Take from `others` what they have done already; returns place -> the run it came from.
-
-    Files come before the lines of the log, and both steps look at what is there: a kill in between
-    is made up for by the next call.
-    """
-    found: dict[str, Path] = {}
-    for part in _parts(recipe):
-        if directory.done(part.log[-1]):
-            continue
-        for place, other in others.items():
-            if place == directory.path or not any(part == own for own in _parts(other)):
-                continue
-            donor = RunDirectory(place)  # read only: its lock is not taken
-            if donor.done(part.log[-1]) is None or not (place / part.place).is_dir():
-                continue
-            target = directory.path / part.place
-            if not target.exists():
-                with atomic_directory(target, "config.json") as work:
-                    shutil.copytree(
-                        place / part.place, work, copy_function=_link, dirs_exist_ok=True
-                    )
-            elif not _whole(target):
-                break  # this run began it by itself, and goes on
-            for line in donor.read_log():
-                if line.get("stage") in part.log:
-                    directory.log(**{**line, "taken_from": place.name})
-            found[part.place] = place
-            break
-    return found
-
-
-def _whole(place: Path) -> bool:
-    """True if the result of a stage stands there, and not only its beginnings."""
-    return any((place / name).is_file() for name in ("config.json", "train/manifest.json"))
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
-
-
 # ---- the runs -----------------------------------------------------------------------------------
 
 
@@ -337,36 +238,13 @@ def _finished(place: Path) -> bool:
 
 
 def _check(recipes: dict[Path, Recipe]) -> None:
+    """Raise the first problem of a run; a teacher is opened once for all of them."""
+    opened: dict[str, Checkpoint] = {}
     for place, recipe in recipes.items():
-        check_installed(recipe.trackers)
-        directory = RunDirectory(place)
-        if directory.has_recipe:
-            difference = first_difference(directory.recipe(), recipe)
-            if difference:
-                raise UserError(
-                    f"{place}: the run began with another recipe: {difference}; choose another "
-                    "--out"
-                )
-    for teacher in dict.fromkeys(recipe.teacher for recipe in recipes.values()):
-        config = checkpoints.load(teacher).config
-        for recipe in recipes.values():
-            if recipe.teacher == teacher:
-                student_config(config, teacher, **recipe.student.model_dump())
-    for file in dict.fromkeys(f for recipe in recipes.values() for f in _files(recipe)):
-        if not Path(file).exists():
-            raise UserError(f"{file}: no such file or directory", usage=True)
-    for recipe in recipes.values():
-        check_tasks(recipe)
-
-
-def _files(recipe: Recipe) -> Iterator[str]:
-    """The files that a recipe reads text from."""
-    for domain in recipe.data.domains.values():
-        for source in domain.sources:
-            if source.kind == "files":
-                yield from source.paths
-            elif source.kind == "sampled" and source.prompts is not None:
-                yield source.prompts
+        teacher = recipe.teacher
+        check(recipe, place=place, teacher=opened.get(teacher))
+        if teacher not in opened:
+            opened[teacher] = checkpoints.load(teacher)
 
 
 # Runs that are left, in order, each with the note that it begins with; they become pairs of a run
@@ -395,7 +273,7 @@ def _one_by_one(left: _Left, recipes: dict[Path, Recipe], reporter: Reporter) ->
 def _begin(directory: RunDirectory, recipes: dict[Path, Recipe], reporter: Reporter) -> Recipe:
     """Begin a run, or take it up, and give it what others have for it; its recipe."""
     recipe = directory.begin(recipes[directory.path])
-    for part, other in _share(directory, recipe, recipes).items():
+    for part, other in share(directory, recipe, recipes).items():
         reporter.note(f"{directory.path.name}: {part} is that of {other.name}")
     return recipe
 
@@ -407,7 +285,7 @@ class _Agenda:
     """Which runs can go on, and how far, so that no part is made by two of them."""
 
     def __init__(self, recipes: dict[Path, Recipe]) -> None:
-        self._ahead = {place: list(_parts(recipe)) for place, recipe in recipes.items()}
+        self._ahead = {place: list(parts(recipe)) for place, recipe in recipes.items()}
         self._made: set[str] = set()
         for place in recipes:
             self.look(place)

@@ -37,7 +37,7 @@ from .tokenizer import Tokenizer
 Targets = tuple[NDArray[np.int32], NDArray[np.float32]]
 Form = Literal["topk", "sampled"]
 ROWS_PER_SHARD = 8
-_SHARDS_IN_MEMORY = 4
+SHARDS_IN_MEMORY = 4
 
 _UNSAID = {"form": "topk", "rows_before": 0}
 """What a manifest leaves out."""
@@ -368,6 +368,6 @@ class TargetCache:
                 raise UserError(f"{path}: damaged: sha256 differs from {MANIFEST}; delete it")
             with np.load(io.BytesIO(content), allow_pickle=False) as part:
                 self._loaded[number] = {name: part[name] for name in part.files}
-            while len(self._loaded) > _SHARDS_IN_MEMORY:
+            while len(self._loaded) > SHARDS_IN_MEMORY:
                 self._loaded.pop(next(iter(self._loaded)))
         return self._loaded[number]

@@ -105,7 +105,7 @@ def read_texts(
     no such format; and what is wrong with a document as `malformed` says.
     """
     for path in paths:
-        for file, name in _files(Path(path).expanduser()):
+        for file, name in _named(Path(path).expanduser()):
             if (suffix := file.suffix.lower()) in _TABLES:
                 raise UserError(
                     f"{name}: {suffix} files are not read; give one document a line as .jsonl"
@@ -117,18 +117,31 @@ def read_texts(
                     yield Text(name, _plain(file))
 
 
-def _files(path: Path) -> Iterator[tuple[Path, str]]:
-    """(file, name) of a file, or of all files of known kinds below a directory, in name order."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
+def files_of(path: str | Path) -> list[Path]:
+    """The files that are read of a path: itself, or those of known kinds below a directory, in
+    name order."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return [place]
+    return sorted(f for f in place.rglob("*") if f.suffix.lower() in _KNOWN and f.is_file())
+
+
+def check_path(path: str | Path) -> None:
+    """UserError if there is nothing to read at a path."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise UserError(f"{place}: no such file or directory", usage=True)
+    if not files_of(place):
+        raise UserError(f"{place}: holds no {', '.join(_KNOWN)} files")
+
+
+def _named(path: Path) -> Iterator[tuple[Path, str]]:
+    """(file, name) of a file, or of all files of known kinds below a directory."""
+    check_path(path)
     if not path.is_dir():
         yield path, path.name
         return
-    wanted = (*TEXT_SUFFIXES, *_RECORDS)
-    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in wanted and f.is_file())
-    if not found:
-        raise UserError(f"{path}: holds no {', '.join(wanted)} files")
-    for file in found:
+    for file in files_of(path):
         # An empty file in a directory (a package marker) is nobody's mistake.
         if file.stat().st_size:
             yield file, file.relative_to(path).as_posix()
@@ -232,6 +245,8 @@ def _arrow_batches(file: Path, pyarrow: Any) -> Iterator[Any]:
 
 
 _RECORDS = {".jsonl": _lines, ".ndjson": _lines, ".parquet": _rows, ".arrow": _rows}
+_KNOWN = (*TEXT_SUFFIXES, *_RECORDS)
+"""What is looked for in a directory."""
 _TABLES = (".json", ".csv", ".tsv")
 """What would pass for one long document of plain text."""
 
