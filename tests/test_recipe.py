@@ -152,6 +152,38 @@ def test_missing_and_unreadable(tmp_path):
         load_recipe(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    {
+        "distill.stpes": "steps",
+        "distill.lrr": "lr",
+        "distill.microrows": "micro_rows",
+        "distill.kl_wieght": "kl_weight",
+        "distill.dropout": "window_dropout",
+        "distill.lora": {"lora_alpha": "alpha"},
+        "align.layer": "layers",
+        "experst": "experts",
+        "distill.color": None,
+        "distill.epochs": None,
+        "distill.batch_size": None,
+        "distill.optimizer": None,
+        "align.momentum": None,
+        "device": None,
+        "output": None,
+        "student.heads": None,
+    }.items(),
+)
+def test_a_key_is_suggested_for_a_misspelt_one_alone(key, meant):
+    value = 3
+    if isinstance(meant, dict):
+        ((word, meant),) = meant.items()
+        value = {word: 3}
+    with pytest.raises(UserError) as error:
+        make_recipe(changed(key, value))
+    (hint,) = re.findall(r"unknown key; (.*)", str(error.value))
+    assert hint.startswith("keys there: ") if meant is None else hint == f"did you mean {meant}?"
+
+
 def test_names_that_are_no_directories():
     with pytest.raises(UserError, match=r"'\.\./x' must be letters"):
         make_recipe(values(experts={"../x": {"notes": 1}}, merge={}))

@@ -554,6 +554,10 @@ def _inside(place: Any, part: str, where: str, *, make: bool) -> Any:
 
 # ---- the nearest valid key ----------------------------------------------------------------------
 
+_ALIKE = 0.75
+"""difflib's ratio from which a word is taken for a misspelt key: two letters exchanged in a word of
+four have it; words that share some letters (color and lora: .67) do not."""
+
 
 def _nearest(error: ValidationError, values: Mapping[str, Any]) -> str:
     """ "; did you mean X?" for a misspelt key."""
@@ -564,10 +568,21 @@ def _nearest(error: ValidationError, values: Mapping[str, Any]) -> str:
     section = _section_at(Recipe, list(path))
     if section is None:
         return ""
-    close = difflib.get_close_matches(str(last), section.model_fields, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
+    close = _meant(str(last), section.model_fields)
+    if close is not None:
+        return f"; did you mean {close}?"
     return f"; keys there: {', '.join(section.model_fields)}"
+
+
+def _meant(word: str, keys: Iterable[str]) -> str | None:
+    """The key that a word stands for: one with a slip of the fingers in it, or else the only one
+    that is part of it or has it as a part (held_out: held_out_tokens)."""
+    known = list(keys)
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=_ALIKE):
+        return close[0]
+    own = set(word.split("_"))
+    parts = [key for key in known if own <= set(key.split("_")) or own >= set(key.split("_"))]
+    return parts[0] if len(parts) == 1 else None
 
 
 def _section_at(kind: Any, path: list[str | int]) -> type[BaseModel] | None:
