@@ -106,6 +106,22 @@ def collected(root, tmp_path, monkeypatch):
     }
 
 
+def test_the_report_says_what_was_left_out(root, tmp_path, collected):
+    out = tmp_path / "out"
+    del collected["domains"]["again"]
+    collected["domains"]["notes"]["held_out_tokens"] = 0
+    changes = {"data": {"deduplicate": True, **collected}, "align": {"steps": 0}}
+    changes |= {"distill": {"steps": 1}, "evaluate": {"fidelity": [], "prompts": [], "chats": []}}
+    assert run(root, out, "run", changes) == 0
+    facts = json.loads((out / "report" / "report.json").read_text())
+    found = {text["domain"]: text["left_out"] for text in facts["text"]}
+    kinds = {f"malformed ({kind})": 1 for kind in ("no text field", "not JSON", "too long")}
+    assert found["chats"] == {"repeated": 1, **kinds}
+    assert found["notes"] == {"contaminated": 1}
+    page = (out / "report" / "report.html").read_text()
+    assert "<td>1 contaminated</td>" in page and "1 malformed (too long)" in page
+
+
 def manifests(out: Path) -> dict[str, TokenData]:
     return {p.parent.name: TokenData.open(p) for p in sorted((out / "data").glob("*/train"))}
 

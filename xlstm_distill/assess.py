@@ -20,7 +20,7 @@ import numpy as np
 from . import checkpoints, runtime
 from .atomic import write_text
 from .config import ModelConfig
-from .data import Rows
+from .data import Rows, TokenData
 from .errors import UserError
 from .evaluate import (
     Comparison,
@@ -393,9 +393,23 @@ def _text_facts(run: Run) -> list[dict[str, Any]]:
                     "origin": origin,
                     "documents": data.documents,
                     "tokens": data.tokens,
+                    "left_out": _left_out(run, data) if use == "training" else {},
                 }
             )
     return found
+
+
+def _left_out(run: Run, data: TokenData) -> dict[str, int]:
+    """Documents of a domain that are not in its text, by why, as its manifest counts them."""
+    facts, contamination = data.manifest, run.recipe.data.contamination
+    found = {"repeated": int(facts.get("repeated", 0))}
+    for kind, count in facts.get("malformed", {}).items():
+        found[f"malformed ({kind})"] = int(count)
+    kept = contamination is not None and contamination.action == "report"
+    found["contaminated (counted, kept)" if kept else "contaminated"] = int(
+        facts.get("contaminated", 0)
+    )
+    return {why: count for why, count in found.items() if count}
 
 
 def _stage_facts(run: Run) -> list[dict[str, Any]]:

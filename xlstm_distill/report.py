@@ -69,13 +69,16 @@ class StudentFacts(_Part):
 
 
 class TextFacts(_Part):
-    """A body of text. `use`: "training" or "evaluation"; `origin` in words."""
+    """A body of text. `use`: "training" or "evaluation"; `origin` in words. `left_out`: documents
+    by why they were, repeated, malformed (which kind) or contaminated; of the last that they were
+    only counted, where that was asked for."""
 
     domain: str
     use: str
     origin: str
     documents: int
     tokens: int
+    left_out: dict[str, int] = Field(default_factory=dict)
 
 
 class StageFacts(_Part):
