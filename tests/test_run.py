@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -498,6 +499,46 @@ def test_needles_are_measured_and_reported_as_other_tasks(root, tmp_path, monkey
     results = json.loads((out / "evaluation/results_merged.json").read_text())
     assert results["n-samples"]["niah_single_1:1024"] == {"original": 500, "effective": 2}
     assert "niah_single_1:1024" in (out / "report/report.html").read_text()
+
+
+def test_after_a_divergence_a_lower_rate_takes_over_what_is_done(
+    root, tmp_path, monkeypatch, capsys
+):
+    old, real, calls = tmp_path / "old", Model.loss_and_grad, []
+
+    def diverging(self, *arguments, grads=None, **settings):
+        found = real(self, *arguments, grads=grads, **settings)
+        calls.append(1)
+        if len(calls) == 7:  # the fourth step of the first expert
+            grads.flat[:] = np.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "loss_and_grad", diverging)
+        assert run(root, old, "distill", {}) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "distill general: step 4: the gradient is not finite" in message
+    command = shlex.split(message.partition(": xlstm-distill ")[2])
+    assert command[:2] == ["run", str(old / "recipe.yaml")] and "distill.lr=0.0005" in command
+    new = Path(command[-1])
+    assert main(["distill", *command[1:]]) == 0
+    assert "taken from" in (err := capsys.readouterr().err) and "targets/notes" in err
+    for part in ("data/notes/train/ids.bin", "student0/model.safetensors"):
+        assert (old / part).stat().st_ino == (new / part).stat().st_ino
+    with RunDirectory(new) as directory:
+        for stage in ("align", "targets general", "targets notes"):
+            assert directory.done(stage)["taken_from"] == "old"
+        assert directory.recipe().distill.lr == 0.0005
+        assert "taken_from" not in directory.done("distill general")
+    # The same as a run with that rate from its beginning.
+    assert run(root, tmp_path / "alone", "distill", {"distill": {"lr": 0.0005}}) == 0
+    for expert in ("general", "notes"):
+        places = [
+            out / "experts" / expert / "model.safetensors" for out in (new, tmp_path / "alone")
+        ]
+        assert places[0].read_bytes() == places[1].read_bytes()
+    assert main(["distill", *command[1:4], "--from", str(root), "--out", str(tmp_path / "x")]) == 2
+    assert "holds no recipe.yaml" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 # ---- the teacher's memory -----------------------------------------------------------------------

@@ -72,6 +72,12 @@ def _add_runs(add: _Add) -> None:
         p.add_argument("recipe", help=_RECIPE)
         p.add_argument("--out", required=True, help="run directory")
         p.add_argument(
+            "--from",
+            dest="source",
+            metavar="RUN",
+            help="take over the finished stages of another run whose keys agree",
+        )
+        p.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key"
         )
 

@@ -97,7 +97,7 @@ def run(arguments: Arguments) -> Result:
     recipe = load_recipe(arguments.recipe, arguments.set)
     until = "report" if arguments.command == "run" else arguments.command
     started = time.perf_counter()
-    out = run_recipe(recipe, arguments.out, Reporter(), until)
+    out = run_recipe(recipe, arguments.out, Reporter(), until, arguments.source)
     if not world().first:
         return {}  # the first rank speaks
     if until == "report":

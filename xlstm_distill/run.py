@@ -37,7 +37,8 @@ from .merge import merge
 from .model import Model, fingerprint_of, from_checkpoint, load
 from .progress import Reporter
 from .recipe import GENERALIST, Recipe, derived_seed
-from .rundir import STAGES, Interrupt, RunDirectory
+from .rundir import RECIPE, STAGES, Interrupt, RunDirectory
+from .sharing import share
 from .targets import (
     OnlineTargets,
     TargetCache,
@@ -47,7 +48,7 @@ from .targets import (
 )
 from .tokenizer import Tokenizer
 from .trackers import Trackers
-from .training import Metrics
+from .training import DivergedError, Metrics
 
 _SHARED = ("data", "align", "targets", "distill", "evaluate")
 """Stages of which every rank does a part."""
@@ -216,6 +217,8 @@ class Run:
                     if "step" in line:
                         show[stage](line)
             agreed = True
+        except DivergedError as error:
+            raise UserError(f"{own}: {error}: {self._with_lower_rate(own)}") from None
         finally:
             # Saves the state of a stage that is not finished. That needs all ranks of a stage, and
             # where one has met an error by itself the others do not come.
@@ -225,6 +228,15 @@ class Run:
         if stop:
             self.comm.barrier()  # all states are saved
             raise KeyboardInterrupt
+
+    def _with_lower_rate(self, stage: str) -> str:
+        """The command for a run with half the learning rate, which has what is done up to here."""
+        section = stage.split()[0]
+        rate = {"align": self.recipe.align.lr, "distill": self.recipe.distill.lr}[section] / 2
+        return (
+            f"xlstm-distill run {self.path / RECIPE} --set {section}.lr={rate:g} "
+            f"--from {self.path} --out {self.path}-{section}.lr={rate:g}"
+        )
 
     def rows(self, domain: str, streams: int = 0) -> Rows:
         """The packed training text of a domain."""
@@ -607,18 +619,28 @@ def run(
     out: str | Path,
     reporter: Reporter | None = None,
     until: str = "report",
+    source: str | Path | None = None,
 ) -> Path:
     """Run a recipe in the directory `out` up to the stage `until`; again to continue.
 
+    source: the directory of another run; its finished stages are taken over if the keys agree on
+    which they depend (sharing.py).
     A first Ctrl-C stops at the next safe place and saves; KeyboardInterrupt is raised then. All
     processes that mpirun started together do the run together.
     """
     interrupt, comm = Interrupt(), world()
     if comm.first:
         check(recipe, stages_up_to(until), out)
+        if source is not None and not RunDirectory(source).has_recipe:
+            message = f"--from {source}: holds no {RECIPE}: not a run directory"
+            raise UserError(message, usage=True)
     with interrupt.listening(), RunDirectory(out, writes=comm.first) as directory:
         if comm.first:
             recipe = directory.begin(recipe)
+            if source is not None:
+                others = {Path(source): RunDirectory(source).recipe()}
+                taken = ", ".join(share(directory, recipe, others)) or "nothing"
+                (reporter or Reporter()).note(f"taken from {source}: {taken}")
         else:
             reporter = Reporter(quiet=True, stream=io.StringIO())
         Run(directory, comm.broadcast(recipe), reporter, interrupt).execute(until)

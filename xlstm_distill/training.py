@@ -38,6 +38,10 @@ _OF_SHARDS = ("values", "m", "v", "mean", "best")
 """Arrays of a state with a number for each that trains; a rank keeps those of its shard."""
 
 
+class DivergedError(UserError):
+    """A step whose gradient is not finite."""
+
+
 @dataclass
 class Saver:
     """Saves the state of a loop in one file, at most every `seconds` and never for long.
@@ -254,7 +258,7 @@ def train(
     learning rate of step 1..steps; `streams` are the states that `gradient` goes on from. When the
     generator is closed or interrupted between two steps, the state is saved; of several ranks all
     must close it behind the same step, and where one is interrupted alone nothing is saved.
-    UserError if the gradient is not finite; the state that was saved last stays as it is.
+    DivergedError if the gradient is not finite; the state that was saved last stays as it is.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
@@ -273,7 +277,9 @@ def train(
             norm = optimiser.norm(grads)
             if not math.isfinite(norm):
                 whole = False  # the values led here: the last saved ones may be better
-                raise UserError(f"step {step}: the gradient is not finite; lower the learning rate")
+                raise DivergedError(
+                    f"step {step}: the gradient is not finite; lower the learning rate"
+                )
             scale = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
             whole = False
             optimiser.step(grads, rate(step), scale)
