@@ -11,6 +11,7 @@ import io
 import os
 import platform
 import resource
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -233,10 +234,9 @@ class Run:
         """The command for a run with half the learning rate, which has what is done up to here."""
         section = stage.split()[0]
         rate = {"align": self.recipe.align.lr, "distill": self.recipe.distill.lr}[section] / 2
-        return (
-            f"xlstm-distill run {self.path / RECIPE} --set {section}.lr={rate:g} "
-            f"--from {self.path} --out {self.path}-{section}.lr={rate:g}"
-        )
+        words = [self.path / RECIPE, "--set", f"{section}.lr={rate:g}", "--from", self.path]
+        words += ["--out", f"{self.path}-{section}.lr={rate:g}"]
+        return f"xlstm-distill run {shlex.join(map(str, words))}"
 
     def rows(self, domain: str, streams: int = 0) -> Rows:
         """The packed training text of a domain."""
