@@ -468,6 +468,21 @@ def test_stage_one_by_layer_takes_the_teacher_once_more_and_moves_its_hidden_sta
     assert found[1] - found[0] == pytest.approx(expected, abs=0.2)
 
 
+def test_means_best_values_and_validations_of_stage_one_are_counted():
+    large = TINY_CONFIG.model_copy(update={"head_dim": 512})
+    plain = make_recipe(values())
+    more = {"average": 0.9, "validate_every": 4, "validate_rows": 3, "keep": "best"}
+    recipe = make_recipe(values(align={**values()["align"], **more}))
+    assert recipe.reserved_rows == 3 and plain.reserved_rows == 0
+    rooms = [Room(r, large) for r in (recipe, plain)]
+    mixers = sum(math.prod(s) for n, s in tensor_shapes(rooms[0].student).items() if ".mixer." in n)
+    held = [room.memory["align"] for room in rooms]
+    assert held[0] - held[1] == pytest.approx(2 * 4 * mixers / 2**20, abs=1.5)
+    found = [estimate(r, TINY_CONFIG, SLOW, READING)["seconds"]["align"] for r in (recipe, plain)]
+    tokens = 2 * 2 * 3 * recipe.data.length  # after steps 4 and 6, of two domains
+    assert found[0] - found[1] == pytest.approx(tokens / SLOW.align, abs=0.2)
+
+
 def test_text_takes_time_to_encode(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("abcd" * 2500)

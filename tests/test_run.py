@@ -22,6 +22,7 @@ from test_tasks import request, write_task
 from tiny_run import TEXT
 
 from xlstm_distill import checkpoints, cleaning, packages, progress, runtime, sources, texts
+from xlstm_distill.align import MixerAdamW, relative_errors
 from xlstm_distill.assess import stage_one_errors
 from xlstm_distill.cli import main
 from xlstm_distill.data import Rows, TokenData
@@ -292,6 +293,79 @@ def test_stage_one_by_layer_is_stage_one_by_step(root, tmp_path):
     assert not (tmp_path / "layer" / "aligned.state").exists()
 
 
+VALIDATED = {
+    "best": {"validate_every": 3, "validate_rows": 2, "keep": "best"},
+    "mean": {"average": 0.8, "validate_every": 4, "validate_rows": 1},
+    "best mean": {"average": 0.5, "validate_every": 2, "keep": "best", "validate_rows": 1},
+}
+
+
+@pytest.mark.parametrize("kind", VALIDATED)
+def test_stage_one_keeps_means_and_best_values_in_either_order_and_when_stopped(
+    root, tmp_path, monkeypatch, kind
+):
+    settings = {"steps": 9, "rows": 3, "micro_rows": 2, "patience": 2, "lr": 0.3, "floor": 0.3}
+    align = {**settings, **VALIDATED[kind]}
+    for order in ORDERS:
+        assert run(root, tmp_path / order, "align", {"align": {**align, "order": order}}) == 0
+    weights = [(tmp_path / o / "aligned" / "model.safetensors").read_bytes() for o in ORDERS]
+    assert weights[0] == weights[1]
+    validated: dict[str, list[tuple[int, float]]] = {}
+    for order in ORDERS:
+        lines = steps(tmp_path / order, "align")
+        validated[order] = [
+            (m.get("layer_step", m["step"]), m["validation"]) for m in lines if "validation" in m
+        ]
+    of_steps = dict(validated["step"])
+    found: dict[int, list[float]] = {}
+    for step, error in validated["layer"]:
+        found.setdefault(step, []).append(error)
+    assert of_steps == {step: float(np.mean(errors)) for step, errors in found.items()}
+    assert set(range(align["validate_every"], 3, align["validate_every"])) <= set(of_steps)
+    plain = tmp_path / "plain"  # without the keys other rows are drawn
+    assert run(root, plain, "align", {"align": settings}) == 0
+    assert (plain / "aligned" / "model.safetensors").read_bytes() != weights[0]
+
+    real, calls = MixerAdamW.step, []
+
+    def stopped(self, *arguments):
+        calls.append(1)
+        if len(calls) % 4 == 0:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    for order in ORDERS:
+        out, changes = tmp_path / f"stopped {order}", {"align": {**align, "order": order}}
+        with monkeypatch.context() as patch:
+            patch.setattr(MixerAdamW, "step", stopped)
+            statuses = [run(root, out, "align", changes) for _ in range(2)]
+        assert statuses == [130, 130] and run(root, out, "align", changes) == 0
+        assert (out / "aligned" / "model.safetensors").read_bytes() == weights[0]
+
+
+def test_a_mixer_ends_with_its_lowest_error(root, tmp_path):
+    """With a rate that rises until it is far too high, so does the error in the end."""
+    align = {"steps": 8, "rows": 2, "micro_rows": 2, "lr": 2.0, "warmup": 1.0}
+    keys = {"validate_every": 1, "validate_rows": 2, "order": "layer"}
+    errors = {}
+    for keep in ("last", "best"):
+        out = tmp_path / keep
+        assert run(root, out, "align", {"align": {**align, **keys, "keep": keep}}) == 0
+        student, found = load(out / "aligned"), {}
+        for m in steps(out, "align"):
+            found.setdefault(m["layer"], []).append(m["validation"])
+        held_out = []
+        for domain in ("general", "notes"):
+            data = TokenData.open(out / "data" / domain / "train")
+            rows = Rows(data, 64, derived_seed(3, "rows", domain), 2)
+            held_out += [rows.batch(domain, [n]) for n in rows.reserved]
+        measured = relative_errors(student, held_out)
+        chosen = [min(own) if keep == "best" else own[-1] for own in found.values()]
+        assert measured == pytest.approx(chosen, rel=1e-5)
+        errors[keep] = measured
+    assert sum(errors["best"]) < sum(errors["last"])
+
+
 def test_stage_one_by_layer_does_not_hold_the_teacher(root, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "teacher", property(lambda self: pytest.fail("the teacher is loaded")))
     monkeypatch.setattr(Model, "fill", lambda *_: pytest.fail("a model is loaded"))
@@ -388,6 +462,8 @@ def test_each_key_changes_the_experts(root, tmp_path, plain, changes):
         ("align", {"micro_rows": 0}, "align.micro_rows"),
         ("align", {"clip": 0}, "align.clip"),
         ("align", {"patience": 0}, "align.patience"),
+        ("align", {"average": 1}, "align.average"),
+        ("align", {"keep": "best"}, "align: keep: best needs validate_every"),
         ("align", {"layers": []}, "align.layers"),
         ("align", {"layers": [2]}, "align.layers: layer 2 is outside 0..1"),
         ("align", {"order": "layers"}, "align.order"),

@@ -11,10 +11,10 @@ bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,10 @@ class MixerTraining:
     (`optim.Group`). `micro_rows` rows of a batch are taken at once (None: all). `clip`: the largest
     norm of a layer's gradient (None: any). `patience`: after every so many steps a layer stops for
     good unless the mean of its relative error over them is lower than over as many before.
+    `average`: a mixer ends as the running mean of its values, which keeps this share in a step
+    (None: as the last ones). `validate_every`: after so many steps, and a layer's last one, its
+    relative error on rows that are not trained on is measured (0: never); with `keep` "best" a
+    mixer ends as it was at its lowest.
     `accumulation`: how the gradients of the parts of a step are added (`accumulation.py`).
     """
 
@@ -54,7 +58,20 @@ class MixerTraining:
     weight_decay: float = 0.1
     clip: float | None = None
     patience: int | None = None
+    average: float | None = None
+    validate_every: int = 0
+    keep: Literal["last", "best"] = "last"
     accumulation: Order = "sequence"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result; keys that are not used are left out."""
+        found = asdict(self)
+        if self.average is None:
+            del found["average"]
+        if not self.validate_every:
+            del found["validate_every"], found["keep"]
+        return found
 
     def rate(self, step: int) -> float:
         """The learning rate of step 1..steps."""
@@ -86,6 +103,10 @@ def align(
     weight_decay: float = MixerTraining.weight_decay,
     clip: float | None = None,
     patience: int | None = None,
+    average: float | None = None,
+    held_out: Batch | None = None,
+    validate_every: int = 0,
+    keep: Literal["last", "best"] = "last",
     layers: Collection[int] | None = None,
     accumulation: Order = MixerTraining.accumulation,
     seed: int = 0,
@@ -98,13 +119,14 @@ def align(
     data: token data (packed into rows of `length` tokens, `rows` a step, `micro_rows` of them at
     once, None: all that a rank has) or batches. `MixerTraining` explains the numbers; the ranks of
     `comm` share the parts of a step. `layers`: train these alone (None: all that have something to
-    train); the others cost nothing.
+    train); the others cost nothing. `held_out`: the rows for `validate_every`.
     With `state`, the run can be killed and continued from that file.
 
     Metrics: loss (sum over layers of the squared error of a token, mean over tokens), layers
     (relative error of each layer, sum ||h - h^||^2 / sum ||h||^2; None: does not train),
     relative_error (their mean), training (number of layers that have not stopped; those that have
-    count with their last errors), lr, gradient_norm, tokens, seconds. The student's shared weights
+    count with their last errors), lr, gradient_norm, tokens, seconds, and validation (mean relative
+    error on `held_out` of the layers that were measured) where it was. The student's shared weights
     must be the teacher's.
     """
     check_shared_weights(student, teacher)
@@ -121,12 +143,26 @@ def align(
         weight_decay=weight_decay,
         clip=clip,
         patience=patience,
+        average=average,
+        validate_every=validate_every,
+        keep=keep,
         accumulation=accumulation,
     )
     optimiser = MixerAdamW(student, trained_layers(student.config, layers), training, comm)
-    settings = {**asdict(training), "layers": optimiser.layers}
+    settings = {**training.identity, "layers": optimiser.layers}
 
     accumulate = Accumulation(student.params, optimiser.names, comm, accumulation)
+    if held_out is not None and validate_every:
+        parts = list(held_out.parts(micro_rows or len(held_out.ids)))
+        settings["held_out"] = [list(row) for row in held_out.rows]
+
+        def errors(wanted: Sequence[int]) -> NDArray[np.float64]:
+            sums = accumulate.sums(
+                parts, lambda p: np.stack(student.align_and_grad(p.ids, p.reset, layers=wanted)[:2])
+            )
+            return np.array([sums[0, layer] / sums[1, layer] for layer in wanted])
+
+        optimiser.held_out_errors = errors
 
     def gradient(batch: Batch, grads: Parameters) -> Metrics:
         active = optimiser.active
@@ -188,7 +224,9 @@ class MixerAdamW(AdamW):
 
     losses, errors: float64 [layers, steps]: a layer's squared error of a token and its relative
     error in each step; NaN where it did not train. They decide when it stops, so that they are part
-    of the state.
+    of the state. `held_out_errors`: a function that gives the relative error of some layers on rows
+    that are not trained on, with the values as they are; `validations`, like errors, has what came
+    of it, and `best` the values of each layer at its lowest.
     """
 
     def __init__(
@@ -207,6 +245,7 @@ class MixerAdamW(AdamW):
             beta2=training.beta2,
             weight_decay=training.weight_decay,
             rates=training.rates,
+            average=training.average,
             comm=comm,
         )
         for key, value in (("clip", training.clip), ("patience", training.patience)):
@@ -216,6 +255,11 @@ class MixerAdamW(AdamW):
         self._model_layers = model.config.num_hidden_layers
         self.losses = np.full((len(self.layers), max(0, training.steps)), np.nan)
         self.errors = self.losses.copy()
+        self.validations = self.losses.copy()
+        self.held_out_errors: Callable[[Sequence[int]], NDArray[np.float64]] | None = None
+        self.best = self.values() if training.keep == "best" else None
+        if training.keep == "best" and not training.validate_every:
+            raise UserError('align: keep="best" needs validate_every')
 
     @property
     def active(self) -> list[int]:
@@ -258,15 +302,61 @@ class MixerAdamW(AdamW):
                 own = sum(squares[e.name] for e in self.entries if e.group == layer)
                 if (norm := math.sqrt(own)) > self.training.clip:
                     self.scales[layer] = self.training.clip / norm
+        trained = list(self.scales)
         super().step(grads, lr, scale)
+        self._validate(trained)
+
+    def _validate(self, trained: Sequence[int]) -> None:
+        """Measure the layers whose turn it is: by the number of steps, or because they end."""
+        every, steps = self.training.validate_every, self.training.steps
+        if not every or self.held_out_errors is None:
+            return
+        if self.steps % every == 0 or self.steps == steps:
+            due = list(trained)
+        else:
+            due = [layer for layer in trained if layer not in self.active]
+        if not due:
+            return
+        before = np.where(np.isnan(self.validations), np.inf, self.validations).min(axis=1)
+        with self.averaged():
+            found = dict(zip(due, self.held_out_errors(due), strict=True))
+            better = set()
+            for n, layer in enumerate(self.layers):
+                if layer in found:
+                    self.validations[n, self.steps - 1] = found[layer]
+                    if found[layer] < before[n]:
+                        better.add(layer)
+            if self.best is not None:
+                for e, place, own in self.shards.own:
+                    if e.group in better:
+                        self.best[own] = self.params.flat[place]
+
+    @property
+    def result(self) -> NDArray[Any] | None:
+        """Each layer's values at its lowest validation, where these are kept."""
+        return self.mean if self.best is None else self.best
+
+    def measured(self) -> dict[str, Any]:
+        """The mean of the layers' errors that were measured after the last step."""
+        last = self.validations[:, self.steps - 1]
+        found = last[~np.isnan(last)]
+        return {"validation": float(found.mean())} if len(found) else {}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """As of AdamW, with the best values where they are kept."""
+        best = {} if self.best is None else {"best": self.best}
+        return {**super().state(), **best}
 
     def history(self) -> dict[str, NDArray[Any]]:
         """The errors."""
-        return {"losses": self.losses, "errors": self.errors}
+        found = {"losses": self.losses, "errors": self.errors}
+        return {**found, "validations": self.validations} if self.training.validate_every else found
 
     def load_state(self, state: Mapping[str, NDArray[Any]], steps: int) -> None:
         """Set what `state` and `history` gave, after `steps` steps."""
-        for name, own in (("losses", self.losses), ("errors", self.errors)):
+        if self.best is not None:
+            self.best[:] = state["best"]
+        for name, own in self.history().items():
             if name not in state or (saved := state[name]).shape != own.shape:
                 raise UserError(f"saved state: {name} of {own.shape} are missing")
             own[:] = saved

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from . import runtime
 from .config import ModelConfig
 from .errors import UserError
 from .evaluate.tasks import ReadTokens
@@ -30,15 +31,12 @@ from .room import (
     text_bytes,
 )
 from .sampling import sampler
-from .sources import read_files
 
 _SHORT_ROWS = 1.7
 """Requests are short rows of different lengths, read after a shared prefix: their tokens cost so
 many times those of full rows (1.4 to 1.6 were measured, docs/speed.md; a student's states and
 answers that are written cost a little more)."""
 _CALIBRATION_STEPS = 12
-_COPIES = 256
-"""Documents of a file of the library that are encoded: some for each thread."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,7 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
     """Measure short pieces of each kind of work; `place` is a directory on the run's disk."""
     tokenizer = teacher.tokenizer
     assert tokenizer is not None
-    source = Path(os.__file__).parent / "argparse.py"
-    text = source.read_text(encoding="utf-8")
+    text = (Path(os.__file__).parent / "argparse.py").read_text(encoding="utf-8")
     ids = np.array(tokenizer.encode(text, special=False)[:CALIBRATION_ROW])[None]
     labels = np.full_like(ids, -1)
     labels[:, :-1] = ids[:, 1:]
@@ -104,10 +101,6 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         if recipe.targets.form == "sampled":
             return teacher.draws(ids, np.sort(np.random.default_rng(0).random((*ids.shape, k))))
         return teacher.topk(ids, k)
-
-    def encode() -> None:
-        for _ in read_files([source] * _COPIES, tokenizer):
-            pass
 
     mixer = {name for name in student.params.names() if in_mixer(name)}
     teacher.compute = student.compute = "f32"  # as all is measured
@@ -149,7 +142,9 @@ def calibrate(teacher: Model, recipe: Recipe, place: Path, load_seconds: float) 
         update=1.0 / _rate(1, update),
         save=_save_seconds(place, 4 * student.params.flat.size),
         load=load_seconds,
-        encode=_rate(source.stat().st_size * _COPIES, encode),
+        # Documents are encoded side by side, nearly as fast as by themselves (docs/recipes.md).
+        encode=runtime.threads()
+        * _rate(len(text), lambda: tokenizer.encode_batch([text], special=False)),
     )
     return found
 
@@ -213,6 +208,10 @@ def _stage_one_seconds(recipe: Recipe, config: ModelConfig, rates: Rates) -> flo
     more, and each reads the hidden states twice and writes them once."""
     tokens, section = stage_one_tokens(recipe, config), recipe.align
     seconds = tokens / rates.align
+    if tokens and section.validate_every:  # at most: nothing goes back through a mixer
+        times = -(-section.steps // section.validate_every)
+        rows = section.validate_rows * len(recipe.data.domains)
+        seconds += times * rows * recipe.data.length / rates.align
     if section.order == "step":
         return seconds
     once = stream_bytes(config.hidden_size, tokens, section.stream)

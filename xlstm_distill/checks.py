@@ -161,7 +161,8 @@ class _Problems:
                     raise UserError(f"{key} needs a hybrid layer; this student has none")
         if section.order == "step" or not layers:
             return
-        rows = section.steps * section.rows + PROBE_ROWS * len(recipe.data.domains)
+        measured = PROBE_ROWS + (section.validate_rows if section.validate_every else 0)
+        rows = section.steps * section.rows + measured * len(recipe.data.domains)
         state = (self.place or Path()) / "aligned.state"
         place = state if section.stream_place is None else Path(section.stream_place)
         tokens = rows * recipe.data.length

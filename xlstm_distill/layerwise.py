@@ -18,8 +18,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,6 +160,7 @@ def align_layers(
     stream_place: str | Path | None = None,
     compute: Compute = "f32",
     probe: Sequence[Batch] = (),
+    held_out: Batch | None = None,
     save_seconds: float = 60.0,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Metrics]:
@@ -169,8 +170,9 @@ def align_layers(
     taken from their beginning. `layers`: train these alone (None: all); nothing behind the last of
     them is read. `stream` and `stream_place` (None: in `place`): in which type and directory the
     hidden states are kept; bfloat16 is half the disk, and what enters a layer is then rounded to 8
-    bits of mantissa. `probe`: batches on which the error is measured before and after. `check` is
-    called where stopping is safe. A killed run continues from `place` with the same bits.
+    bits of mantissa. `probe`: batches on which the error is measured before and after; `held_out`:
+    the rows for `validate_every`. `check` is called where stopping is safe. A killed run continues
+    from `place` with the same bits.
 
     Metrics a step: those of `align` for one layer, with `layer` and its own `layer_step`; `step`
     counts on from layer to layer. Raises UserError before it begins if the disk has no room.
@@ -185,6 +187,7 @@ def align_layers(
         None if stream_place is None else Path(stream_place),
         compute,
         list(probe),
+        held_out if training.validate_every else None,
         save_seconds,
         check,
     )
@@ -202,6 +205,7 @@ class _Work:
     stream_place: Path | None
     compute: Compute
     probe: list[Batch]
+    held_out: Batch | None
     save_seconds: float
     check: Callable[[], None]
     start: dict[str, int] = field(init=False)
@@ -220,11 +224,17 @@ class _Work:
             "stage": "align by layer",
             "student": hashlib.sha256(student.encode()).hexdigest(),
             "compute": self.compute,
-            **asdict(self.training),
+            **self.training.identity,
             "batches": self.batches.identity,
             "probe": [list(map(list, batch.rows)) for batch in self.probe],
             "stream": self.kind,
+            **({} if self.held_out is None else {"held_out": list(map(list, self.held_out.rows))}),
         }
+
+    @property
+    def _measured(self) -> list[Batch]:
+        """The batches behind those of the steps: of the probe, then what is held out."""
+        return [*self.probe, *([] if self.held_out is None else [self.held_out])]
 
     def run(self) -> Iterator[Metrics]:
         """Train all layers that are not done."""
@@ -235,7 +245,7 @@ class _Work:
             shutil.rmtree(place, ignore_errors=True)  # killed after the last mixer was written
             return
         rows = self.training.steps * self.batches.rows
-        tokens = rows * self.batches.length + sum(batch.ids.size for batch in self.probe)
+        tokens = rows * self.batches.length + sum(batch.ids.size for batch in self._measured)
         check_room(place, stream_bytes(self.student.config.hidden_size, tokens, self.kind))
         self.stream = HiddenStream(place, self.kind, self.identity)
         self._embed(left[0])
@@ -250,11 +260,11 @@ class _Work:
         return file.exists()
 
     def _numbered(self) -> Iterator[tuple[int, Batch]]:
-        """All batches: those of the steps, then those of the probe."""
+        """All batches: those of the steps, then those that are measured on."""
         self.batches.load_state_dict(self.start)
         for number in range(self.training.steps):
             yield number, next(self.batches)
-        yield from enumerate(self.probe, start=self.training.steps)
+        yield from enumerate(self._measured, start=self.training.steps)
 
     def _embed(self, layer: int) -> None:
         """Put the batches that are not there, or beyond a layer that is not done, at the start."""
@@ -269,7 +279,7 @@ class _Work:
 
     def _layer(self, layer: int, trains: bool, last: bool) -> Iterator[Metrics]:
         """One layer: train its mixer, then take the batches through it."""
-        batches = self.training.steps + len(self.probe)
+        batches = self.training.steps + len(self._measured)
         here = [n for n in range(batches) if self.stream.layer_of(n) == layer]
         if not here:
             return  # done before a kill: not read
@@ -297,6 +307,8 @@ class _Work:
     def _train(self, model: Model, layer: int) -> Iterator[Metrics]:
         training, number = self.training, self.layers.index(layer)
         optimiser = MixerAdamW(model, [0], training)
+        if self.held_out is not None:
+            optimiser.held_out_errors = partial(self._held_out_error, model, self.held_out)
         before = self._error(model)
         identity = {**self.identity, "layer": layer, "weights": model.fingerprint()}
         saver = Saver(self.place / f"{layer:03}.state.npz", identity, self.save_seconds)
@@ -341,6 +353,14 @@ class _Work:
         for number, batch in numbered:
             sums += model.align_hidden(self.stream.read(number), batch.reset)[:2]
         return float(sums[0, 0] / sums[1, 0])
+
+    def _held_out_error(self, model: Model, batch: Batch, _: Sequence[int]) -> NDArray[np.float64]:
+        """The layer's relative error on what is held out, in the parts of `align`."""
+        hidden = self.stream.read(self.training.steps + len(self.probe))
+        parts = self._parts(batch)
+        sums = [np.stack(model.align_hidden(hidden[s], p.reset)[:2]) for s, p in parts]
+        error, reference = reduce(np.add, sums)
+        return np.array([error[0] / reference[0]])
 
     def _finish(
         self, model: Model, optimiser: MixerAdamW, layer: int, before: float | None

@@ -206,9 +206,20 @@ class AdamW:
         if self.average is None or self.mean is None:
             return
         keep = min(self.average, (1 + self.steps) / (10 + self.steps))
-        for _, place, own in self.shards.own:
+        for e, place, own in self.shards.own:
+            if self.scales is not None and e.group not in self.scales:
+                continue  # the mean of a layer that has stopped stays as well
             mean = self.mean[own]
             ops.merge_linear([mean, self.params.flat[place]], [keep, 1 - keep], out=mean)
+
+    @property
+    def result(self) -> NDArray[Any] | None:
+        """What training ends with, as `values`: the mean where one is kept. None: the last ones."""
+        return self.mean
+
+    def measured(self) -> dict[str, Any]:
+        """Metrics that the last step itself has measured."""
+        return {}
 
     def values(self) -> NDArray[Any]:
         """The trained values of this rank's shard, flat, in the order of the entries (a copy)."""

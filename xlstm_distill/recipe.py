@@ -166,7 +166,8 @@ GroupRates = dict[Group, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 class AlignSection(_Section):
     """Stage I; without `steps` there is none. `weights`: share of each domain (default: all alike).
     `order` step holds the whole teacher, layer reads a layer at a time and keeps the hidden states
-    of all rows in type `stream` in `stream_place`."""
+    of all rows in type `stream` in `stream_place`. `validate_rows` rows a domain are never trained
+    on where `validate_every` is not 0."""
 
     steps: int = Field(ge=0)
     rows: int = Field(default=8, ge=1)
@@ -180,6 +181,10 @@ class AlignSection(_Section):
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     patience: int | None = Field(default=None, ge=1)
+    average: float | None = Field(default=None, gt=0, lt=1)
+    validate_every: int = Field(default=0, ge=0)
+    validate_rows: int = Field(default=4, ge=1)
+    keep: Literal["last", "best"] = "last"
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     weights: dict[str, float] = Field(default_factory=dict)
     order: Literal["step", "layer"] = "step"
@@ -190,6 +195,8 @@ class AlignSection(_Section):
     def _check(self) -> AlignSection:
         if self.order == "step" and (self.stream != "float32" or self.stream_place is not None):
             raise ValueError("stream and stream_place need order: layer")
+        if self.keep == "best" and not self.validate_every:
+            raise ValueError("keep: best needs validate_every")
         return self
 
 
@@ -387,6 +394,12 @@ class Recipe(_Section):
         if self.generalist:
             found[GENERALIST] = self.generalist.weights or self._shares_together()
         return found
+
+    @property
+    def reserved_rows(self) -> int:
+        """Rows of each domain that no stage trains on: the more of what the stages validate on."""
+        stages = (self.align, self.distill)
+        return max(s.validate_rows if s.validate_every else 0 for s in stages)
 
     def _shares_together(self) -> dict[str, float]:
         """Share of each domain in the text of all experts, which have equally many tokens."""

@@ -22,7 +22,14 @@ from .linearize import student_config
 from .lora import sizes
 from .model import Work, state_nbytes, work_nbytes
 from .optim import in_mixer
-from .recipe import FilesSource, Recipe, SampledSource, StdlibSource
+from .recipe import (
+    AlignSection,
+    DistillSection,
+    FilesSource,
+    Recipe,
+    SampledSource,
+    StdlibSource,
+)
 from .sources import stdlib_files
 from .targets import ROWS_PER_SHARD, SHARDS_IN_MEMORY
 from .texts import files_of
@@ -183,15 +190,18 @@ class Room:
             return 2 * self._largest_tensor
         rows, length = section.micro_rows or section.rows, recipe.data.length
         if section.order == "step":
-            # Gradients, two moments, a copy while the state is written; a tensor as it is read.
+            # Gradients, and what is copied; a tensor as it is read.
             work = work_nbytes(self.student, "align", rows, length) + self._largest_tensor
-            return self._teacher_bytes + self.student_bytes + 4 * self._mixer_bytes + work
+            trained = (1 + _copies(section)) * self._mixer_bytes
+            return self._teacher_bytes + self.student_bytes + trained + work
         layer = layer_config(self.student, alignable_layers(self.student)[0])
         work = work_nbytes(layer, "align", rows, length)
         mixer = self._mixer_bytes // len(trained_layers(self.student, section.layers))
         hidden = 4 * section.rows * length * self.student.hidden_size
-        # Reading a layer, and at the end writing the student, have a tensor of the files beside it.
-        return _bytes(layer) + 4 * mixer + work + 2 * hidden + self._largest_tensor
+        trained = (1 + _copies(section)) * mixer
+        tensor = 4 * max(map(math.prod, tensor_shapes(layer).values()))  # as it is read
+        training = _bytes(layer) + trained + work + 2 * hidden + tensor
+        return max(training, 2 * self._largest_tensor)  # or when the student is written
 
     def _one_row(self) -> int:
         """What the teacher works in to give the targets of a row."""
@@ -234,13 +244,12 @@ class Room:
     @property
     def _trained(self) -> int:
         """What is held for each number that trains in stage II: its gradient, a buffer of it for
-        every level of a tree, two moments, a copy while the state is written or read, the running
-        mean, the best values; of an adapter also the matrices as they were."""
+        every level of a tree, copies; of an adapter also the matrices as they were."""
         section = self.recipe.distill
         levels = 0
         if self.recipe.accumulation == "tree":
             levels = (-(-section.rows // section.micro_rows) - 1).bit_length()
-        copies = 3 + (section.average is not None) + (section.keep == "best")
+        copies = _copies(section)
         if section.train == "lora":
             matrices, factors = sizes(self.student, section.lora.rank, section.lora.targets)
             own = self._own_bytes() + 4 * factors
@@ -295,7 +304,7 @@ class Room:
         tokens = text_bytes(recipe) / _BYTES_A_TOKEN + sampled_tokens(recipe)
         yield tokens * (4 + 2 * a_token)  # as it is read, as it is encoded, as it is written
         held = tokens * a_token + model
-        state = 3 * self._mixer_bytes if stage_one_tokens(recipe, self.config) else 0
+        state = _copies(section) * self._mixer_bytes if stage_one_tokens(recipe, self.config) else 0
         working = 2 * state
         if section.order == "layer" and state:
             layers = len(trained_layers(self.student, section.layers))
@@ -320,11 +329,17 @@ class Room:
     def _state_bytes(self) -> int:
         """A saved state of stage II."""
         section = self.recipe.distill
-        copies = 3 + (section.average is not None) + (section.keep == "best")
+        copies = _copies(section)
         if section.train == "lora":
             _, factors = sizes(self.student, section.lora.rank, section.lora.targets)
             return copies * (self._own_bytes() + 4 * factors)
         return copies * (self.student_bytes if section.train == "all" else self._own_bytes())
+
+
+def _copies(section: AlignSection | DistillSection) -> int:
+    """Of what trains: two moments, the values themselves while a state is written or read, the
+    running mean, the best values."""
+    return 3 + (section.average is not None) + (section.keep == "best")
 
 
 def _bytes(config: ModelConfig) -> int:

@@ -37,7 +37,7 @@ from .lora import Lora
 from .merge import merge
 from .model import Model, fingerprint_of, from_checkpoint, load
 from .progress import Reporter
-from .recipe import GENERALIST, Recipe, derived_seed
+from .recipe import GENERALIST, AlignSection, DistillSection, Recipe, derived_seed
 from .rundir import RECIPE, STAGES, Interrupt, RunDirectory
 from .sharing import share
 from .targets import (
@@ -246,9 +246,7 @@ class Run:
     def packed(self, domain: str, data: TokenData, streams: int = 0) -> Rows:
         """Text of a domain, packed as training packs it."""
         seed = derived_seed(self.recipe.seed, "rows", domain)
-        section = self.recipe.distill
-        reserve = section.validate_rows if section.validate_every else 0
-        return Rows(data, self.recipe.data.length, seed, reserve, streams)
+        return Rows(data, self.recipe.data.length, seed, self.recipe.reserved_rows, streams)
 
     @property
     def streams(self) -> int:
@@ -326,7 +324,7 @@ class Run:
         self.comm.barrier()
 
     def _mixer_training(self) -> dict[str, Any]:
-        outside = {"rows", "weights", "layers", "order", "stream", "stream_place"}
+        outside = {"rows", "weights", "layers", "order", "stream", "stream_place", "validate_rows"}
         settings = self.recipe.align.model_dump(exclude=outside)
         return {**settings, "accumulation": self.recipe.accumulation}
 
@@ -342,6 +340,7 @@ class Run:
             self.teacher,
             batches,
             layers=layers,
+            held_out=self._held_out(batches, self.recipe.align),
             state=state / _STATE,
             save_seconds=self.recipe.save_seconds,
             comm=self.comm,
@@ -371,6 +370,7 @@ class Run:
             stream_place=section.stream_place,
             compute=self.recipe.compute,
             probe=probe,
+            held_out=self._held_out(batches, section),
             save_seconds=self.recipe.save_seconds,
             check=self.interrupt.check,
         )
@@ -391,6 +391,13 @@ class Run:
         """The configuration of the student that the recipe asks for."""
         teacher = self.checkpoint
         return student_config(teacher.config, teacher.source, **self.recipe.student.model_dump())
+
+    def _held_out(self, batches: Batches, section: AlignSection | DistillSection) -> Batch | None:
+        """The rows that are set aside for the validation of a stage, if it has one."""
+        if not section.validate_every:
+            return None
+        wanted = section.validate_rows
+        return joined([r.batch(n, r.reserved[:wanted]) for n, r in batches.sources.items()])
 
     def _probe(self, packed: dict[str, Rows]) -> list[Any]:
         """A few rows a domain, of evaluation text where it is long enough."""
@@ -531,12 +538,8 @@ class Run:
         self, batches: Batches, comm: Communicator
     ) -> tuple[Batch | None, Targets | None]:
         """The rows that are set aside for validation, and the teacher's targets of them."""
-        section = self.recipe.distill
-        if not section.validate_every:
-            return None, None
-        parts = [rows.batch(name, rows.reserved) for name, rows in batches.sources.items()]
-        batch = joined(parts)
-        if section.kl_weight == 0:
+        batch = self._held_out(batches, self.recipe.distill)
+        if batch is None or self.recipe.distill.kl_weight == 0:
             return batch, None
 
         def of_row(p: Batch) -> Targets:

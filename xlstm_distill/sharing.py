@@ -51,7 +51,7 @@ def parts(recipe: Recipe) -> Iterator[Part]:
     rows = {
         "text": text,
         "seed": recipe.seed,
-        "reserved": section.validate_rows if section.validate_every else 0,
+        "reserved": recipe.reserved_rows,
     }
     for name, own in sources.items():
         sampled = [f"sample {name} {n}" for n, s in enumerate(own) if s.kind == "sampled"]

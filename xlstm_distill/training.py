@@ -283,6 +283,7 @@ def train(
             scale = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
             whole = False
             optimiser.step(grads, rate(step), scale)
+            metrics.update(optimiser.measured())
             if validation is not None and (step % validation.every == 0 or step == steps):
                 with optimiser.averaged():
                     metrics["validation"] = validation.loss()
@@ -309,8 +310,8 @@ def train(
         whole = False
         if best.values is not None:
             optimiser.put(best.values)
-        elif optimiser.mean is not None:
-            optimiser.put(optimiser.mean)
+        elif (result := optimiser.result) is not None:
+            optimiser.put(result)
     except BaseException as error:
         # Elsewhere than at a yield the other ranks need not be where this one is.
         closed = isinstance(error, GeneratorExit)
