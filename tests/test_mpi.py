@@ -93,6 +93,7 @@ def root(tmp_path_factory):
         values = tiny_run.recipe(place / "teacher", place / "text", save_seconds=0)
         values["distill"] = TRAINING
         values["align"].update(steps=12, rows=6, micro_rows=1, clip=0.05, patience=5)
+        values["align"].update(average=0.8, validate_every=5, validate_rows=1, keep="best")
         values["accumulation"] = "sequence" if name == "sequence" else "tree"
         if name in ("lora", "at_once"):
             values["align"] = {"steps": 0, "rows": 1}
