@@ -195,7 +195,8 @@ def estimate(
         + (len(trained) - 1) * validates * rates.load  # the teacher again
         + sum(_validation_seconds(recipe, rates, name) for name in trained),
         "merge": moved,
-        "evaluate": evaluation_seconds(recipe, rates, reading),
+        # The teacher again, which stage II did without, and the students that are measured.
+        "evaluate": evaluation_seconds(recipe, rates, reading) + (1 + len(trained)) * rates.load,
     }
     return {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
