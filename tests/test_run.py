@@ -552,6 +552,19 @@ def test_validate_names_every_problem_and_run_the_first_of_them(
     assert any("nothing" in line for line in problems())
 
 
+def test_chats_need_a_template(root, tmp_path, capsys):
+    model = tiny_run.teacher()
+    model.tokenizer.chat_template = None
+    model.save(tmp_path / "teacher")
+    values = tiny_run.recipe(tmp_path / "teacher", root / "text")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["validate", str(tmp_path / "recipe.yaml")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    keys = ("data.domains.general.sources.1.style: chat", "evaluate.chats")
+    for line, key in zip(lines, keys, strict=False):
+        assert f"{key} needs a chat template, which the teacher lacks; leave it out" in line
+
+
 def test_files_of_a_domain_that_is_done_may_be_gone(root, tmp_path):
     out, text = tmp_path / "out", tmp_path / "text"
     shutil.copytree(root / "text", text)

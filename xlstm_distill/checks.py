@@ -139,7 +139,9 @@ class _Problems:
             asked["evaluate.chats"] = "evaluate"
         for key, stage in asked.items():
             if stage in self.stages and tokenizer.chat_template is None:
-                yield UserError(f"{key} needs a chat template, which the teacher does not have")
+                yield UserError(
+                    f"{key} needs a chat template, which the teacher lacks; leave it out"
+                )
 
     def _check_student(self, config: ModelConfig) -> None:
         """Refuse layers that cannot train, and hidden states without room."""
