@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
-from test_tasks import Bigram, Bytes
+from test_tasks import Bigram, Bytes, Killed
 
 from xlstm_distill.cli import main
 from xlstm_distill.errors import UserError
@@ -90,23 +90,9 @@ def test_a_long_document_goes_on_where_a_kill_stopped(file, tmp_path, monkeypatc
     name = f"perplexity:{file}"
     whole = evaluate(Bigram(1), [name], max_length=10)
 
-    class Killed(Bigram):
-        calls = 5  # in the second document
-
-        def scorer(self, prefix):
-            scorer = super().scorer(prefix)
-
-            def until_the_kill(requests):
-                if self.calls == 0:
-                    raise KeyboardInterrupt
-                self.calls -= 1
-                return scorer(requests)
-
-            return until_the_kill
-
     options = {"max_length": 10, "unfinished": tmp_path / "unfinished"}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Killed(1), [name], **options)
+        evaluate(Killed(1, calls=5), [name], **options)  # in the second document
     shown = []
     again = evaluate(Bigram(1), [name], **options, progress=lambda *now: shown.append(now))
     assert again == whole

@@ -100,6 +100,25 @@ class Bigram:
         return out
 
 
+class Killed(Bigram):
+    """A Bigram that scores so many batches of requests, and then is killed."""
+
+    def __init__(self, seed: int, calls: int) -> None:
+        super().__init__(seed)
+        self.calls = calls
+
+    def scorer(self, prefix):
+        scorer = super().scorer(prefix)
+
+        def until_the_kill(requests):
+            if self.calls == 0:
+                raise KeyboardInterrupt
+            self.calls -= 1
+            return scorer(requests)
+
+        return until_the_kill
+
+
 def request(doc_id: int, idx: int, context: str, continuation: str, label: Any, **doc: Any):
     return {
         "request_type": "loglikelihood",
@@ -584,29 +603,13 @@ def test_buckets_leave_no_position_out():
 def test_request_sets_go_on_where_a_kill_stopped(requests, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "_TOKENS_TOGETHER", 100)
 
-    class Killed(Bigram):
-        calls = 2
-
-        def scorer(self, prefix):
-            scorer = super().scorer(prefix)
-
-            def until_the_kill(requests):
-                if self.calls == 0:
-                    raise KeyboardInterrupt
-                self.calls -= 1
-                return scorer(requests)
-
-            return until_the_kill
-
     names = ["arc_easy", "squad"]
     options = {"requests": requests, "unfinished": tmp_path / "unfinished"}
     whole = evaluate(Bigram(1), names, requests=requests)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Killed(1), names, **options)
+        evaluate(Killed(1, calls=2), names, **options)
     assert evaluate(Bigram(1), names, **options) == whole
-    never = Killed(1)
-    never.calls = 0
-    assert evaluate(never, names, **options) == whole
+    assert evaluate(Killed(1, calls=0), names, **options) == whole
 
 
 def test_samples_of_other_metrics_are_not_gone_on_with(requests, tmp_path):
