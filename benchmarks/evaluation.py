@@ -62,7 +62,7 @@ REQUEST_SETS = (
 )
 NEEDLES = tuple(
     f"{task}:{length}"
-    for length in (512, 1024)
+    for length in (512, 1024, 2048)
     for task in ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1")
 )
 REUSE, HELLASWAG = "reuse", "hellaswag:rc_5shot"

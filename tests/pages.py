@@ -86,6 +86,8 @@ def report_values() -> dict[str, Any]:
             "window": 64,
             "sinks": 4,
             "gate": "data",
+            "normalizer": "ratio",
+            "feature_map": "softmax",
             "parameters": 137000000,
             "added": 2484992,
         },

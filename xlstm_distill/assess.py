@@ -355,6 +355,8 @@ def _model_facts(run: Run) -> dict[str, Any]:
             "window": section.window,
             "sinks": section.sinks,
             "gate": section.gate,
+            "normalizer": section.normalizer,
+            "feature_map": section.feature_map,
             "parameters": sum(sizes.values()),
             "added": added,
         },

@@ -56,6 +56,8 @@ class StudentFacts(_Part):
     window: int | None
     sinks: int
     gate: str
+    normalizer: str
+    feature_map: str
     parameters: int
     added: int
 
@@ -65,7 +67,12 @@ class StudentFacts(_Part):
         if self.mixer == "attention":
             return "the teacher's attention in every layer"
         window = "full attention" if self.window is None else f"window {self.window}"
-        return f"{self.mixer}, {window}, {self.sinks} sinks, {self.gate} gate"
+        words = f"{self.mixer}, {window}, {self.sinks} sinks"
+        if self.mixer == "window":
+            return words
+        return (
+            f"{words}, {self.gate} gate, {self.feature_map} features, {self.normalizer} normaliser"
+        )
 
 
 class TextFacts(_Part):
