@@ -23,7 +23,7 @@ from tiny_run import TEXT
 
 from xlstm_distill import checkpoints, cleaning, packages, progress, runtime, sources, texts
 from xlstm_distill.align import MixerAdamW, relative_errors
-from xlstm_distill.assess import stage_one_errors
+from xlstm_distill.assess import stage_one_errors, stage_one_validations
 from xlstm_distill.cli import main
 from xlstm_distill.data import Rows, TokenData
 from xlstm_distill.model import Model, load
@@ -310,18 +310,9 @@ def test_stage_one_keeps_means_and_best_values_in_either_order_and_when_stopped(
         assert run(root, tmp_path / order, "align", {"align": {**align, "order": order}}) == 0
     weights = [(tmp_path / o / "aligned" / "model.safetensors").read_bytes() for o in ORDERS]
     assert weights[0] == weights[1]
-    validated: dict[str, list[tuple[int, float]]] = {}
-    for order in ORDERS:
-        lines = steps(tmp_path / order, "align")
-        validated[order] = [
-            (m.get("layer_step", m["step"]), m["validation"]) for m in lines if "validation" in m
-        ]
-    of_steps = dict(validated["step"])
-    found: dict[int, list[float]] = {}
-    for step, error in validated["layer"]:
-        found.setdefault(step, []).append(error)
-    assert of_steps == {step: float(np.mean(errors)) for step, errors in found.items()}
-    assert set(range(align["validate_every"], 3, align["validate_every"])) <= set(of_steps)
+    validated = [stage_one_validations(steps(tmp_path / order, "align")) for order in ORDERS]
+    assert validated[0] == validated[1]
+    assert set(range(align["validate_every"], 3, align["validate_every"])) <= set(validated[0])
     plain = tmp_path / "plain"  # without the keys other rows are drawn
     assert run(root, plain, "align", {"align": settings}) == 0
     assert (plain / "aligned" / "model.safetensors").read_bytes() != weights[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -448,6 +448,9 @@ def _loss_curves(run: Run) -> list[dict[str, Any]]:
     errors = stage_one_errors(run.directory.steps("align"))
     of_steps = [{"step": n, "relative_error": error} for n, error in enumerate(errors, start=1)]
     curve("stage I", what, of_steps, "relative_error", unit=unit)
+    held_out = stage_one_validations(run.directory.steps("align"))
+    of_steps = [{"step": n, "validation": error} for n, error in held_out.items()]
+    curve("stage I", "the same, not trained on", of_steps, "validation", unit=unit)
     for name in run.recipe.trained:
         steps, validations = run.directory.steps(f"distill {name}"), _validations(run, name)
         curve("stage II, KL to the targets", name, steps, "kl")
@@ -488,6 +491,16 @@ def stage_one_errors(lines: Sequence[Mapping[str, Any]]) -> list[float]:
     return [
         float(np.mean([own[min(n, len(own) - 1)] for own in layers.values()])) for n in range(steps)
     ]
+
+
+def stage_one_validations(lines: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Step of stage I -> mean relative error, on rows that are not trained on, of the layers that
+    were measured after it, from the log's lines in either order."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        if "validation" in line:
+            found.setdefault(line.get("layer_step", line["step"]), []).append(line["validation"])
+    return {step: float(np.mean(found[step])) for step in sorted(found)}
 
 
 def _claims(
