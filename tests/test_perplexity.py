@@ -17,7 +17,6 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.evaluate import compare, evaluate, perplexity, read_results
 from xlstm_distill.evaluate.names import check_task, expand_tasks
 from xlstm_distill.evaluate.perplexity import rolling
-from xlstm_distill.evaluate.tasks import open_task, read_tokens
 
 DOCUMENTS = (
     "The river rises in the hills.\n",
@@ -154,9 +153,6 @@ def test_names_of_texts(file):
         check_task(name)
     with pytest.raises(UserError, match="max_length is 0"):
         evaluate(Bigram(1), [name], max_length=0)
-    tokens = [len(Bytes().encode(text)) for text in DOCUMENTS]
-    task = open_task(name, Bytes())
-    assert read_tokens(Bytes(), task).of(4) == pytest.approx(sum(tokens))
     file.write_text('{"title": "no text"}\n')
     with pytest.raises(UserError, match=r"held_out.jsonl:1: needs the field text"):
         evaluate(Bigram(1), [name])
@@ -175,7 +171,7 @@ def test_a_chat_that_brings_its_start_has_it_once(tmp_path, bos):
             return "\0" + messages[0]["content"]
 
     tokenizer = Chat()
-    (document,) = open_task(f"perplexity:{path}", tokenizer).documents
+    (document,) = perplexity.texts(f"perplexity:{path}", tokenizer).documents
     (window,) = perplexity.windows_of(tokenizer, [document], None)
     start = 0 if bos else 256
     assert window.context == [start] and window.rest == ([] if bos else [0]) + list(b"hi")

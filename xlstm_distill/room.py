@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .align import alignable_layers, trained_layers
 from .config import ModelConfig
+from .evaluate.fidelity import TOKENS_AT_ONCE
 from .families import tensor_shapes
 from .layerwise import layer_config, stream_bytes
 from .linearize import student_config
@@ -43,8 +44,6 @@ _BYTES_A_TOKEN = 4
 """Text that a token stands for, about."""
 _PROMPT = 64
 """Tokens of a prompt, at most."""
-_WINDOWS_AT_ONCE = 4096
-"""Tokens that the evaluation reads at once (evaluate/fidelity.py)."""
 CALIBRATION_ROW, SAMPLE_BATCH = 1024, 64
 """Tokens of the row that the calibration trains on, and documents that it writes at a time."""
 
@@ -267,7 +266,7 @@ class Room:
         models = 2 * self._teacher_bytes + students * self.student_bytes
         most = 0
         for one in section.fidelity:
-            rows = max(1, min(one.windows, _WINDOWS_AT_ONCE // one.context))
+            rows = max(1, min(one.windows, TOKENS_AT_ONCE // one.context))
             forward = work_nbytes(self.student, "forward", rows, one.context)
             head = work_nbytes(self.config, "head", 1, rows * one.context)
             hidden = 4 * rows * one.context * self.config.hidden_size

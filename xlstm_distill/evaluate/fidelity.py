@@ -28,7 +28,8 @@ BUCKETS = ((0, 32), *((32 << n, 64 << n) for n in range(12)))
 """Ranges of the position in the window over which measures are also given, end excluded: each twice
 as far as the one before, as many as the window reaches."""
 _METRICS = ("kl", "agree", "nll")
-_TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 4096
+"""Tokens of the windows that run together."""
 
 IntArray = NDArray[np.int32]
 Values = Mapping[str, FloatArray]
@@ -256,7 +257,7 @@ def fidelity(
 
 def _batches(windows: int, context: int, ends: set[int]) -> Iterator[tuple[int, int]]:
     """Ranges of windows that run together; none goes on beyond one of `ends`."""
-    rows = max(1, _TOKENS_AT_ONCE // context)
+    rows = max(1, TOKENS_AT_ONCE // context)
     starts = sorted({0, *(end for end in ends if end < windows), windows})
     for begin, end in itertools.pairwise(starts):
         for start in range(begin, end, rows):

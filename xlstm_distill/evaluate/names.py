@@ -137,7 +137,7 @@ def expand_tasks(names: Sequence[str], requests: str | Path | None = None) -> li
     for name in names:
         base, colon, variant = name.partition(":")
         needles = [f"{needle}{colon}{variant}" for needle in fnmatch.filter(NEEDLES, base)]
-        if base == PERPLEXITY:
+        if is_text(name):
             _check_path(name)
             matches = [name]
         elif is_needle(base) or (needles and variant.isdecimal()):
@@ -253,11 +253,16 @@ class Source(NamedTuple):
     written: bool
 
 
+def is_text(name: str) -> bool:
+    """Whether a task is the user's text."""
+    return name.partition(":")[0] == PERPLEXITY
+
+
 def source_of(name: str) -> Source:
     """What kind of task a name is; also of names that are not known, taken for request sets."""
     if is_needle(name):
         return Source(None, written=True)
-    if name.partition(":")[0] == PERPLEXITY:
+    if is_text(name):
         return Source(None, written=False)
     if name == GSM8K:
         return Source("gsm8k", written=True)

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,12 +46,13 @@ from .names import (
     expand_tasks,
     find_task,
     groups_of,
+    is_text,
     requests_root,
     short_name,
     source_of,
 )
 from .needle import needle
-from .perplexity import Texts, Whole, document_samples, scored_windows, texts, windows_of
+from .perplexity import Texts, document_samples, scored_windows, texts, windows_of
 from .results import passage_of
 from .scores import LIKELIHOOD, outcomes_of
 from .unfinished import Unfinished
@@ -156,21 +157,18 @@ def open_task(
     seed: int = 0,
     requests: str | Path | None = None,
     haystack: str | Path | None = None,
-) -> Task | Questions | Texts:
-    """Whatever `evaluate` knows by a name: a request set, questions whose answers are written, or
-    text.
+) -> Task | Questions:
+    """Whatever `evaluate` knows by a name beside text: a request set, or questions whose answers
+    are written.
 
-    Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, for
-    a length that is too short for its needles or longer than the haystack, and for files that
-    cannot be read.
+    Arguments as there; UserError, before any work, for what cannot be scored: as `load_task`, and
+    for a length that is too short for its needles or longer than the haystack.
     """
     source = source_of(name)
-    if source.requests is None and not source.written:
-        return texts(name, tokenizer)
     if source.requests is None:
         return needle(name, tokenizer, limit=limit, seed=seed, haystack=haystack)
     task = load_task(source.requests, requests)
-    return gsm8k(task, _subset(task, limit, seed)) if source.written else task
+    return gsm8k(task, _subset(task.name, task.documents, limit, seed)) if source.written else task
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -328,7 +326,12 @@ def evaluate(
     names = expand_tasks(tasks, requests)
     if any(source_of(name).requests is not None for name in names):
         requests = requests_root(requests)  # whose sums are verified here, not for each task
-    loaded = [open_task(name, model.tokenizer, limit, seed, requests, haystack) for name in names]
+    loaded = [
+        texts(name, model.tokenizer)
+        if is_text(name)
+        else open_task(name, model.tokenizer, limit, seed, requests, haystack)
+        for name in names
+    ]
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     settings = {"limit": limit, "seed": seed, "max_length": max_length}
@@ -414,7 +417,7 @@ def _work(
         )
     original = len(task.documents)
     if isinstance(task, Texts):
-        whole = _subset(task, limit, seed)
+        whole = _subset(task.name, task.documents, limit, seed)
         windows = windows_of(model.tokenizer, whole, max_length)
         return _Work(
             _config(task, "loglikelihood_rolling", task.config),
@@ -423,7 +426,7 @@ def _work(
             lambda done: scored_windows(model.scorer(()), windows[done:], comm),
             lambda parts: document_samples(whole, parts),
         )
-    documents = _subset(task, limit, seed)
+    documents = _subset(task.name, task.documents, limit, seed)
     facts: dict[str, Any] = {"request_set": task.config.get("task_hash")}
     if task.kind != "bpb":
         guesses = [1 / len(document.pairs) for document in documents]
@@ -452,20 +455,15 @@ def _metrics(task: Task | Questions | Texts) -> tuple[str, ...]:
     return (task.metric, *task.also) if isinstance(task, Questions) else task.metrics
 
 
-@overload
-def _subset(task: Task, limit: int | None, seed: int) -> list[Document]: ...
+_D = TypeVar("_D")
 
 
-@overload
-def _subset(task: Texts, limit: int | None, seed: int) -> list[Whole]: ...
-
-
-def _subset(task: Task | Texts, limit: int | None, seed: int) -> Sequence[Any]:
-    if limit is None or limit >= len(task.documents):
-        return list(task.documents)
-    rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
-    chosen = np.sort(rng.permutation(len(task.documents))[:limit])
-    return [task.documents[i] for i in chosen]
+def _subset(task: str, documents: Sequence[_D], limit: int | None, seed: int) -> list[_D]:
+    if limit is None or limit >= len(documents):
+        return list(documents)
+    rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
+    chosen = np.sort(rng.permutation(len(documents))[:limit])
+    return [documents[i] for i in chosen]
 
 
 _Encoded = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -567,7 +565,7 @@ class ReadTokens(NamedTuple):
 
 
 def read_tokens(
-    tokenizer: ScoringTokenizer, task: Task | Questions | Texts, measured: int = 8
+    tokenizer: ScoringTokenizer, task: Task | Questions, measured: int = 8
 ) -> ReadTokens:
     """What scoring takes, from the first `measured` documents; answers count with all the tokens
     that they may have, like those that are read."""
@@ -575,9 +573,6 @@ def read_tokens(
         prompts = [task.question(n).prompt for n in range(min(measured, task.count))]
         sizes = [len(prompt_ids(tokenizer, p)) + task.max_new_tokens for p in prompts]
         return ReadTokens(0, float(np.mean(sizes)))
-    if isinstance(task, Texts):
-        windows = windows_of(tokenizer, task.documents[:measured], None)
-        return ReadTokens(0, float(np.mean([len(window.rest) for window in windows])))
     documents = task.documents[:measured]
     prefix = _shared_tokens(tokenizer, documents)
     new = [_new_tokens(_encoded(tokenizer, document, None), len(prefix)) for document in documents]
