@@ -49,7 +49,7 @@ def distill(
     rates: Mapping[Group, float] | None = None,
     warmup: float = 0.1,
     schedule: Schedule = "linear",
-    clip: float = 1.0,
+    clip: float | None = 1.0,
     beta2: float = 0.95,
     weight_decay: float = 0.1,
     train_what: Train | Lora = "all",

@@ -131,10 +131,15 @@ def _shares(models: Mapping[str, Expert], weights: Mapping[str, float] | None) -
             raise UserError(
                 f"merge: the weight of {name} is {share}, expected 0 or more", usage=True
             )
-    total = math.fsum(shares.values())
-    if not abs(total - 1) <= _TOTAL_TOLERANCE:
-        raise UserError(f"merge: the weights add up to {total:g}, expected 1", usage=True)
+    check_total(shares, "merge")
     return shares
+
+
+def check_total(weights: Mapping[str, float], where: str) -> None:
+    """UserError, which `where` opens, unless weights of experts add up to 1."""
+    total = math.fsum(weights.values())
+    if not abs(total - 1) <= _TOTAL_TOLERANCE:
+        raise UserError(f"{where}: the weights add up to {total:g}, expected 1", usage=True)
 
 
 def _check_alike(sources: Sequence[_Source]) -> None:

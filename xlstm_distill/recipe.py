@@ -31,19 +31,24 @@ from .atomic import write_text
 from .errors import UserError, first_problem
 from .evaluate.names import check_name, check_task, short_name
 from .lora import TARGETS, Target
+from .merge import check_total
 from .model import KlForm
 from .optim import Group, Schedule
 from .targets import Form
 from .trackers import Name as TrackerName
 
 GENERALIST = "generalist"
+ALL = "all"
+"""What tables call the mean of the domains."""
 RESERVED = ("teacher", "untrained", "merged", GENERALIST)
 """Names of the report's own models, which no expert may have."""
+BESIDE_EXPERT = STATE_END, ADAPTER_END = (".state", ".adapter")
+"""Ends of the names of the directories that a run has beside an expert's, where no other may be."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StudentSection(_Section):
@@ -159,7 +164,7 @@ class DataSection(_Section):
     domains: dict[str, DomainSection] = Field(min_length=1)
 
 
-GroupRates = dict[Group, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+GroupRates = dict[Group, Annotated[float, Field(gt=0)]]
 """Factors of the learning rate."""
 
 
@@ -179,7 +184,7 @@ class AlignSection(_Section):
     floor: float = Field(default=1e-5, ge=0)
     beta2: float = Field(default=0.99, gt=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    clip: float | None = Field(default=None, gt=0)
     patience: int | None = Field(default=None, ge=1)
     average: float | None = Field(default=None, gt=0, lt=1)
     validate_every: int = Field(default=0, ge=0)
@@ -215,7 +220,7 @@ class LoraSection(_Section):
     """Adapters of stage II with `train: lora`: PEFT's `r`, `lora_alpha` and `target_modules`."""
 
     rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=8, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=8, gt=0)
     targets: list[Target] = Field(default_factory=lambda: list(TARGETS), min_length=1)
 
 
@@ -235,7 +240,7 @@ class DistillSection(_Section):
     rates: GroupRates = Field(default_factory=dict)
     warmup: float = Field(default=0.1, ge=0, le=1)
     schedule: Schedule = "linear"
-    clip: float = Field(default=1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     beta2: float = Field(default=0.95, gt=0, lt=1)
     weight_decay: float = Field(default=0.1, ge=0)
     train: Literal["all", "mixer", "lora"] = "all"
@@ -344,8 +349,14 @@ class Recipe(_Section):
         for name in [*domains, *self.experts]:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"the name {name!r} must be letters, digits, '_', '.' or '-'")
+        if ALL in domains and len(domains) > 1:
+            raise ValueError(f"data.domains: {ALL!r} is the mean of the domains; choose another")
         if taken := [name for name in self.experts if name in RESERVED]:
             raise ValueError(f"experts: {taken[0]!r} is a name of the report; choose another")
+        if beside := [name for name in self.experts if name.endswith(BESIDE_EXPERT)]:
+            raise ValueError(
+                f"experts: {beside[0]!r} ends as what lies beside an expert does; choose another"
+            )
         shares = {"align.weights": self.align.weights}
         shares.update({f"experts.{name}": share for name, share in self.experts.items()})
         for where, weights in shares.items():
@@ -356,6 +367,8 @@ class Recipe(_Section):
         if self.merge.weights and set(self.merge.weights) != set(self.experts):
             missing = sorted(set(self.experts) - set(self.merge.weights))[0]
             raise ValueError(f"merge.weights: the expert {missing!r} is missing")
+        if self.merge.weights:
+            check_total(self.merge.weights, "merge.weights")
         aligns = self.align.steps > 0
         if aligns and self.accumulation == "tree" and self.align.micro_rows is None:
             raise ValueError(

@@ -38,7 +38,7 @@ from .errors import UserError
 from .evaluate import Fidelity
 from .processes import RunProcess
 from .progress import Reporter
-from .recipe import Recipe, first_difference, get_key, make_recipe, read_values, set_key
+from .recipe import ALL, Recipe, first_difference, get_key, make_recipe, read_values, set_key
 from .run import Run
 from .rundir import STAGES, Interrupt, RunDirectory
 from .sharing import parts, share
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 RESULTS, PLOT = "sweep.json", "sweep.svg"
 _METRICS = ("kl", "agree", "perplexity")
-_ALL = "all"
-"""Name of the mean of the domains in tables."""
 _POLL = 0.5
 """Seconds between two looks at the runs that go on at the same time."""
 _SAFE = re.compile(r"[A-Za-z0-9._+-]{1,40}")
@@ -441,7 +439,7 @@ def _measured(place: Path, recipe: Recipe) -> dict[str, Any]:
         name: {
             domain: {m: getattr(measure, m) for m in _METRICS}
             for domain, measure in [
-                (_ALL, fidelity.mean(name)),
+                (ALL, fidelity.mean(name)),
                 *((d, of.overall) for d, of in fidelity.models[name].items()),
             ]
         }
@@ -477,11 +475,11 @@ def table(found: dict[str, Any]) -> Table:
         if not models:
             shown.add_row(Text(name))
             continue
-        rows = [(MERGED, _ALL, name)]
+        rows = [(MERGED, ALL, name)]
         rows += [(MERGED, domain, f"  {domain}") for domain in _domains(models)[1:]]
         # Its variants with a branch silenced (evaluate.branches), on the mean of the domains.
         silenced = [model for model in models if model.startswith(f"{MERGED}, ")]
-        rows += [(model, _ALL, model.replace(f"{MERGED},", " ", 1)) for model in silenced]
+        rows += [(model, ALL, model.replace(f"{MERGED},", " ", 1)) for model in silenced]
         for model, domain, label in rows:
             own, control = models[model][domain], models[CONTROL][domain]
             pairs = zip(own["kl"]["values"], control["kl"]["values"], strict=True)
@@ -500,7 +498,7 @@ def table(found: dict[str, Any]) -> Table:
 def _domains(models: dict[str, Any]) -> list[str]:
     """The mean first; with one domain it is that domain's."""
     names = list(models[MERGED])
-    return names if len(names) > 2 else [_ALL]
+    return names if len(names) > 2 else [ALL]
 
 
 def _figure(value: dict[str, Any], digits: int) -> str:
@@ -520,7 +518,7 @@ def figure(found: dict[str, Any]) -> Figure | None:
         series[metric] = {}
         for label, model, domains in (
             ("{}", MERGED, _domains(points[0]["models"])),
-            ("untrained, {}", CONTROL, [_ALL]),
+            ("untrained, {}", CONTROL, [ALL]),
         ):
             for domain in domains:
                 series[metric][label.format(domain)] = {
