@@ -59,6 +59,17 @@ def test_it_sees_what_the_experts_see_together_for_as_many_steps(values, whole):
     assert own.trained["generalist"] == {"notes": 2}
 
 
+def test_a_domain_of_which_nobody_has_a_share_is_not_trained_on(values, tmp_path):
+    """Its text may be there for the evaluation alone."""
+    alone = {"notes": 1, "general": 0}
+    changes = {"align": {**values["align"], "weights": alone}, "experts": {"one": alone}}
+    recipe = make_recipe({**values, **changes, "merge": {}, "generalist": {}})
+    out = run(recipe, tmp_path / "out", until="distill")
+    assert {p.name for p in (out / "targets").iterdir()} == {"notes"}
+    # So the generalist is the one expert.
+    assert weights(out, "generalist") == weights(out, "experts/one") != weights(out, "aligned")
+
+
 def test_it_changes_nothing_of_the_others(values, whole, tmp_path):
     out = run(make_recipe(values), tmp_path / "out", until="merge")
     for name in ("aligned", "experts/general", "experts/notes", "merged"):

@@ -37,7 +37,15 @@ from .lora import Lora
 from .merge import merge
 from .model import Model, fingerprint_of, from_checkpoint, load
 from .progress import Reporter
-from .recipe import GENERALIST, AlignSection, DistillSection, Recipe, derived_seed
+from .recipe import (
+    ADAPTER_END,
+    GENERALIST,
+    STATE_END,
+    AlignSection,
+    DistillSection,
+    Recipe,
+    derived_seed,
+)
 from .rundir import RECIPE, STAGES, Interrupt, RunDirectory
 from .sharing import share
 from .targets import (
@@ -248,6 +256,14 @@ class Run:
         seed = derived_seed(self.recipe.seed, "rows", domain)
         return Rows(data, self.recipe.data.length, seed, self.recipe.reserved_rows, streams)
 
+    def _batches_of(
+        self, weights: Mapping[str, float], rows: int, seed: int, streams: int = 0
+    ) -> Batches:
+        """Batches of a stage; a domain whose share is 0 needs no text."""
+        used = {domain: share for domain, share in weights.items() if share > 0}
+        packed = {domain: self.rows(domain, streams) for domain in used}
+        return Batches(packed, rows, used, seed)
+
     @property
     def streams(self) -> int:
         """Streams of the rows of stage II, 0 for none."""
@@ -294,13 +310,12 @@ class Run:
             self._skip_align(place)
             return
         weights = section.weights or dict.fromkeys(self.recipe.data.domains, 1.0)
-        packed = {name: self.rows(name) for name, share in weights.items() if share > 0}
         seed = derived_seed(self.recipe.seed, "align")
-        batches = Batches(packed, section.rows, weights, seed)
+        batches = self._batches_of(weights, section.rows, seed)
         provenance = {"align": section.model_dump(), "data": batches.identity}
         with self.timed("align") as facts:
             by_order = self._align_by_step if section.order == "step" else self._align_by_layer
-            errors = by_order(batches, self._probe(packed), state, provenance)
+            errors = by_order(batches, self._probe(batches.sources), state, provenance)
             tokens = section.steps * section.rows * self.recipe.data.length
             facts.update(errors, steps=section.steps, tokens=tokens)
         self._remove(state)
@@ -399,7 +414,7 @@ class Run:
         wanted = section.validate_rows
         return joined([r.batch(n, r.reserved[:wanted]) for n, r in batches.sources.items()])
 
-    def _probe(self, packed: dict[str, Rows]) -> list[Any]:
+    def _probe(self, packed: Mapping[str, Rows]) -> list[Any]:
         """A few rows a domain, of evaluation text where it is long enough."""
         length = self.recipe.data.length
         held_out = self.evaluation_text()
@@ -413,11 +428,9 @@ class Run:
     # ---- stage II -----------------------------------------------------------------------------
 
     def _batches(self, name: str) -> Batches:
-        weights = self.recipe.trained[name]
-        used = (domain for domain, share in weights.items() if share > 0)
-        packed = {domain: self.rows(domain, self.streams) for domain in used}
+        weights, rows = self.recipe.trained[name], self.recipe.distill.rows
         seed = derived_seed(self.recipe.seed, "distill", name)
-        return Batches(packed, self.recipe.distill.rows, weights, seed)
+        return self._batches_of(weights, rows, seed, self.streams)
 
     @property
     def _kind(self) -> dict[str, Any]:
@@ -487,7 +500,7 @@ class Run:
             self._follow(self._distill(name, comm), f"distill {name}", titles)
 
     def _state(self, name: str) -> Path:
-        return self.trained_place(name).with_name(f"{name}.state")
+        return self.trained_place(name).with_name(name + STATE_END)
 
     def _distill(self, name: str, comm: Communicator) -> Iterator[Metrics]:
         """Train an expert, or the generalist, with the ranks of `comm`; lines of the log."""
@@ -520,7 +533,7 @@ class Run:
         if comm.first:
             provenance = {"distill": section.model_dump(), "data": batches.identity}
             if isinstance(train, Lora):  # before the expert, with which the stage is done
-                adapter = place.with_name(f"{name}.adapter")
+                adapter = place.with_name(name + ADAPTER_END)
                 base = os.path.relpath(self.path / "aligned", adapter)
                 train.save(adapter, base, provenance)
             student.save(place, provenance)
