@@ -281,8 +281,12 @@ def test_stage_one_by_layer_is_stage_one_by_step(root, tmp_path):
     assert weights[0] == weights[1]
     logs = [steps(tmp_path / order, "align") for order in ORDERS]
     curves = [stage_one_errors(log) for log in logs]
-    assert curves[0] == curves[1] and len(curves[0]) > 3
+    assert curves[0] == curves[1] and 3 < len(curves[0]) < 9
     assert {m["layer"] for m in logs[1]} == {0, 1}
+    for order in ORDERS:  # what was done, not what it might have been
+        with RunDirectory(tmp_path / order) as directory:
+            done = directory.done("align")
+        assert (done["steps"], done["tokens"]) == (len(curves[0]), len(curves[0]) * 3 * 64)
     errors = [
         checkpoints.load(tmp_path / order / "aligned").provenance["relative_error"]
         for order in ORDERS

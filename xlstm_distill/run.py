@@ -316,9 +316,19 @@ class Run:
         with self.timed("align") as facts:
             by_order = self._align_by_step if section.order == "step" else self._align_by_layer
             errors = by_order(batches, self._probe(batches.sources), state, provenance)
-            tokens = section.steps * section.rows * self.recipe.data.length
-            facts.update(errors, steps=section.steps, tokens=tokens)
+            steps = self._steps_aligned()
+            tokens = steps * section.rows * self.recipe.data.length
+            facts.update(errors, steps=steps, tokens=tokens)
+        if self.comm.first and steps < section.steps:
+            self.reporter.note(
+                f"stage I: all layers stopped within {steps} of {section.steps} steps"
+            )
         self._remove(state)
+
+    def _steps_aligned(self) -> int:
+        """Steps of the layer that trained longest; with `patience` it may have stopped."""
+        lines = self.directory.steps("align")
+        return max((line.get("layer_step", line["step"]) for line in lines), default=0)
 
     def _aligned_layers(self) -> list[int]:
         """The layers that stage I trains; none: there is no stage I."""
