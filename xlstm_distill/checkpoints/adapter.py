@@ -29,6 +29,12 @@ _FIXED: dict[str, Any] = {
     "fan_in_fan_out": False,
     "use_dora": False,
     "use_rslora": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
     "lora_bias": False,
     "rank_pattern": {},
     "alpha_pattern": {},
@@ -36,6 +42,9 @@ _FIXED: dict[str, Any] = {
 }
 """Keys that change the mathematics, with the one value that is implemented (and is PEFT's where a
 key is absent, `peft_type` excepted)."""
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
+"""Values of `init_lora_weights` that decide the start of the factors alone; with others ("pissa",
+"olora" ...) the base is another one, too, which PEFT makes whenever it loads the adapter."""
 
 
 class Adapter(NamedTuple):
@@ -91,7 +100,8 @@ def load_adapter(directory: str | Path) -> Adapter:
     """Open an adapter; tensors are read when they are asked for.
 
     Raises UserError, naming file and key or tensor: not LoRA, or a variant of it that is not
-    implemented (DoRA, rank-stabilised scale, trained biases, ranks by pattern); a wrong value.
+    implemented (DoRA, rank-stabilised scale, trained biases, ranks by pattern, a start that changes
+    the base, ...); a wrong value.
     """
     folder = Path(directory)
     file = folder / ADAPTER_CONFIG
@@ -101,6 +111,11 @@ def load_adapter(directory: str | Path) -> Adapter:
     for key, expected in _FIXED.items():
         if config.get(key, expected) not in (expected, None):
             raise UserError(f"{file}: {key} {config[key]!r} is not supported; expected {expected}")
+    if (start := config.get("init_lora_weights")) not in _STARTS:
+        raise UserError(
+            f"{file}: init_lora_weights {start!r} is not supported: it changes the base; save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"{file}: r is {rank!r}, expected an integer of at least 1")
