@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -594,3 +595,15 @@ def test_the_table_is_readable_on_80_columns():
     expected = (["0.2267", "±0.0123"], ["1.000", "±0.000"], ["0.8031", "±0.0123"])
     for column, cell in zip(figures[:3], expected, strict=True):
         assert column == 3 * cell
+
+
+def test_a_point_that_diverged_leaves_room_for_the_others():
+    def point(name, kl, perplexity):
+        values = {"kl": kl, "agree": 0.5, "perplexity": perplexity}
+        own = {m: {"mean": x, "sd": None, "values": [x]} for m, x in values.items()}
+        models = {model: {"all": own} for model in ("teacher", "untrained", "merged")}
+        return {"name": name, "runs": [{}], "models": models}
+
+    points = [point("lr 1e-3", 1.25, 20.0), point("lr 1e3", 21449640.2, math.exp(700))]
+    cells = [list(column.cells) for column in sweeps.table({"points": points}).columns]
+    assert cells[1] == ["1.2500", "2.14e+07"] and cells[4] == ["20.000", "1.01e+304"]

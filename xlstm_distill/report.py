@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -258,7 +259,11 @@ def _page(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        number=_number, count=_count, duration=_duration, percent=lambda x: f"{100 * x:.1f} %"
+        number=_number,
+        fixed=fixed,
+        count=_count,
+        duration=_duration,
+        percent=lambda x: f"{100 * x:.1f} %",
     )
     page: str = environment.get_template(template).render(**values)
     return page
@@ -452,15 +457,15 @@ def _fidelity_table(facts: ReportData) -> Table:
     right = ("KL", "KL / control (95 %)", "agreement", "perplexity")
     table = _table(f"Fidelity to the teacher, context {context}", ("model", "domain"), right)
     for row in _fidelity_rows(facts):
-        m, ratio = row["measure"], row["ratio"]
+        m, ratio, of = row["measure"], row["ratio"], partial(fixed, digits=3)
         _add(
             table,
             row["model"] + (" (control)" if row["model"] == facts.control else ""),
             row["domain"],
-            f"{m.kl:.4f}",
-            "" if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})",
-            f"{m.agree:.4f}",
-            f"{m.perplexity:.3f}",
+            fixed(m.kl, 4),
+            "" if ratio is None else f"{of(ratio.value)} ({of(ratio.low)}–{of(ratio.high)})",
+            fixed(m.agree, 4),
+            fixed(m.perplexity, 3),
         )
     return table
 
@@ -470,7 +475,7 @@ def _position_table(facts: ReportData) -> Table:
     names = list(rows[0]["kl"]) if rows else []
     table = _table("KL by position in the window", ("position",), names)
     for row in rows:
-        _add(table, row["bucket"], *(f"{row['kl'][name]:.4f}" for name in names))
+        _add(table, row["bucket"], *(fixed(row["kl"][name], 4) for name in names))
     return table
 
 
@@ -497,9 +502,18 @@ def _claim_table(facts: ReportData) -> Table:
 
 # ---- words for numbers --------------------------------------------------------------------------
 
+_LARGE = 1e6
+"""From here on the first digits of a measure say all there is to know."""
+
 
 def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4g}"
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits behind the point, but those of a model that has diverged, which
+    may have three hundred before it, in short."""
+    return f"{value:.{digits}f}" if abs(value) < _LARGE else f"{value:.3g}"
 
 
 def _count(value: float | None) -> str:

@@ -39,6 +39,7 @@ from .evaluate import Fidelity
 from .processes import RunProcess
 from .progress import Reporter
 from .recipe import ALL, Recipe, first_difference, get_key, make_recipe, read_values, set_key
+from .report import fixed
 from .run import Run
 from .rundir import STAGES, Interrupt, RunDirectory
 from .sharing import parts, share
@@ -490,7 +491,7 @@ def table(found: dict[str, Any]) -> Table:
                 _figure(_spread(ratio), 3) if ratio else "",
                 _figure(own["agree"], 4),
                 _figure(own["perplexity"], 3),
-                f"{models['teacher'][domain]['perplexity']['mean']:.3f}",
+                fixed(models["teacher"][domain]["perplexity"]["mean"], 3),
             )
     return shown
 
@@ -502,8 +503,8 @@ def _domains(models: dict[str, Any]) -> list[str]:
 
 
 def _figure(value: dict[str, Any], digits: int) -> str:
-    text = f"{value['mean']:.{digits}f}"
-    return text if value["sd"] is None else f"{text}\n±{value['sd']:.{digits}f}"
+    text = fixed(value["mean"], digits)
+    return text if value["sd"] is None else f"{text}\n±{fixed(value['sd'], digits)}"
 
 
 def figure(found: dict[str, Any]) -> Figure | None:
