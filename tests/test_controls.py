@@ -48,6 +48,37 @@ def weights(place: Path) -> bytes:
     return (place / "model.safetensors").read_bytes()
 
 
+# ---- a control that sees everything ------------------------------------------------------------
+
+
+def test_a_full_window_has_no_ratio_to_its_control(root, tmp_path):
+    """The control is the teacher then, its KL 0."""
+    recipe = make_recipe(values(root, student={"window": None}))
+    found = facts(run(recipe, tmp_path / "out"))
+    assert found["fidelity"]["models"][CONTROL]["notes"]["overall"]["kl"] == 0
+    assert "as it sees all of them, there is no ratio" in found["summary"]
+    assert not [c for c in found["claims"] if "control" in c["claim"]]
+    recipe = make_recipe(values(root, student={"window": None}, evaluate={"wanted_ratio": 0.5}))
+    claims = facts(run(recipe, tmp_path / "wanted"))["claims"]
+    assert [c["holds"] for c in claims if "control" in c["claim"]] == [False]
+
+
+def test_positions_inside_the_window_have_no_ratio_to_its_control(root, tmp_path):
+    """Those are many with the paper's window of 512 tokens."""
+    sizes = {"fidelity": [{"context": 512, "windows": 2}]}
+    changes = {"student": {"window": 256}, "evaluate": sizes}
+    given = values(root, **changes)
+    given["data"]["domains"]["notes"]["held_out_tokens"] = 2000
+    found = facts(run(make_recipe(given), tmp_path / "out"))
+    by_position = found["fidelity"]["models"][CONTROL]["notes"]["by_position"]
+    kl = {
+        low: m["kl"] for (low, _), m in zip(found["fidelity"]["buckets"], by_position, strict=True)
+    }
+    assert kl[128] == 0 < kl[256]
+    claims = [c["claim"] for c in found["claims"]]
+    assert "its KL is lower in every position bucket from 256 on" in claims
+
+
 # ---- without stage I ----------------------------------------------------------------------------
 
 

@@ -322,11 +322,15 @@ def _summary(run: Run, main: Fidelity | None) -> str:
     if main is None:
         return ""
     ratio = main.ratio(MERGED, CONTROL)
+    over = (
+        "as it sees all of them, there is no ratio"
+        if ratio is None
+        else f"a ratio of {ratio.value:.3f} (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
+    )
     return (
         f"The merged student's KL to the teacher on human text at {main.context} tokens is "
         f"{main.mean(MERGED).kl:.3f}, that of the untrained window + sinks student "
-        f"{main.mean(CONTROL).kl:.3f}: a ratio of {ratio.value:.3f} (95 % interval {ratio.low:.3f} "
-        f"to {ratio.high:.3f}). It finds the teacher's most probable token at "
+        f"{main.mean(CONTROL).kl:.3f}: {over}. It finds the teacher's most probable token at "
         f"{100 * main.mean(MERGED).agree:.1f} % of positions, the control at "
         f"{100 * main.mean(CONTROL).agree:.1f} %."
     )
@@ -513,15 +517,23 @@ def _claims(
 
     if main is not None:
         ratio = main.ratio(MERGED, CONTROL)
-        wanted = run.recipe.evaluate.wanted_ratio or 1.0
-        text = f"KL of the merged student is at most {wanted:g} of the untrained control's"
-        found = f"{ratio.value:.3f}, upper end {ratio.high:.3f}"
-        claim(text, found, ratio.high <= wanted)
-        far = [i for i, (low, _) in enumerate(main.buckets) if low >= _FAR]
+        wanted = run.recipe.evaluate.wanted_ratio
+        if ratio is not None or wanted is not None:
+            text = f"KL of the merged student is at most {wanted or 1:g} of the untrained control's"
+            found = "0 is the control's"
+            if ratio is not None:
+                found = f"{ratio.value:.3f}, upper end {ratio.high:.3f}"
+            claim(text, found, ratio is not None and ratio.high <= (wanted or 1))
+        # Where its window still shows everything the control is the teacher.
+        far = {
+            low: main.mean(MERGED, i).kl / main.mean(CONTROL, i).kl
+            for i, (low, _) in enumerate(main.buckets)
+            if low >= _FAR and main.mean(CONTROL, i).kl > 0
+        }
         if far:
-            ratios = [main.mean(MERGED, i).kl / main.mean(CONTROL, i).kl for i in far]
-            text = f"its KL is lower in every position bucket from {_FAR} on"
-            claim(text, f"largest ratio {max(ratios):.3f}", max(ratios) < 1)
+            largest = max(far.values())
+            text = f"its KL is lower in every position bucket from {min(far)} on"
+            claim(text, f"largest ratio {largest:.3f}", largest < 1)
         experts = [name for name in expert_names(run) if name in main.models]
         for domain in main.domains if experts else []:
             of_experts = [main.models[name][domain].windows["kl"] for name in experts]
@@ -542,11 +554,15 @@ def _notes(run: Run, main: Fidelity | None, shorter: list[Fidelity]) -> list[str
     notes = _validation_notes(run)
     if main is not None and run.recipe.generalist:
         ratio = main.ratio(MERGED, GENERALIST)
+        of_it = (
+            f"{main.mean(MERGED).kl:.4f}"
+            if ratio is None
+            else f"{ratio.value:.3f} of it (95 % interval {ratio.low:.3f} to {ratio.high:.3f})"
+        )
         notes.append(
             f"The generalist had {run.recipe.steps_of(GENERALIST):,} steps on the text of all "
             f"experts, as many as they together: KL {main.mean(GENERALIST).kl:.4f}, the merged "
-            f"student's is {ratio.value:.3f} of it (95 % interval {ratio.low:.3f} to "
-            f"{ratio.high:.3f})."
+            f"student's is {of_it}."
         )
     for measured in shorter:
         words = [

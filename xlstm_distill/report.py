@@ -355,8 +355,6 @@ def _ratio(facts: ReportData, name: str, domain: str | None) -> Interval | None:
     result = facts.fidelity
     if result is None or name in ("teacher", facts.control) or facts.control not in result.models:
         return None
-    if result.mean(facts.control).kl <= 0:
-        return None
     return result.ratio(name, facts.control, domain=domain)
 
 

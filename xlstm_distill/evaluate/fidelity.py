@@ -122,9 +122,10 @@ class Fidelity(BaseModel):
         bucket: int | None = None,
         n: int = 10_000,
         seed: int = 0,
-    ) -> Interval:
+    ) -> Interval | None:
         """`model`'s mean `metric` over `control`'s, with the paired 95 % interval over windows.
 
+        None where a window of the control's has 0: a control that sees all of it is the teacher.
         Without `domain` the mean is that of the domains' means, and windows are drawn anew within
         each domain.
         """
@@ -142,6 +143,8 @@ class Fidelity(BaseModel):
                     for d in domains
                 ]
             )
+        if not all(map(all, sides[1])):
+            return None
         return paired_bootstrap(sides[0], sides[1], ratio=True, n=n, seed=seed)
 
     def _of(self, model: str) -> dict[str, DomainFidelity]:
