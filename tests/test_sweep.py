@@ -30,7 +30,7 @@ from xlstm_distill.errors import UserError
 from xlstm_distill.processes import RunProcess
 from xlstm_distill.progress import Reporter
 from xlstm_distill.recipe import load_recipe, shipped_recipes
-from xlstm_distill.run import run
+from xlstm_distill.run import Run, run
 from xlstm_distill.rundir import RunDirectory
 
 VARY = "distill.ce_weight/distill.kl_weight=.1/.9,1/0"
@@ -272,6 +272,22 @@ def test_a_run_that_fails_does_not_end_the_sweep(root, tmp_path, capsys):
     values = json.loads((out / "sweep.json").read_text())
     assert list(values["failed"]) == ["lr=1e30,seed=3"]
     assert [len(p["runs"]) for p in values["points"]] == [0, 1]
+
+
+def test_a_defect_in_a_run_does_not_end_the_sweep(root, tmp_path, monkeypatch, capsys):
+    """As in a process of its own: nobody is there in the night to begin the others."""
+    real = Run.run_merge
+
+    def defect(self: Run) -> None:
+        if self.path.name == NAMES[0]:
+            raise ZeroDivisionError("division by zero")
+        real(self)
+
+    monkeypatch.setattr(Run, "run_merge", defect)
+    found = sweeps.sweep(sweeps.grid(root / "recipe.yaml", [VARY]), tmp_path)
+    assert found["failed"] == {NAMES[0]: "ZeroDivisionError: division by zero"}
+    assert [len(p["runs"]) for p in found["points"]] == [0] + [1] * (len(found["points"]) - 1)
+    assert "in defect" in capsys.readouterr().err  # the trace, to report it
 
 
 def test_a_run_that_fails_when_it_was_asked_to_stop_ends_the_sweep(root, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import json
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -262,8 +263,12 @@ def _one_by_one(left: _Left, recipes: dict[Path, Recipe], reporter: Reporter) ->
                 recipe = _begin(directory, recipes, reporter)
                 interrupt.check()
                 Run(directory, recipe, reporter, interrupt).execute()
-        except (UserError, FloatingPointError, MemoryError) as error:
-            failure = " ".join(str(error).split()) or "out of memory"
+        except Exception as error:  # a defect, too, is one run's alone
+            if isinstance(error, UserError | OSError | FloatingPointError | MemoryError):
+                failure = " ".join(str(error).split()) or "out of memory"
+            else:
+                reporter.note(traceback.format_exc())
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
             reporter.note(f"{place.name} failed: {failure}")
             interrupt.check()  # a run that was asked to stop may fail while it saves
         yield place, failure
