@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from .accumulation import Accumulation, Order, Sums
 from .communicator import ALONE, Communicator
 from .config import ModelConfig
-from .data import Batch, Batches, Data, as_batches
+from .data import Batch, Data, as_batches
 from .errors import UserError
 from .families import STATEFUL_MIXERS
 from .model import Model
 from .optim import AdamW, Group, Schedule, learning_rate, trainable_names
 from .parameters import Parameters
-from .training import Metrics, Saver, train
+from .training import Metrics, saver_of, train
 
 
 @dataclass(frozen=True)
@@ -378,28 +378,6 @@ def has_stopped(errors: NDArray[np.float64], patience: int | None) -> bool:
         return False
     means = own[: blocks * patience].reshape(blocks, patience).mean(axis=1)
     return not means[-1] < means[-2]
-
-
-def saver_of(
-    stage: str,
-    state: str | Path | None,
-    seconds: float,
-    student: Model,
-    batches: Batches,
-    settings: dict[str, Any],
-    comm: Communicator,
-) -> Saver | None:
-    """The saver of a stage; its identity holds all that decides the result."""
-    if state is None:
-        return None
-    identity = {
-        "stage": stage,
-        "student": student.fingerprint(),
-        "compute": student.compute,
-        **settings,
-        "batches": batches.identity,
-    }
-    return Saver(Path(state), identity, seconds, comm)
 
 
 def check_shared_weights(student: Model, teacher: Model) -> None:

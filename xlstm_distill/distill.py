@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 
 from .accumulation import Accumulation, Order, Sums
-from .align import saver_of
 from .communicator import ALONE, Communicator
 from .data import Batch, Batches, Data, as_batches
 from .errors import UserError
@@ -25,7 +24,7 @@ from .parameters import Parameters
 from .state import DecodeState
 from .streams import StreamStates
 from .targets import Form, OnlineTargets, TargetCache, Targets
-from .training import Metrics, Validation, train
+from .training import Metrics, Validation, saver_of, train
 
 OfRows = TargetCache | OnlineTargets
 TargetSource = OfRows | Mapping[str, OfRows] | Model | None

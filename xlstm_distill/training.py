@@ -26,6 +26,7 @@ from .atomic import atomic_file
 from .communicator import ALONE, Communicator
 from .data import Batch, Batches
 from .errors import UserError
+from .model import Model
 from .optim import AdamW
 from .parameters import Parameters
 from .streams import StreamStates
@@ -144,6 +145,28 @@ class Saver:
     def remove(self) -> None:
         """Delete the state, once the result of the stage is safe."""
         self.path.unlink(missing_ok=True)
+
+
+def saver_of(
+    stage: str,
+    state: str | Path | None,
+    seconds: float,
+    student: Model,
+    batches: Batches,
+    settings: dict[str, Any],
+    comm: Communicator,
+) -> Saver | None:
+    """The saver of a stage; its identity holds all that decides the result."""
+    if state is None:
+        return None
+    identity = {
+        "stage": stage,
+        "student": student.fingerprint(),
+        "compute": student.compute,
+        **settings,
+        "batches": batches.identity,
+    }
+    return Saver(Path(state), identity, seconds, comm)
 
 
 class SavedArrays(Mapping[str, NDArray[Any]]):
