@@ -305,10 +305,23 @@ def test_layers_stop_by_themselves_and_cost_nothing_then(teacher, text, monkeypa
     assert [s["training"] for s in steps] == [len(layers) for layers in compared]
 
 
-@pytest.mark.parametrize(("key", "value"), [("clip", 0.0), ("clip", float("nan")), ("patience", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("clip", 0.0), ("clip", float("nan")), ("patience", 0), ("micro_rows", 0)]
+)
 def test_bad_numbers_are_named(teacher, text, key, value):
     with pytest.raises(UserError, match=f"{key} is"):
         in_memory(teacher, text, steps=1, **{key: value})
+
+
+def test_the_best_of_nothing_that_is_measured_is_refused(tmp_path, teacher, directory, text):
+    """Without rows to measure on the best values were those of the start."""
+    settings, message = {"steps": 2, "validate_every": 1, "keep": "best"}, "needs held_out and"
+    student = linearize(teacher, window=6, sinks=2)
+    with pytest.raises(UserError, match=message):
+        list(align(student, teacher, batches(text), **settings))
+    source = linearize(checkpoints.load(directory), window=6, sinks=2)
+    with pytest.raises(UserError, match=message):
+        list(align_layers(source, batches(text), tmp_path, MixerTraining(**settings)))
 
 
 # ---- reading ------------------------------------------------------------------------------------

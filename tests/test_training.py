@@ -123,6 +123,28 @@ def test_validation_without_its_rows_or_targets_is_refused(teacher, text, change
         next(generator)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("schedule", "cosin", "schedule is 'cosin', expected one of cosine, constant, linear, wsd"),
+        ("kl_form", "tails", "kl_form is 'tails', expected one of renormalised, tail, sampled"),
+        ("keep", "lowest", "keep is 'lowest', expected one of last, best"),
+        ("accumulation", "trees", "accumulation is 'trees', expected one of sequence, tree"),
+        ("micro_rows", 0, "micro_rows is 0"),
+        ("clip", 0.0, "clip is 0.0"),
+        ("warmup", 1.5, "warmup is 1.5"),
+        ("lr", -1e-3, "lr -0.001"),
+        ("beta2", 1.0, "beta2 is 1.0"),
+        ("average", 1.0, "average is 1.0"),
+        ("validate_every", -1, "validate_every is -1"),
+    ],
+)
+def test_a_wrong_setting_is_named_and_not_taken_for_another(teacher, text, key, value, message):
+    _, generator = stage(teacher, text, **{key: value})
+    with pytest.raises(UserError, match=message):
+        list(generator)
+
+
 @pytest.mark.parametrize("stops", [(1,), (4, 3), (8,)])
 def test_it_all_continues_bitwise(tmp_path, teacher, text, stops):
     settings = {"average": 0.9, "keep": "best", "window_dropout": 0.4, "micro_rows": 1}

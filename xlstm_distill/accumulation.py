@@ -15,12 +15,13 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .communicator import ALONE, Communicator
+from .errors import check_choice
 from .parameters import Parameters
 from .shards import PIECE, Shards
 
@@ -42,6 +43,7 @@ class Accumulation:
         comm: Communicator = ALONE,
         order: Order = "sequence",
     ) -> None:
+        check_choice("accumulation", order, get_args(Order))
         self.shards, self.comm = Shards(params, names, comm), comm
         self.tree = order == "tree" or comm.size > 1
         self._spare: list[Parameters] = []

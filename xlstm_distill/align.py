@@ -28,7 +28,7 @@ from .families import STATEFUL_MIXERS
 from .model import Model
 from .optim import AdamW, Group, Schedule, learning_rate, trainable_names
 from .parameters import Parameters
-from .training import Metrics, saver_of, train
+from .training import Metrics, check_validation, saver_of, train
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def align(
     must be the teacher's.
     """
     check_shared_weights(student, teacher)
+    check_validation("align", held_out, validate_every, keep)
     batches = as_batches(data, rows, length, seed)
     training = MixerTraining(
         steps=steps,
@@ -248,7 +249,8 @@ class MixerAdamW(AdamW):
             average=training.average,
             comm=comm,
         )
-        for key, value in (("clip", training.clip), ("patience", training.patience)):
+        sizes = {"clip": training.clip, "patience": training.patience}
+        for key, value in {**sizes, "micro_rows": training.micro_rows}.items():
             if value is not None and not value > 0:
                 raise UserError(f"{key} is {value}, expected more than 0")
         self.layers, self.training = list(layers), training
@@ -258,8 +260,6 @@ class MixerAdamW(AdamW):
         self.validations = self.losses.copy()
         self.held_out_errors: Callable[[Sequence[int]], NDArray[np.float64]] | None = None
         self.best = self.values() if training.keep == "best" else None
-        if training.keep == "best" and not training.validate_every:
-            raise UserError('align: keep="best" needs validate_every')
 
     @property
     def active(self) -> list[int]:

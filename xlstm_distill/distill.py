@@ -9,14 +9,14 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from .accumulation import Accumulation, Order, Sums
 from .communicator import ALONE, Communicator
 from .data import Batch, Batches, Data, as_batches
-from .errors import UserError
+from .errors import UserError, check_choice
 from .lora import Lora
 from .model import KlForm, Model
 from .optim import AdamW, Group, Schedule, Train, learning_rate, trainable_names
@@ -24,7 +24,7 @@ from .parameters import Parameters
 from .state import DecodeState
 from .streams import StreamStates
 from .targets import Form, OnlineTargets, TargetCache, Targets
-from .training import Metrics, Validation, saver_of, train
+from .training import Metrics, Validation, check_validation, saver_of, train
 
 OfRows = TargetCache | OnlineTargets
 TargetSource = OfRows | Mapping[str, OfRows] | Model | None
@@ -101,8 +101,10 @@ def distill(
             f"distill: ce_weight {ce_weight} and kl_weight {kl_weight}: expected 0 or more, "
             "not both 0"
         )
-    if keep == "best" and (held_out is None or not validate_every):
-        raise UserError('distill: keep="best" needs held_out and validate_every')
+    check_choice("distill: kl_form", kl_form, get_args(KlForm))
+    check_validation("distill", held_out, validate_every, keep)
+    if micro_rows < 1:
+        raise UserError(f"distill: micro_rows is {micro_rows}, expected at least 1")
     if held_out is not None and validate_every and kl_weight != 0 and held_out_targets is None:
         raise UserError("distill: kl_weight is not 0; give held_out_targets beside held_out")
     if state_passing and comm.size > 1:

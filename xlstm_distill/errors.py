@@ -8,7 +8,7 @@ command was used wrongly (`usage=True`). Everything else that escapes is a defec
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -32,6 +32,12 @@ def short(value: object) -> str:
     """A value for a message: its beginning where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_choice(name: str, value: object, known: Sequence[object]) -> None:
+    """UserError that names a setting with its value and those that there are, if it is not one."""
+    if value not in known:
+        raise UserError(f"{name} is {value!r}, expected one of {', '.join(map(str, known))}")
 
 
 def check_package(package: str, extra: str, who: str) -> None:

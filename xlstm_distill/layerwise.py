@@ -36,7 +36,7 @@ from .data import Batch, Batches
 from .errors import UserError
 from .model import Compute, Model
 from .parameters import Parameters
-from .training import Metrics, SavedArrays, Saver, train
+from .training import Metrics, SavedArrays, Saver, check_validation, train
 
 Kind = Literal["float32", "bfloat16"]
 _BYTES: dict[Kind, int] = {"float32": 4, "bfloat16": 2}
@@ -177,6 +177,7 @@ def align_layers(
     Metrics a step: those of `align` for one layer, with `layer` and its own `layer_step`; `step`
     counts on from layer to layer. Raises UserError before it begins if the disk has no room.
     """
+    check_validation("align", held_out, training.validate_every, training.keep)
     work = _Work(
         student,
         batches,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from . import ops
 from .communicator import ALONE, Communicator
-from .errors import UserError
+from .errors import UserError, check_choice
 from .model import Model
 from .parameters import Entry, Parameters
 from .shards import BLOCK, Shards
@@ -76,6 +76,9 @@ def learning_rate(
     """The rate of step 1..steps: linear warm-up over the share `warmup` of the steps, then `peak`
     (constant), a line to 0 after the last step (linear), half a cosine to `floor` (cosine), or
     `peak` and over the last fifth of the steps a line to 0 (wsd: warm-up, stable, decay)."""
+    check_choice("schedule", schedule, get_args(Schedule))
+    if not (0 <= warmup <= 1 and 0 <= peak < math.inf):
+        raise UserError(f"warmup is {warmup}, expected 0 to 1; lr {peak}, expected 0 or more")
     rising = round(warmup * steps)
     if step <= rising:
         return peak * step / rising
@@ -101,7 +104,7 @@ class AdamW:
     that a running mean of the trained values keeps in a step (None: no mean is kept); it keeps less
     in the first steps, (1 + t) / (10 + t) after t, so that the start is soon forgotten. `changed`
     is called whenever the values have changed: what is made of them must follow. UserError names a
-    group that does not exist and a factor that is not above 0.
+    group that does not exist and a number that is out of its range.
     """
 
     def __init__(
@@ -127,6 +130,10 @@ class AdamW:
                 raise UserError(f"rates: there is no group {group!r}; there are: {known}")
             if not (factor > 0 and math.isfinite(factor)):
                 raise UserError(f"rates: {group} has {factor}, expected more than 0")
+        if not 0 <= beta2 < 1:
+            raise UserError(f"beta2 is {beta2}, expected 0 or more, below 1")
+        if average is not None and not 0 < average < 1:
+            raise UserError(f"average is {average}, expected between 0 and 1")
         size = self.shards.high - self.shards.low
         self.m: NDArray[Any] = np.zeros(size, dtype=params.dtype)
         self.v: NDArray[Any] = np.zeros(size, dtype=params.dtype)

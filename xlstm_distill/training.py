@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from . import runtime
 from .atomic import atomic_file
 from .communicator import ALONE, Communicator
 from .data import Batch, Batches
-from .errors import UserError
+from .errors import UserError, check_choice
 from .model import Model
 from .optim import AdamW
 from .parameters import Parameters
@@ -246,6 +246,17 @@ class Validation:
     keep_best: bool = False
 
 
+def check_validation(
+    stage: str, held_out: Batch | None, validate_every: int, keep: Literal["last", "best"]
+) -> None:
+    """UserError, which the stage's name opens, unless what is kept is also measured."""
+    check_choice(f"{stage}: keep", keep, ("last", "best"))
+    if validate_every < 0:
+        raise UserError(f"{stage}: validate_every is {validate_every}, expected 0 or more")
+    if keep == "best" and (held_out is None or not validate_every):
+        raise UserError(f'{stage}: keep="best" needs held_out and validate_every')
+
+
 @dataclass
 class Best:
     """The trained values with the lowest validation loss so far."""
@@ -285,6 +296,8 @@ def train(
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
+    if clip is not None and not clip > 0:
+        raise UserError(f"clip is {clip}, expected more than 0")
     best = Best()
     if saver is not None:
         saver.load(optimiser, batches, best, streams)
