@@ -83,3 +83,12 @@ def test_what_was_left_out_for_its_form_is_among_the_facts():
     malformed.places.append("a.jsonl:3: the document is empty")
     facts = Collection([], [], malformed).facts
     assert facts == {"malformed": {"empty": 2}, "malformed_first": malformed.places}
+
+
+def test_where_no_document_is_left_the_reasons_are_named():
+    malformed = Malformed(skip=True)
+    malformed.counts.update({"empty": 2, "not JSON": 1})
+    malformed.places.append("a.jsonl:3: the document is empty")
+    message = r"malformed: 3\); .* the first of the malformed: a\.jsonl:3: the document is empty"
+    with pytest.raises(UserError, match=message):
+        Collection([], [], malformed).check_not_empty("domain a")

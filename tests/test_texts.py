@@ -15,10 +15,10 @@ import pytest
 import tiny_run
 
 from xlstm_distill import runtime, sources
-from xlstm_distill.data import Rows, TokenData
+from xlstm_distill.data import Rows, TokenData, from_sources
 from xlstm_distill.errors import UserError
 from xlstm_distill.sampling import read_prompts
-from xlstm_distill.texts import Malformed, read_texts
+from xlstm_distill.texts import Malformed, check_path, read_texts
 
 CHAT = [
     {"role": "user", "content": "a?"},
@@ -72,6 +72,64 @@ def test_a_table_is_not_one_long_document(tmp_path, tokenizer):
         write(tmp_path / name, {"text": "one"}, {"text": "two"})
         assert len(list(sources.read_files([tmp_path / name], tokenizer))) == 2
     assert len(list(sources.read_files([tmp_path], tokenizer))) == 4
+
+
+def test_compressed_files_are_named_before_anything_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "package.tar.gz").write_bytes(b"\x1f\x8b")
+    check_path(tmp_path)
+    (tmp_path / "b.jsonl.gz").write_bytes(b"\x1f\x8b")
+    for path in (tmp_path, tmp_path / "b.jsonl.gz"):
+        with pytest.raises(UserError, match=r"b\.jsonl\.gz: compressed files are not read"):
+            check_path(path)
+    with pytest.raises(UserError, match=r"c\.json: \.json files are not read"):
+        (tmp_path / "c.json").write_text("{}")
+        check_path(tmp_path / "c.json")
+
+
+def test_linked_directories_are_read_once(tmp_path, tokenizer):
+    folder, elsewhere = tmp_path / "text", tmp_path / "elsewhere"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "sub" / "a.txt").write_text("a")
+    (elsewhere / "b.txt").write_text("b")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "sub" / "nowhere.txt").symlink_to("missing.txt")
+    found = [d.name for d in sources.read_files([folder], tokenizer)]
+    assert found == ["linked/b.txt", "sub/a.txt"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one\r\ntwo")
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "three"}\r\n{"text": "four"}\r\n')
+    found = [text.text for text in read_texts([tmp_path], tokenizer, Malformed())]
+    assert found == ["one\ntwo", "three", "four"]
+
+
+def test_names_that_are_not_utf8_are_spelt_with_backslashes(tmp_path, tokenizer):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("one")
+    write(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), rb'{"\ud800": 1}', {"text": "two"})
+    malformed = Malformed(skip=True)
+    found = list(sources.read_files([tmp_path], tokenizer, malformed))
+    assert sorted(d.name for d in found) == ["caf\\udce9.jsonl:2", "caf\\udce9.txt"]
+    assert malformed.places[0].endswith("found: \\ud800")
+    place = {"malformed_first": malformed.places}
+    data = from_sources(found, tokenizer, [], "here", facts=place)
+    data.save(tmp_path / "data")
+    assert TokenData.open(tmp_path / "data").manifest["malformed_first"] == malformed.places
+
+
+def test_what_a_record_has_instead_of_text_is_said(tmp_path, tokenizer):
+    for record, message in (
+        ({"text": 5}, "text must be a string, found 5"),
+        ({"text": None, "id": 1}, "found: id$"),
+        ({f"key{n}": 1 for n in range(1000)}, r"found: key0, .*\[\.\.\.\]$"),
+    ):
+        write(tmp_path / "a.jsonl", record)
+        with pytest.raises(UserError, match=message):
+            list(read_texts([tmp_path / "a.jsonl"], tokenizer, Malformed()))
 
 
 def test_malformed_documents_are_left_out_and_counted(tmp_path, tokenizer):

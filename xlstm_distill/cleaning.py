@@ -178,12 +178,18 @@ class Collection:
         """UserError with the reasons if no document is left."""
         if not self.train:
             reasons = ", ".join(
-                f"{name}: {self.facts[name]}"
-                for name in ("malformed", "repeated", "contaminated")
-                if self.facts.get(name)
+                f"{name}: {count}"
+                for name, count in (
+                    ("malformed", sum(self.facts.get("malformed", {}).values())),
+                    ("repeated", self.facts.get("repeated")),
+                    ("contaminated", self.facts.get("contaminated")),
+                )
+                if count
             )
+            first = "; ".join(self.facts.get("malformed_first", [])[:1])
             raise UserError(
                 f"{where}: no document is left ({reasons or 'no text'}); add other text"
+                + (f"; the first of the malformed: {first}" if first else "")
             )
 
     def hold_out(self, tokens: int, where: str) -> None:

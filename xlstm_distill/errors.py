@@ -24,8 +24,14 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *, usage: bool = False) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(spelt(message).split()))
         self.usage = usage
+
+
+def spelt(text: str) -> str:
+    """The text with backslashes for what UTF-8 cannot spell: names of files may be any bytes, and
+    keys of JSON half a surrogate pair, but manifests and logs are UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def short(value: object) -> str:

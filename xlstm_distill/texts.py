@@ -6,7 +6,10 @@ with a document is found here, named by file and line (or row), and refused or l
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError
+from .errors import UserError, check_package, short, spelt
 from .tokenizer import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -99,18 +102,14 @@ def read_texts(
 ) -> Iterator[Text]:
     """Documents of text files (one each), of jsonl files (one a line), of Parquet and Arrow files
     (one a row), and of directories of these. A single file is text whatever its name, but for
-    tables (`_TABLES`).
+    tables (`_TABLES`) and compressed files.
 
     The tokenizer renders chats. Raises UserError naming the file: nothing there, cannot be read,
     no such format; and what is wrong with a document as `malformed` says.
     """
     for path in paths:
         for file, name in _named(Path(path).expanduser()):
-            if (suffix := file.suffix.lower()) in _TABLES:
-                raise UserError(
-                    f"{name}: {suffix} files are not read; give one document a line as .jsonl"
-                )
-            if suffix in _RECORDS:
+            if file.suffix.lower() in _RECORDS:
                 yield from _record_texts(file, name, tokenizer, malformed)
             else:
                 with malformed.tolerated():
@@ -119,37 +118,63 @@ def read_texts(
 
 def files_of(path: str | Path) -> list[Path]:
     """The files that are read of a path: itself, or those of known kinds below a directory, in
-    name order."""
+    name order. Links are followed, to a directory once."""
     place = Path(path).expanduser()
     if not place.is_dir():
         return [place]
-    return sorted(f for f in place.rglob("*") if f.suffix.lower() in _KNOWN and f.is_file())
+    found: list[Path] = []
+    seen: set[str] = set()
+    for folder, below, names in os.walk(place, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        files = (Path(folder, name) for name in names)
+        found += [f for f in files if _kind(f) in _KNOWN and f.is_file()]
+    return sorted(found)
+
+
+def _kind(file: Path) -> str:
+    """The suffix that says what is in a file, compressed or not."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in _COMPRESSED else suffix
 
 
 def check_path(path: str | Path) -> None:
-    """UserError if there is nothing to read at a path."""
+    """UserError if there is nothing to read at a path, or nothing that this program reads."""
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{place}: no such file or directory", usage=True)
-    if not files_of(place):
+    files = files_of(place)
+    if not files:
         raise UserError(f"{place}: holds no {', '.join(_KNOWN)} files")
+    for file in files:
+        if (suffix := file.suffix.lower()) in _TABLES:
+            raise UserError(
+                f"{file}: {suffix} files are not read; give one document a line as .jsonl"
+            )
+        if suffix in _COMPRESSED:
+            raise UserError(f"{file}: compressed files are not read; unpack it")
+        if _RECORDS.get(suffix) is _rows:
+            check_package("pyarrow", "arrow", f"{file}: reading it")
 
 
 def _named(path: Path) -> Iterator[tuple[Path, str]]:
     """(file, name) of a file, or of all files of known kinds below a directory."""
     check_path(path)
     if not path.is_dir():
-        yield path, path.name
+        yield path, spelt(path.name)
         return
     for file in files_of(path):
         # An empty file in a directory (a package marker) is nobody's mistake.
         if file.stat().st_size:
-            yield file, file.relative_to(path).as_posix()
+            yield file, spelt(file.relative_to(path).as_posix())
 
 
 def _plain(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{file}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -186,6 +211,8 @@ def _lines(file: Path, name: str) -> Iterator[tuple[Place, bytes]]:
     try:
         with file.open("rb") as handle:
             for number, line in enumerate(handle, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield (f"{name}:{number}", f"{file}:{number}"), line
     except OSError as error:
@@ -210,13 +237,10 @@ def _rows(file: Path, name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
 def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet or Arrow file, column -> value. Raises UserError where pyarrow is not
     installed, or the file is missing or damaged."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{file}: reading it needs pyarrow: pip install 'xlstm_distill[arrow]'"
-        ) from None
+    check_package("pyarrow", "arrow", f"{file}: reading it")
+    import pyarrow
+    import pyarrow.parquet
+
     number = 0
     try:
         for batch in _arrow_batches(file, pyarrow):
@@ -249,6 +273,7 @@ _KNOWN = (*TEXT_SUFFIXES, *_RECORDS)
 """What is looked for in a directory."""
 _TABLES = (".json", ".csv", ".tsv")
 """What would pass for one long document of plain text."""
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def _text_of(record: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:
