@@ -348,9 +348,56 @@ def test_answers_alone_are_learnt(tmp_path, tokenizer):
     assert learnt(chat, tokenizer) == "b é.<|im_end|>d<|im_end|>"
     assert learnt(pair, tokenizer) == "4<|endoftext|>"
     assert plain.counted is None
+    write(tmp_path / "b.jsonl", {"prompt": CHAT[:3], "completion": CHAT[3:]})
+    (turns,) = sources.read_files([tmp_path / "b.jsonl"], tokenizer, answers=True)
+    assert turns.ids == chat.ids and learnt(turns, tokenizer) == "d<|im_end|>"
     everything = list(sources.read_files([file], tokenizer))
     assert all(d.counted is None for d in everything)
     assert {d.name: d.ids for d in everything} == {d.name: d.ids for d in (chat, pair, plain)}
+
+
+def test_parts_of_text_are_the_text_and_other_contents_are_refused(tmp_path, tokenizer):
+    def rendered(*messages) -> str:
+        write(tmp_path / "a.jsonl", {"messages": messages})
+        (text,) = read_texts([tmp_path / "a.jsonl"], tokenizer, Malformed())
+        return text.text
+
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "?"}]
+    assert rendered({"role": "user", "content": parts}, *CHAT[1:]) == rendered(*CHAT)
+    for content in (None, [], 5, [{"type": "image", "url": "x"}], ["a"]):
+        with pytest.raises(UserError, match=r"a\.jsonl:1: messages\[1\]\.content: expected"):
+            rendered(CHAT[0], {"role": "assistant", "content": content})
+
+
+CALLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if 'tool_calls' in m %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tools_and_calls_are_rendered_or_refused(tmp_path, tokenizer, kind):
+    able = tiny_run.tokenizer()
+    able.chat_template = CALLS
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    record = {"messages": [CHAT[0], call, *CHAT[2:]], "tools": [{"name": "f"}]}
+    file = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write(file, record)
+    else:  # where every message has every key
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist([record]), file)
+    (document,) = sources.read_files([file], able, answers=True)
+    text = able.decode(document.ids)
+    assert text.startswith('<|im_start|>tools\n[{"name": "f"}]<|im_end|>\n<|im_start|>user\na?')
+    assert learnt(document, able) == '[{"name": "f"}]<|im_end|>d<|im_end|>'
+    with pytest.raises(UserError, match=r"a\..*1: messages\[1\]: .* no place for tool_calls"):
+        list(read_texts([file], tokenizer, Malformed()))
+    write(tmp_path / "b.jsonl", {"messages": CHAT, "tools": [{"name": "f"}]})
+    with pytest.raises(UserError, match=r"b\.jsonl:1: tools: .* no place for them"):
+        list(read_texts([tmp_path / "b.jsonl"], tokenizer, Malformed()))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):

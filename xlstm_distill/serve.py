@@ -287,10 +287,7 @@ class ChatRequest(_Wanted):
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of the chat up to where the answer begins."""
-        messages = [
-            {**message.model_dump(), "content": _content(n, message.content)}
-            for n, message in enumerate(self.messages)
-        ]
+        messages = [message.model_dump() for message in self.messages]
         text = tokenizer.apply_chat_template(messages)
         return [tokenizer.encode(text) or [tokenizer.start_id]]
 
@@ -302,19 +299,6 @@ class ChatRequest(_Wanted):
 
 def _is_token(value: Any) -> bool:
     return type(value) is int
-
-
-def _content(number: int, content: Any) -> str:
-    """The text of a message, which may come in parts."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) and content else [None]
-    texts = [
-        p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in parts
-    ]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"messages[{number}].content: expected a string or parts of type text")
-    return "".join(cast(list[str], texts))
 
 
 # ---- answers ------------------------------------------------------------------------------------

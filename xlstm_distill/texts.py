@@ -286,45 +286,67 @@ def _text_of(record: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:
 
 
 def _fields(record: Mapping[str, Any], name: str, where: str, tokenizer: Tokenizer) -> Text:
+    tools = record.get("tools")
     if record.get("messages") is not None:
-        return _chat(record["messages"], name, where, tokenizer)
+        return _chat([], record["messages"], tools, name, where, tokenizer)
     prompt, completion = record.get("prompt"), record.get("completion")
     if prompt is not None and completion is not None:
         if isinstance(prompt, list) and isinstance(completion, list):
-            return _chat([*prompt, *completion], name, where, tokenizer)
+            return _chat(prompt, completion, tools, name, where, tokenizer)
         if isinstance(prompt, str) and isinstance(completion, str):
             text = prompt + completion
             return Text(name, text, answers=((len(prompt), len(text)),))
         message = f"{where}: prompt and completion must be two strings or two lists"
         raise MalformedError("no text field", message)
-    if isinstance(record.get("text"), str):
-        return Text(name, record["text"])
-    keys = ", ".join(sorted(map(str, record))) or "none"
+    found = record.get("text")
+    if isinstance(found, str):
+        return Text(name, found)
+    if found is not None:
+        message = f"{where}: text must be a string, found {short(found)}"
+        raise MalformedError("no text field", message)
+    filled = ", ".join(sorted(key for key, value in record.items() if value is not None))
     raise MalformedError(
         "no text field",
-        f"{where}: needs the field text, prompt with completion, or messages; found: {keys}",
+        f"{where}: needs the field text, prompt with completion, or messages; found: "
+        f"{textwrap.shorten(filled, 200) or 'none'}",
     )
 
 
-def _chat(messages: Any, name: str, where: str, tokenizer: Tokenizer) -> Text:
+def _chat(
+    prompt: list[Any], messages: Any, tools: Any, name: str, where: str, tokenizer: Tokenizer
+) -> Text:
+    """A rendered chat; the answers are those of `messages`, which follow `prompt`."""
     if not isinstance(messages, list) or not messages:
         message = f"{where}: messages must be a list that is not empty"
         raise MalformedError("bad chat", message)
+    # A table has every key in every message.
+    turns = [
+        {k: v for k, v in m.items() if v is not None or k == "content"}
+        if isinstance(m, dict)
+        else m
+        for m in (*prompt, *messages)
+    ]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-        return Text(name, text, True, tuple(_answers(messages, text, tokenizer)))
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=False, tools=tools)
+        spans = _answers(turns, len(prompt), tools, text, tokenizer)
+        return Text(name, text, True, tuple(spans))
     except UserError as error:
         raise MalformedError("bad chat", f"{where}: {error}") from None
 
 
-def _answers(messages: list[Any], text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:
-    """Where the assistant's turns stand, the mark of their end included and the white space behind
-    it not: what the model itself would write after the prompt for an answer."""
+def _answers(
+    messages: list[Any], first: int, tools: Any, text: str, tokenizer: Tokenizer
+) -> Iterator[tuple[int, int]]:
+    """Where the assistant's turns from the `first` message on stand, the mark of their end included
+    and the white space behind it not: what the model itself would write after the prompt for an
+    answer."""
     for n, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if n < first or message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:n]) if n else ""
-        through = tokenizer.apply_chat_template(messages[: n + 1], add_generation_prompt=False)
+        before = tokenizer.apply_chat_template(messages[:n], tools=tools) if n else ""
+        through = tokenizer.apply_chat_template(
+            messages[: n + 1], add_generation_prompt=False, tools=tools
+        )
         if not (through.startswith(before) and text.startswith(through.rstrip())):
             raise UserError(
                 "the chat template does not render turns one behind the other, so that answers "

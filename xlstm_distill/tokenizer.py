@@ -273,21 +273,27 @@ class Tokenizer:
     # ------------------------------------------------------------------ chats
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
     ) -> str:
-        """Render `messages` (each with `role` and `content`) with the model's own template.
+        """Render `messages` (each with `role` and `content`, a string or parts of type text; beside
+        tool calls it may be missing) and `tools` with the model's own template.
 
         Encode the result with `special=True`. The template runs in a sandbox. Raises `UserError`
-        if there is no template or it refuses the messages.
+        if there is no template, if it refuses the messages, or if it would leave out tools or calls
+        of them.
         """
         if self.chat_template is None:
             raise UserError("this model has no chat template; use a plain prompt")
-        for n, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                raise UserError(f"messages[{n}]: needs the keys role and content")
+        given = [self._message(n, message) for n, message in enumerate(messages)]
+        if tools and "tools" not in self.chat_template:
+            raise UserError("tools: the chat template has no place for them")
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=given,
+                tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.token_text(self.bos_id) or "",
                 eos_token=self.token_text(self.eos_ids[0]) if self.eos_ids else "",
@@ -303,6 +309,24 @@ class Tokenizer:
             ValueError,
         ) as error:
             raise UserError(f"chat template: {error}") from None
+
+    def _message(self, number: int, message: Message) -> dict[str, Any]:
+        """A message as templates expect it: many write any `content` as Python spells it."""
+        where = f"messages[{number}]"
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UserError(f"{where}: needs the keys role and content")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if calls and "tool_calls" not in (self.chat_template or ""):
+            raise UserError(f"{where}: the chat template has no place for tool_calls")
+        if content is None and calls:
+            content = ""
+        elif "content" not in message:
+            raise UserError(f"{where}: needs the keys role and content")
+        if isinstance(content, list) and content and all(map(_is_text_part, content)):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise UserError(f"{where}.content: expected a string or parts of type text")
+        return {**message, "content": content}
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -489,6 +513,14 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string")
     return template
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, Mapping)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    )
 
 
 def _raise_from_template(message: str) -> NoReturn:
