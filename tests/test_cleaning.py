@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import tiny_run
 from hypothesis import given
@@ -42,7 +44,18 @@ def test_runs_of_words_are_found_whatever_their_dress():
     assert found.runs_in(" ".join(QUESTION.split()[:12])) == 0
 
 
-@given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 5))
+def test_memory_does_not_grow_with_the_words_of_the_text():
+    found = Contamination([QUESTION])
+    tracemalloc.start()
+    try:
+        for n in range(100):
+            assert not found.runs_in(" ".join(f"word{n}x{m}" for m in range(200)))
+        assert tracemalloc.get_traced_memory()[0] < 100_000  # 20,000 words are 2 MB
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=40), st.integers(1, 5))
 def test_runs_are_those_of_a_plain_search(words, n):
     questions = ["a b c a b c", "b b b", "c"]
     known = {tuple(q.split()[i : i + n]) for q in questions for i in range(len(q.split()) - n + 1)}

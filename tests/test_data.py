@@ -145,6 +145,13 @@ def test_held_out_documents_are_apart_and_do_not_move():
     assert {d.name for d in wider} - {d.name for d in held} <= {f"new{n}" for n in range(10)}
 
 
+def test_no_document_is_lost_where_two_have_one_name():
+    some = [Document(f"train.jsonl:{n % 40}", [n] * 20) for n in range(80)]
+    for tokens in range(100, 1500, 50):
+        train, held = split_held_out(some, tokens, "here")
+        assert sorted(d.ids[0] for d in (*train, *held)) == list(range(80))
+
+
 def test_one_long_document_is_not_the_sample():
     some = [Document("long", [1] * 10_000), *(Document(f"s{n}", [1] * 20) for n in range(50))]
     _, held = split_held_out(some, 200, "here")

@@ -61,6 +61,7 @@ class Contamination:
         self._words: dict[str, int] = {}
         found: list[Hashes] = []
         for question in questions:
+            self._learn(question)
             runs = self._runs(question)
             self.short += not len(runs)
             found.append(runs)
@@ -75,21 +76,25 @@ class Contamination:
         return int((self._known[nearest] == runs).sum())
 
     def _runs(self, text: str) -> Hashes:
-        """A hash of each run of n words."""
-        words = self._hashes(_WORD.findall(text.casefold()))
+        """A hash of each run of n words; words that no question has are alike."""
+        found = _words(text)
+        words = np.fromiter((self._words.get(word, 0) for word in found), np.uint64, len(found))
         count = max(0, len(words) - self.n + 1)
         runs = np.zeros(count, np.uint64)
         for i in range(self.n):  # Horner's rule in the ring of 64-bit numbers
             runs = runs * _MULTIPLIER + words[i : i + count]
         return runs
 
-    def _hashes(self, words: Sequence[str]) -> Hashes:
-        table = self._words
-        for word in words:
-            if word not in table:
+    def _learn(self, question: str) -> None:
+        """Give each word of a question a number, never 0."""
+        for word in _words(question):
+            if word not in self._words:
                 digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
-                table[word] = int.from_bytes(digest, "little")
-        return np.array([table[word] for word in words], dtype=np.uint64)
+                self._words[word] = int.from_bytes(digest, "little") or 1
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
 
 
 def split_held_out(
@@ -115,8 +120,8 @@ def split_held_out(
             f"{where}: {len(ordered)} documents with {total} tokens cannot give {tokens} held-out "
             "tokens and text to train on; add text or lower held_out_tokens"
         )
-    names = {d.name for d in ordered[:held]}
-    return [d for d in documents if d.name not in names], ordered[:held]
+    chosen = set(map(id, ordered[:held]))  # two files in different places may have one name
+    return [d for d in documents if id(d) not in chosen], ordered[:held]
 
 
 class Collection:
