@@ -18,7 +18,7 @@ from xlstm_distill import runtime, sources
 from xlstm_distill.data import Rows, TokenData, from_sources
 from xlstm_distill.errors import UserError
 from xlstm_distill.sampling import read_prompts
-from xlstm_distill.texts import Malformed, check_path, read_texts
+from xlstm_distill.texts import Malformed, arrow_rows, check_path, read_texts
 
 CHAT = [
     {"role": "user", "content": "a?"},
@@ -330,6 +330,29 @@ def test_tables_are_read_as_jsonl_is(tmp_path, tokenizer, kind):
     assert malformed.places[0].startswith(f"{file}: row 6:")
     assert found[f"{file.name}:600"].text == "row 599"
     assert found[f"{file.name}:4"].text.count("<|im_start|>") == 4
+
+
+def test_memory_does_not_grow_with_a_group_of_rows(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def peak(count: int) -> int:
+        """The most that pyarrow holds while a file is read that is one group of rows."""
+        texts = [f"{n} " * 1000 for n in range(count)]
+        vectors = np.random.default_rng(0).random((count, 64)).tolist()
+        table = arrow.table({"vector": vectors, "text": texts})
+        file = tmp_path / f"{count}.parquet"
+        parquet.write_table(table, file, row_group_size=count)
+        del table
+        held = []
+        for row in arrow_rows(file, ["text", "messages"]):
+            assert list(row) == ["text"]
+            held.append(arrow.total_allocated_bytes())
+        return max(held)
+
+    assert peak(8000) < peak(1000) + 10_000_000  # the texts of 7,000 rows more are 40 MB
+    file = tmp_path / "1000.parquet"
+    assert list(next(arrow_rows(file, ["messages"]))) == ["vector", "text"]
 
 
 # ---- what is learnt -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import json
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from .tokenizer import Tokenizer
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _PLACES = 20
 _ROWS_AT_ONCE = 256
+_FIELDS = ("text", "prompt", "completion", "messages", "tools")
 
 
 class Text(NamedTuple):
@@ -230,20 +231,20 @@ def _parsed(line: bytes, where: str) -> Any:
 
 
 def _rows(file: Path, name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
-    for number, row in enumerate(arrow_rows(file), start=1):
+    for number, row in enumerate(arrow_rows(file, _FIELDS), start=1):
         yield (f"{name}:{number}", f"{file}: row {number}"), row
 
 
-def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet or Arrow file, column -> value. Raises UserError where pyarrow is not
-    installed, or the file is missing or damaged."""
+def arrow_rows(file: Path, wanted: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet or Arrow file, column -> value: the wanted columns, or all if it has none
+    of them. Raises UserError where pyarrow is not installed, or the file is missing or damaged."""
     check_package("pyarrow", "arrow", f"{file}: reading it")
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        for batch in _arrow_batches(file, pyarrow):
+        for batch in _arrow_batches(file, wanted, pyarrow):
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
                     number += 1
@@ -253,10 +254,11 @@ def arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{file}: cannot read behind row {number}: {reason}") from None
 
 
-def _arrow_batches(file: Path, pyarrow: Any) -> Iterator[Any]:
+def _arrow_batches(file: Path, wanted: Sequence[str], pyarrow: Any) -> Iterator[Any]:
     if file.suffix.lower() == ".parquet":
         with pyarrow.parquet.ParquetFile(file) as table:
-            yield from table.iter_batches()
+            columns = [name for name in wanted if name in table.schema_arrow.names] or None
+            yield from table.iter_batches(_ROWS_AT_ONCE, columns=columns)
         return
     with pyarrow.memory_map(str(file)) as source:
         try:  # a file with an index, or a stream as the datasets library writes it
@@ -265,7 +267,9 @@ def _arrow_batches(file: Path, pyarrow: Any) -> Iterator[Any]:
         except pyarrow.ArrowInvalid:
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
-        yield from batches
+        for batch in batches:
+            columns = [name for name in wanted if name in batch.schema.names]
+            yield batch.select(columns) if columns else batch
 
 
 _RECORDS = {".jsonl": _lines, ".ndjson": _lines, ".parquet": _rows, ".arrow": _rows}
