@@ -560,6 +560,35 @@ def test_chats_need_a_template(root, tmp_path, capsys):
         assert f"{key} needs a chat template, which the teacher lacks; leave it out" in line
 
 
+@pytest.mark.parametrize(
+    ("damaged", "deleted"),
+    [
+        ("targets/notes/shard-00000.npz", "targets/notes/shard-00000.npz"),
+        ("targets/notes/shard-00000.npz", "targets"),
+        ("data/notes/train/ids.bin", "data/notes/train"),
+        ("data/notes/evaluation/ids.bin", "data/notes/evaluation"),
+    ],
+)
+def test_what_is_damaged_is_named_and_made_again_when_deleted(
+    root, tmp_path, capsys, damaged, deleted
+):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(root, whole, "distill", {}) == run(root, out, "targets", {}) == 0
+    content = bytearray((out / damaged).read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / damaged).write_bytes(content)
+    capsys.readouterr()
+    assert run(root, out, "run" if "evaluation" in damaged else "distill", {}) == 1
+    assert f"{out / Path(damaged).parent}" in (line := capsys.readouterr().err.splitlines()[-1])
+    assert "damaged" in line and "delete" in line
+    place = out / deleted
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert run(root, out, "distill", {}) == 0
+    assert (out / damaged).read_bytes() == (whole / damaged).read_bytes()
+    weights = "experts/notes/model.safetensors"
+    assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+
+
 def test_files_of_a_domain_that_is_done_may_be_gone(root, tmp_path):
     out, text = tmp_path / "out", tmp_path / "text"
     shutil.copytree(root / "text", text)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+from xlstm_distill import targets
 from xlstm_distill.data import Batches, Rows, TokenData
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
@@ -117,9 +118,32 @@ def test_damage_is_found(tmp_path, teacher, rows):
     shard.unlink()
     with pytest.raises(UserError, match="cannot read"):
         TargetCache(tmp_path / "t").get([0])
-    (tmp_path / "t" / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not a target cache"):
+    # A run that was killed after it had made a later shard again.
+    place = tmp_path / "t" / "manifest.json"
+    manifest = json.loads(place.read_text())
+    for lacking, wrong in (
+        ({**manifest, "shards": manifest["shards"][1:]}, r"shard-00000\.npz is missing"),
+        ({}, r"manifest\.json: not that of targets .*shards.*; delete the directory"),
+        ({**manifest, "shards": [{}]}, r"manifest\.json: not that of targets .*file"),
+        ({**manifest, "shards": 3}, r"manifest\.json: not that of targets"),
+        ([], r"manifest\.json: not that of targets"),
+    ):
+        place.write_text(json.dumps(lacking))
+        with pytest.raises(UserError, match=wrong):
+            TargetCache(tmp_path / "t")
+    place.unlink()
+    with pytest.raises(UserError, match="holds no targets"):
         TargetCache(tmp_path / "t")
+
+
+def test_shards_are_in_the_order_of_their_numbers(tmp_path, teacher, rows, monkeypatch):
+    """Five digits are too few for 100,000 shards; here one digit is."""
+    monkeypatch.setattr(targets, "_name", lambda number: f"shard-{number}.npz")
+    monkeypatch.setattr(targets, "ROWS_PER_SHARD", 1)
+    list(write_targets(teacher, rows, tmp_path / "t", k=K, count=12))
+    cache, online = TargetCache(tmp_path / "t"), OnlineTargets(teacher, rows, K)
+    for index in (1, 2, 10, 11):
+        assert np.array_equal(cache.get([index])[0], online.get([index])[0])
 
 
 @pytest.mark.parametrize(("k", "count", "message"), [(0, 1, "k is 0"), (999, 1, "k is 999")])

@@ -89,7 +89,7 @@ class _Problems:
         left = {
             name: domain
             for name, domain in self.recipe.data.domains.items()
-            if not self.stands(f"data/{name}/train/{MANIFEST}")
+            if not all(self.stands(f"data/{name}/{part}/{MANIFEST}") for part in domain.parts)
         }
         for name, domain in left.items():
             yield from self._of_domain(f"data.domains.{name}", domain)

@@ -160,9 +160,13 @@ class TokenData:
                 counted = np.memmap(folder / _COUNTED, dtype=np.bool_, mode="r")
             recorded = str(manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: not token data ({error}); write it again") from None
+            raise UserError(
+                f"{folder}: not token data ({error}); delete it and make it again"
+            ) from None
         if _digest(ids, offsets, counted) != recorded:
-            raise UserError(f"{folder}: damaged: sha256 differs from {MANIFEST}; write it again")
+            raise UserError(
+                f"{folder}: damaged: sha256 differs from {MANIFEST}; delete it and make it again"
+            )
         return cls(ids, offsets, manifest, str(folder), counted)
 
 

@@ -33,7 +33,8 @@ def collect_text(run: Run) -> None:
     """Make the text of every domain that does not stand yet."""
     work = _Domains(run)
     for name, domain in run.recipe.data.domains.items():
-        if not run.stands(run.path / "data" / name / "train" / MANIFEST):
+        place = run.path / "data" / name
+        if not all(run.stands(place / part / MANIFEST) for part in domain.parts):
             work.make(name, domain)
 
 

@@ -128,6 +128,11 @@ class DomainSection(_Section):
     held_out_tokens: int = Field(default=0, ge=0)
     passages: list[str] = Field(default_factory=list)
 
+    @property
+    def parts(self) -> list[str]:
+        """The token data that it becomes."""
+        return ["train", "evaluation"] if self.held_out_tokens else ["train"]
+
     @model_validator(mode="after")
     def _check(self) -> DomainSection:
         only_sampled = all(source.kind == "sampled" for source in self.sources)

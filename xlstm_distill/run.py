@@ -52,6 +52,7 @@ from .targets import (
     OnlineTargets,
     TargetCache,
     Targets,
+    holds,
     identity_of,
     write_targets,
 )
@@ -463,11 +464,13 @@ class Run:
         for name, count in wanted.items():
             if count == 0:
                 continue
-            stage = f"targets {name}"
-            if self.comm.broadcast(self.directory.done(stage)):
+            stage, place = f"targets {name}", self.path / "targets" / name
+            # A shard that was found damaged and deleted is made again.
+            if self.comm.broadcast(
+                self.comm.first and self.directory.done(stage) and holds(place, count)
+            ):
                 continue
             with self.timed(stage, tokens=count * self.recipe.data.length):
-                place = self.path / "targets" / name
                 packed = self.rows(name, self.streams)
                 metrics = write_targets(
                     self.teacher, packed, place, count=count, comm=self.comm, **self._kind

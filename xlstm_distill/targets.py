@@ -254,7 +254,8 @@ def write_targets(
     for step, (shard, mean, seconds) in zip(missing, comm.map(make, missing), strict=True):
         name, indices = _name(step), indices_of(step)
         entry = {"file": name, "rows": len(indices), "sha256": hashlib.sha256(shard).hexdigest()}
-        done = sorted([*(s for s in done if s["file"] != name), entry], key=lambda s: s["file"])
+        others = [shard for shard in done if shard["file"] != name]
+        done = sorted([*others, entry], key=lambda shard: int(shard["file"][6:-4]))
         if comm.first:
             with atomic_file(folder / name) as handle:
                 handle.write(shard)
@@ -274,13 +275,24 @@ def _name(shard: int) -> str:
     return f"shard-{shard:05d}.npz"
 
 
-def _finished(folder: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The shards that an earlier run finished."""
+def holds(directory: str | Path, rows: int) -> bool:
+    """True if a cache has the first `rows` rows, and no shard of it was deleted."""
+    folder = Path(directory)
+    return sum(shard["rows"] for shard in _there(folder)) >= rows
+
+
+def _there(folder: Path) -> list[dict[str, Any]]:
+    """The shards of a cache whose files are there."""
     if not (folder / MANIFEST).exists():
         return []
-    manifest = _read_manifest(folder)
-    _check_identity(folder, manifest, wanted)
-    return [s for s in manifest["shards"] if (folder / s["file"]).is_file()]
+    return [s for s in _read_manifest(folder)["shards"] if (folder / s["file"]).is_file()]
+
+
+def _finished(folder: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The shards that an earlier run finished."""
+    if (folder / MANIFEST).exists():
+        _check_identity(folder, _read_manifest(folder), wanted)
+    return _there(folder)
 
 
 def _written(shard: _Arrays, statistic: str) -> tuple[bytes, float]:
@@ -295,10 +307,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values["shards"], list):
-            raise TypeError("shards is not a list")
+        for shard in values["shards"]:
+            str(shard["file"]), int(shard["rows"]), str(shard["sha256"])
+        int(values["k"])
+    except FileNotFoundError:
+        raise UserError(f"{folder}: holds no targets (no {MANIFEST})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a target cache ({error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path}: not that of targets ({reason}); delete the directory to make them again"
+        ) from None
     return values
 
 
@@ -321,7 +339,14 @@ class TargetCache:
         self.manifest = _read_manifest(self.directory)
         if expect is not None:
             _check_identity(self.directory, self.manifest, expect)
-        self.rows = sum(shard["rows"] for shard in self.manifest["shards"])
+        self.rows = 0
+        for number, shard in enumerate(self.manifest["shards"]):
+            if (shard["file"], self.rows) != (_name(number), number * ROWS_PER_SHARD):
+                raise UserError(
+                    f"{self.directory}: {_name(number)} is missing or not full; make the targets "
+                    "again: those that are there are kept"
+                )
+            self.rows += shard["rows"]
         self._loaded: dict[int, _Arrays] = {}
 
     @property
@@ -363,9 +388,15 @@ class TargetCache:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                raise UserError(f"{path}: cannot read: {error.strerror}") from None
+                raise UserError(
+                    f"{path}: cannot read: {error.strerror}; the same command makes a file that is "
+                    "gone again"
+                ) from None
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise UserError(f"{path}: damaged: sha256 differs from {MANIFEST}; delete it")
+                raise UserError(
+                    f"{path}: damaged: sha256 differs from {MANIFEST}; delete this file, and the "
+                    "same command makes it again"
+                )
             with np.load(io.BytesIO(content), allow_pickle=False) as part:
                 self._loaded[number] = {name: part[name] for name in part.files}
             while len(self._loaded) > SHARDS_IN_MEMORY:
