@@ -174,6 +174,15 @@ def test_another_instruction_set_is_said(tmp_path, teacher, data, monkeypatch):
         next(generator)
 
 
+def test_what_is_longer_than_the_teachers_context_is_not_sampled(tmp_path, teacher):
+    file = tmp_path / "a.txt"
+    file.write_text("short\n" + "long " * 100)  # a token a byte, the context is 512
+    settings = {"documents": 2, "directory": tmp_path / "s", "prompts_file": file}
+    with pytest.raises(UserError, match=r"prompt has 500 tokens and max_new_tokens is 13"):
+        next(sample_documents(teacher, "general", max_new_tokens=13, **settings))
+    next(sample_documents(teacher, "general", max_new_tokens=12, **settings))
+
+
 def test_sampling_continues_bitwise(tmp_path, teacher):
     def documents(folder, stop_after=None):
         calls = 0

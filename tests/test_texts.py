@@ -470,6 +470,9 @@ def test_prompts_are_lines_of_text_or_records(tmp_path):
     lines = ['{"prompt": "p", "text": "t"}', '{"instruction": "i\u2028i"}', '{"text": "t"}', ""]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     assert read_prompts(tmp_path / "a.jsonl") == ["p", "i\u2028i", "t"]
+    for name in ("a.JSONL", "a.ndjson"):
+        (tmp_path / name).write_text("\ufeff" + "\n".join(lines))
+        assert read_prompts(tmp_path / name) == ["p", "i\u2028i", "t"]
 
 
 @pytest.mark.parametrize(
@@ -477,6 +480,7 @@ def test_prompts_are_lines_of_text_or_records(tmp_path):
     [
         ('{"text": "a"}\n{"txt": "b"}', r"a\.jsonl:2: needs the field prompt, instruction or text"),
         ('{"text": "a"}\n\n{', r"a\.jsonl:3: not valid JSON"),
+        (r'{"text": "\ud800"}', r"a\.jsonl:1: text holds half a surrogate pair"),
         ("\n", r"a\.jsonl: the file is empty"),
     ],
 )

@@ -20,7 +20,7 @@ import numpy as np
 
 from .atomic import atomic_file
 from .communicator import ALONE, Communicator
-from .errors import UserError
+from .errors import UserError, spelt
 from .model import Model
 from .prompts import INSTRUCTIONS, OPENINGS, TOPICS
 from .sources import Document, document_end, document_start
@@ -62,13 +62,14 @@ def read_prompts(file: str | Path) -> list[str]:
     """Prompts of a text file, one a line, or of a jsonl file. UserError names the file and line."""
     path = Path(file).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    is_text = path.suffix.lower() not in (".jsonl", ".ndjson")
     found = [
-        line if path.suffix != ".jsonl" else _prompt_of(line, f"{path}:{number}")
+        line if is_text else _prompt_of(line, f"{path}:{number}")
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
@@ -84,8 +85,11 @@ def _prompt_of(line: str, where: str) -> str:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if isinstance(record, dict):
         for key in ("prompt", "instruction", "text"):
-            if isinstance(record.get(key), str) and record[key].strip():
-                return str(record[key])
+            value = record.get(key)
+            if isinstance(value, str) and value.strip():
+                if spelt(value) != value:
+                    raise UserError(f"{where}: {key} holds half a surrogate pair")
+                return value
     raise UserError(f"{where}: needs the field prompt, instruction or text")
 
 
@@ -121,6 +125,12 @@ def sample_documents(
     if teacher.tokenizer is not None:
         stops.update(document_end(teacher.tokenizer))
     asked = prompts(teacher, style, documents, seed, prompts_file)
+    longest = max(map(len, asked), default=0)
+    if longest + max_new_tokens > (context := teacher.config.max_position_embeddings):
+        raise UserError(
+            f"sampling: the longest prompt has {longest} tokens and max_new_tokens is "
+            f"{max_new_tokens}; the teacher's context is {context}"
+        )
     writer = sampler(teacher)
     steps = -(-documents // batch)
     missing = comm.broadcast([n for n in range(steps) if not _part(folder, n).is_file()])
