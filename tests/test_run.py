@@ -589,6 +589,26 @@ def test_what_is_damaged_is_named_and_made_again_when_deleted(
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()
 
 
+def test_text_that_has_changed_since_it_was_read_is_said(root, tmp_path, capsys):
+    text, prompts = tmp_path / "text", tmp_path / "prompts.txt"
+    shutil.copytree(root / "text", text)
+    prompts.write_text("The river\n")
+    domains = tiny_run.recipe(root / "teacher", text)["data"]["domains"]
+    domains["general"]["sources"][0]["prompts"] = str(prompts)
+    changes = {"data": {"domains": domains}}
+    assert run(root, tmp_path / "out", "data", changes) == 0
+    kept = (tmp_path / "out/data/notes/train/ids.bin").read_bytes()
+    assert run(root, tmp_path / "out", "data", changes) == 0
+    assert "has changed" not in capsys.readouterr().err
+    (text / "text00.txt").rename(text / "another.txt")
+    prompts.write_text("The bridge\n")
+    assert run(root, tmp_path / "out", "data", changes) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"data.domains.notes: {text} has changed; the run goes on with the text" in said
+    assert f"data.domains.general: {prompts} has changed" in said
+    assert (tmp_path / "out/data/notes/train/ids.bin").read_bytes() == kept
+
+
 def test_files_of_a_domain_that_is_done_may_be_gone(root, tmp_path):
     out, text = tmp_path / "out", tmp_path / "text"
     shutil.copytree(root / "text", text)

@@ -18,10 +18,11 @@ from .cleaning import Collection, Contamination, read_hashes
 from .data import MANIFEST, from_sources
 from .errors import UserError
 from .evaluate import passages, questions
+from .json_files import read_json
 from .recipe import DomainSection, SampledSource, Source, derived_seed
 from .sampling import read_documents, sample_documents
 from .sources import Document, Watch
-from .texts import Malformed
+from .texts import Malformed, fingerprint
 
 if TYPE_CHECKING:
     from .run import Run
@@ -36,6 +37,8 @@ def collect_text(run: Run) -> None:
         place = run.path / "data" / name
         if not all(run.stands(place / part / MANIFEST) for part in domain.parts):
             work.make(name, domain)
+        elif run.comm.first:
+            work.note_changes(name, domain)
 
 
 class _Domains:
@@ -55,6 +58,7 @@ class _Domains:
             return
         with self.run.timed(f"data {name}") as facts:
             place.mkdir(parents=True, exist_ok=True)
+            files = {path: fingerprint(path) for path in _paths(domain)}
             found = self._collect(name, domain)
             described = [source.model_dump() for source in domain.sources]
             if domain.held_out_tokens:
@@ -63,12 +67,32 @@ class _Domains:
                 text.save(place / "evaluation")
             where, vocab = f"text of {name}", self.run.checkpoint.config.vocab_size
             data = from_sources(
-                found.train, self.tokenizer, described, where, vocab, found.facts, place
+                found.train,
+                self.tokenizer,
+                described,
+                where,
+                vocab,
+                {"files": files, **found.facts},
+                place,
             )
             self.run.packed(name, data, self.run.streams)  # refuses too little text now, not later
             data.save(place / "train")
             facts.update(documents=data.documents, tokens=data.tokens, **found.facts)
         comm.barrier()
+
+    def note_changes(self, name: str, domain: DomainSection) -> None:
+        """Say which files are no longer those that the text was made of; one may be gone."""
+        files = read_json(self.place / name / "train" / MANIFEST).get("files", {})
+        for path in _paths(domain):
+            if (
+                path in files
+                and Path(path).expanduser().exists()
+                and fingerprint(path) != files[path]
+            ):
+                self.run.reporter.note(
+                    f"data.domains.{name}: {path} has changed; the run goes on with the text that "
+                    "it has read; begin another one, without --from, for the new text"
+                )
 
     def _collect(self, name: str, domain: DomainSection) -> Collection:
         """The documents of a domain, cleaned and divided; their tokens are on disk."""
@@ -187,3 +211,14 @@ class _Domains:
                 f"held_out_tokens is {domain.held_out_tokens}"
             )
         return found
+
+
+def _paths(domain: DomainSection) -> list[str]:
+    """The files and directories that a domain is made of."""
+    found: list[str] = []
+    for source in domain.sources:
+        if source.kind == "files":
+            found += source.paths
+        elif source.kind == "sampled" and source.prompts is not None:
+            found.append(source.prompts)
+    return found

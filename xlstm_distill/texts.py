@@ -7,6 +7,7 @@ with a document is found here, named by file and line (or row), and refused or l
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import textwrap
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .atomic import sha256_of
 from .errors import UserError, check_package, short, spelt
 from .tokenizer import Tokenizer
 
@@ -134,6 +136,15 @@ def files_of(path: str | Path) -> list[Path]:
         files = (Path(folder, name) for name in names)
         found += [f for f in files if _kind(f) in _KNOWN and f.is_file()]
     return sorted(found)
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 of what there is to be read at a path: contents, and names below a directory."""
+    place, digest = Path(path).expanduser(), hashlib.sha256()
+    for file in files_of(place):
+        name = spelt(file.relative_to(place).as_posix())
+        digest.update(f"{name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _kind(file: Path) -> str:
