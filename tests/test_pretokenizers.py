@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import regex
 import tiny_run
 import tokenizers
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
+from xlstm_distill import tokenizer
 from xlstm_distill.tokenizer import Tokenizer
 
 # From the tokenizer.json of Llama 3.
@@ -95,6 +97,36 @@ def test_llama3_splits_as_published(text: str) -> None:
     ids = OURS.encode(text, special=False)
     assert ids == by_the_book(text)
     assert OURS.decode(ids) == text
+
+
+BY_NAME = {
+    pre: Tokenizer.from_gguf_fields({**FIELDS, "tokenizer.ggml.pre": pre})
+    for pre in ("llama-bpe", "qwen2", "smollm", "gpt-2")
+}
+words = st.sampled_from(
+    ["the", " river", " I", "'ll", " 12", " (a", ").", "\n", "\n\n", " \n ", "\u0301"]
+)
+
+
+@pytest.mark.parametrize("pre", BY_NAME)
+@given(st.lists(words | fragments, max_size=60).map("".join))
+def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(pre: str, text: str) -> None:
+    own, more = BY_NAME[pre], f"{text} and the end"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "PIECE", 8)
+        assert own.encode_long(more).tolist() == own.encode(more, special=False)
+    assert own._cut(more, len(text)) < len(more)
+
+
+def test_a_text_is_not_cut_where_a_token_goes_on() -> None:
+    layout = json.loads(OURS._core.to_str())
+    layout["pre_tokenizer"]["pretokenizers"] = layout["pre_tokenizer"]["pretokenizers"][1:]
+    space = LETTERS[32]
+    layout["model"]["vocab"][f"t{space}"] = len(VOCABULARY)
+    layout["model"]["merges"].insert(0, ["t", space])
+    across = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(layout)))
+    assert across._cut("not that at all", 0) == len("not that at all")
+    assert across._cut("not that in all", 0) == len("not that in")
 
 
 def test_a_whole_piece_goes_before_the_merges() -> None:

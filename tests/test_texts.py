@@ -216,7 +216,7 @@ def test_nothing_depends_on_the_number_of_threads(tmp_path, lacking, threads):
         read = list(sources.read_files([tmp_path / "a.jsonl"], lacking, malformed, answers=True))
         counted = [None if d.counted is None else d.counted.tolist() for d in read]
         facts = (dict(malformed.counts), malformed.places)
-        found.append(([d[:2] for d in read], counted, facts))
+        found.append(([(d.name, d.ids.tolist()) for d in read], counted, facts))
     assert found[0] == found[1] == found[2]
     _, _, (counts, places) = found[0]
     assert set(counts) == {"not JSON", "empty", "byte without a token"} and len(places) == 20
@@ -258,7 +258,7 @@ def test_spooled_documents_are_the_same_and_on_disk(tmp_path, tokenizer):
     plain, kept = list(read()), sources.spooled(read(), tmp_path / "place")
     assert list((tmp_path / "place").iterdir()) == []
     for a, b in zip(plain, kept, strict=True):
-        assert a.name == b.name and a.ids == b.ids.tolist()
+        assert a.name == b.name and np.array_equal(a.ids, b.ids)
         assert (a.counted is None) == (b.counted is None)
         assert a.counted is None or np.array_equal(a.counted, b.counted)
         assert isinstance(b.ids.base.base, np.memmap)  # a view of all of them, which is a map
@@ -289,6 +289,26 @@ def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer):
     few, many = peak(500), peak(4000)
     # 3,500 documents more have 11 million tokens, 90 MB as lists of ints; memory holds their names.
     assert many - few < 3_500 * 1000
+
+
+def test_memory_does_not_grow_with_the_length_of_a_document(tmp_path, tokenizer, monkeypatch):
+    """The library's own memory is not seen from here: so is what it is given."""
+    given, own = [], tokenizer._plain.encode_batch_fast
+
+    class Core:
+        def encode_batch_fast(self, texts, add_special_tokens):
+            given.extend(map(len, texts))
+            return own(texts, add_special_tokens=add_special_tokens)
+
+        def encode(self, *arguments, **settings):
+            return tokenizer_plain.encode(*arguments, **settings)
+
+    tokenizer_plain = tokenizer._plain
+    monkeypatch.setitem(tokenizer.__dict__, "_plain", Core())
+    (tmp_path / "book.txt").write_text("a river \n\n" * 400_000)
+    (book,) = sources.read_files([tmp_path / "book.txt"], tokenizer)
+    assert len(book.ids) == 4_000_001 and book.ids.dtype == np.int32
+    assert sum(given) == 4_000_000 and max(given) < 1_100_000
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -373,10 +393,11 @@ def test_answers_alone_are_learnt(tmp_path, tokenizer):
     assert plain.counted is None
     write(tmp_path / "b.jsonl", {"prompt": CHAT[:3], "completion": CHAT[3:]})
     (turns,) = sources.read_files([tmp_path / "b.jsonl"], tokenizer, answers=True)
-    assert turns.ids == chat.ids and learnt(turns, tokenizer) == "d<|im_end|>"
+    assert np.array_equal(turns.ids, chat.ids) and learnt(turns, tokenizer) == "d<|im_end|>"
     everything = list(sources.read_files([file], tokenizer))
     assert all(d.counted is None for d in everything)
-    assert {d.name: d.ids for d in everything} == {d.name: d.ids for d in (chat, pair, plain)}
+    ids = {d.name: d.ids.tolist() for d in (*everything, turns)}
+    assert ids == {d.name: d.ids.tolist() for d in (chat, pair, plain, turns)}
 
 
 def test_parts_of_text_are_the_text_and_other_contents_are_refused(tmp_path, tokenizer):

@@ -23,9 +23,9 @@ from . import runtime
 from .errors import UserError
 from .spool import Spool
 from .texts import Malformed, MalformedError, Text, read_texts
-from .tokenizer import Tokenizer
+from .tokenizer import PIECE, Tokenizer
 
-_AT_ONCE = 64  # documents that a thread takes at a time
+_AT_ONCE = 64  # documents that a thread takes at a time, or fewer with PIECE characters
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -154,13 +154,15 @@ def _chunks(
     texts: Iterable[Text], reading: Malformed, check: Callable[[], None]
 ) -> Iterator[_Chunk]:
     batch: list[Text] = []
+    size = 0
     try:
         for text in texts:
             check()
             batch.append(text)
-            if len(batch) == _AT_ONCE:
+            size += len(text.text)
+            if len(batch) == _AT_ONCE or size >= PIECE:
                 yield _Chunk(batch, reading.taken())
-                batch = []
+                batch, size = [], 0
     except UserError as error:
         yield _Chunk([], reading.taken(), error)
         return
@@ -223,8 +225,7 @@ def _encode_chunk(
     for text in sorted(texts, key=lambda text: text.marked):
         check()
         try:
-            # A batch of one: the library encodes it without holding the interpreter's lock.
-            (ids,) = tokenizer.encode_batch([text.text], special=text.marked)
+            ids = tokenizer.encode_long(text.text, special=text.marked)
         except UserError as error:
             errors.append(MalformedError("byte without a token", f"{text.name}: {error}"))
         else:
@@ -232,11 +233,11 @@ def _encode_chunk(
     return errors, documents
 
 
-def _document(text: Text, ids: list[int], tokenizer: Tokenizer) -> Document:
+def _document(text: Text, ids: NDArray[np.int32], tokenizer: Tokenizer) -> Document:
     # A rendered chat brings its own start.
     start = [] if text.marked else document_start(tokenizer)
     end = document_end(tokenizer)
-    whole = [*start, *ids, *end]
+    whole = np.concatenate([start, ids, end], dtype=np.int32, casting="unsafe")
     if text.answers is None:
         return Document(text.name, whole)
     inside = tokenizer.tokens_inside(text.text, text.answers, special=text.marked)

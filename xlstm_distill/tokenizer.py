@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +99,14 @@ _PRE_TOKENIZERS: dict[str, Callable[[tokenizers.Tokenizer], None]] = {
 _ADD_BOS = ("llama-bpe",)
 
 
+PIECE = 1 << 20
+"""Characters that are encoded at a time."""
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+"""Where pre-tokenizers of byte-level vocabularies cut, whatever stands further away; that this one
+does is looked at."""
+_AROUND = 64
+
+
 class Tokenizer:
     """Encodes, decodes and renders chats.
 
@@ -152,6 +161,35 @@ class Tokenizer:
             self._check_bytes(text)
         core = self._core if special else self._plain
         return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_long(self, text: str, special: bool = False) -> NDArray[np.int32]:
+        """`encode` of a text of any length, int32 [tokens]: a piece at a time, because the library
+        takes some hundred bytes a character. It is cut between words, where no token goes on."""
+        self._check_bytes(text)
+        core = self._core if special else self._plain
+        found = []
+        start = 0
+        while start < len(text):
+            end = self._cut(text, start + PIECE)
+            # A batch of one: the library encodes it without holding the interpreter's lock.
+            ids = core.encode_batch_fast([text[start:end]], add_special_tokens=False)[0].ids
+            found.append(np.array(ids, dtype=np.int32))
+            start = end
+        return np.concatenate([np.empty(0, np.int32), *found])
+
+    def _cut(self, text: str, start: int) -> int:
+        """The first place from `start` on where the text can be cut, or its end."""
+        for place in _BETWEEN_WORDS.finditer(text, start):
+            at = place.start()
+            before, behind = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
+            apart = [*self._plain_ids(before), *self._plain_ids(behind)]
+            if self._plain_ids(before + behind) == apart:
+                return at
+        return len(text)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """`encode` of the beginning of a document: behind `bos_id` if the model expects it and the
