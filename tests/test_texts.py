@@ -157,6 +157,20 @@ def test_a_ten_megabyte_line_is_refused_by_its_key(tmp_path, tokenizer):
     assert len(list(read_texts(paths, tokenizer, Malformed()))) == 2
 
 
+def test_a_file_without_line_ends_is_not_held_in_memory(tmp_path, tokenizer):
+    long = b'[{"text": "' + b"a" * 5_000_000 + b'"}]'
+    write(tmp_path / "a.jsonl", {"text": "one"}, long, {"text": "two", "more": "x" * 1000}, long)
+    malformed = Malformed(skip=True, max_bytes=1000)
+    tracemalloc.start()
+    try:
+        found = [t.name for t in read_texts([tmp_path / "a.jsonl"], tokenizer, malformed)]
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert found == ["a.jsonl:1", "a.jsonl:3"] and malformed.counts == {"too long": 2}
+    assert "a.jsonl:4: a line of more than 8,000 bytes; split it or" in malformed.places[1]
+
+
 @pytest.fixture(scope="module")
 def lacking():
     """A tokenizer without a token for z."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import textwrap
@@ -25,6 +26,9 @@ from .tokenizer import Tokenizer
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _PLACES = 20
 _ROWS_AT_ONCE = 256
+_SHORTER = "split it or raise max_document_bytes"
+_LINE_OF_TEXT = 8
+"""Bytes of a line for a byte of text: JSON spells it with six at most, and has other fields."""
 _FIELDS = ("text", "prompt", "completion", "messages", "tools")
 
 
@@ -96,7 +100,7 @@ class Malformed:
             raise MalformedError(
                 "too long",
                 f"{where}: {size:,} bytes are more than a document may have here, "
-                f"{self.max_bytes:,}; split it or raise max_document_bytes",
+                f"{self.max_bytes:,}; {_SHORTER}",
             )
 
 
@@ -206,11 +210,13 @@ def _record_texts(
     file: Path, name: str, tokenizer: Tokenizer, malformed: Malformed
 ) -> Iterator[Text]:
     seen = False
-    for (own, where), record in _RECORDS[file.suffix.lower()](file, name):
+    for (own, where), record in _RECORDS[file.suffix.lower()](file, name, malformed.max_bytes):
         seen = True
         with malformed.tolerated():
             if isinstance(record, bytes):
                 record = _parsed(record, where)
+            elif isinstance(record, MalformedError):
+                raise record
             found = _text_of(record, own, where, tokenizer)
             malformed.check_size(found, where)
             yield found
@@ -219,14 +225,29 @@ def _record_texts(
             raise MalformedError("empty", f"{file}: the file is empty")
 
 
-def _lines(file: Path, name: str) -> Iterator[tuple[Place, bytes]]:
+def _lines(
+    file: Path, name: str, max_bytes: int | None
+) -> Iterator[tuple[Place, bytes | MalformedError]]:
+    """Lines that are not empty. One that is far longer than its text may be, a whole file of JSON
+    without line ends say, is not held in memory."""
+    most = -1 if max_bytes is None else _LINE_OF_TEXT * max_bytes
     try:
         with file.open("rb") as handle:
-            for number, line in enumerate(handle, start=1):
+            for number in itertools.count(1):
+                line = handle.readline(most)
+                if not line:
+                    break
+                place = f"{name}:{number}", f"{file}:{number}"
+                if len(line) == most and not line.endswith(b"\n"):
+                    while (rest := handle.readline(most)) and not rest.endswith(b"\n"):
+                        pass
+                    message = f"{place[1]}: a line of more than {most:,} bytes; {_SHORTER}"
+                    yield place, MalformedError("too long", message)
+                    continue
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
-                    yield (f"{name}:{number}", f"{file}:{number}"), line
+                    yield place, line
     except OSError as error:
         raise UserError(f"{file}: cannot read: {error.strerror}") from None
 
@@ -241,7 +262,7 @@ def _parsed(line: bytes, where: str) -> Any:
         raise MalformedError("not JSON", f"{where}: not valid JSON ({error})") from None
 
 
-def _rows(file: Path, name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _rows(file: Path, name: str, _: int | None) -> Iterator[tuple[Place, dict[str, Any]]]:
     for number, row in enumerate(arrow_rows(file, _FIELDS), start=1):
         yield (f"{name}:{number}", f"{file}: row {number}"), row
 
