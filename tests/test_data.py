@@ -308,6 +308,17 @@ def test_first_rows_are_those_that_are_drawn():
         assert {row for own, row in drawn if own == name} == set(range(count))
 
 
+def test_passes_are_counted_beyond_the_first():
+    domains = two_domains()
+    batches = Batches(domains, 3, {"a": 2, "b": 1})
+    for steps in (1, 50):
+        own = Batches(domains, 3, {"a": 2, "b": 1})
+        drawn = [name for _ in range(steps) for name, _ in next(own).rows]
+        expected = {name: drawn.count(name) / len(rows) for name, rows in domains.items()}
+        assert batches.passes(steps) == expected
+    assert expected["b"] > 1
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

@@ -120,6 +120,11 @@ def test_the_report_says_what_was_left_out(root, tmp_path, collected):
     kinds = {f"malformed ({kind})": 1 for kind in ("no text field", "not JSON", "too long")}
     assert found["chats"] == {"repeated": 1, **kinds}
     assert found["notes"] == {"contaminated": 1}
+    passes = {text["domain"]: text["passes"] for text in facts["text"]}
+    with RunDirectory(out) as directory:
+        ends = [directory.done(f"distill {name}")["passes"] for name in ("general", "notes")]
+    assert passes == {name: max(end.get(name, 0) for end in ends) for name in passes}
+    assert 0 < passes["notes"] < 1
     page = (out / "report" / "report.html").read_text()
     assert "<td>1 contaminated</td>" in page and "1 malformed (too long)" in page
 

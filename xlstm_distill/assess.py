@@ -377,6 +377,7 @@ def _shape(checkpoint: checkpoints.Checkpoint, name: str) -> tuple[int, ...]:
 def _text_facts(run: Run) -> list[dict[str, Any]]:
     found = []
     held_out = run.evaluation_text()
+    ends = [run.directory.done(f"distill {name}") or {} for name in run.recipe.trained]
     for name, domain in run.recipe.data.domains.items():
         kinds = []
         for source in domain.sources:
@@ -399,6 +400,11 @@ def _text_facts(run: Run) -> list[dict[str, Any]]:
                     "origin": origin,
                     "documents": data.documents,
                     "tokens": data.tokens,
+                    "passes": max(
+                        (end.get("passes", {}).get(name, 0.0) for end in ends), default=0.0
+                    )
+                    if use == "training"
+                    else 0.0,
                     "left_out": _left_out(run, data) if use == "training" else {},
                 }
             )

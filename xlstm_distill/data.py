@@ -438,10 +438,17 @@ class Batches:
 
     def first_rows(self, steps: int) -> dict[str, int]:
         """How many different rows of each domain `steps` batches use; they are the first ones."""
+        return {name: min(n, self.sources[name].count) for name, n in self._drawn(steps).items()}
+
+    def passes(self, steps: int) -> dict[str, float]:
+        """How often `steps` batches go through the rows of each domain."""
+        return {name: n / self.sources[name].count for name, n in self._drawn(steps).items()}
+
+    def _drawn(self, steps: int) -> dict[str, int]:
         taken = dict.fromkeys(self.weights, 0)
         for _ in range(steps * self.rows):
             taken[_furthest_behind(self.weights, taken)] += 1
-        return {name: min(n, self.sources[name].count) for name, n in taken.items()}
+        return taken
 
 
 def _furthest_behind(weights: Mapping[str, float], taken: Mapping[str, int]) -> str:

@@ -79,13 +79,15 @@ class StudentFacts(_Part):
 class TextFacts(_Part):
     """A body of text. `use`: "training" or "evaluation"; `origin` in words. `left_out`: documents
     by why they were, repeated, malformed (which kind) or contaminated; of the last that they were
-    only counted, where that was asked for."""
+    only counted, where that was asked for. `passes`: how often the expert that read it most went
+    through it in stage II."""
 
     domain: str
     use: str
     origin: str
     documents: int
     tokens: int
+    passes: float = 0.0
     left_out: dict[str, int] = Field(default_factory=dict)
 
 

@@ -551,7 +551,8 @@ class Run:
                 train.save(adapter, base, provenance)
             student.save(place, provenance)
         tokens = steps * section.rows * self.recipe.data.length
-        yield self._done(f"distill {name}", started, steps=steps, tokens=tokens)
+        passes = {domain: round(n, 2) for domain, n in batches.passes(steps).items()}
+        yield self._done(f"distill {name}", started, steps=steps, tokens=tokens, passes=passes)
         if comm.first:
             shutil.rmtree(state, ignore_errors=True)
 
