@@ -186,8 +186,11 @@ def test_a_byte_that_the_vocabulary_lacks_is_counted(tmp_path, lacking):
     found = sources.read_files([tmp_path / "a.jsonl"], lacking, malformed)
     assert [d.name for d in found] == ["a.jsonl:1", "a.jsonl:3"]
     assert malformed.counts == {"byte without a token": 1}
-    with pytest.raises(UserError, match=r"a\.jsonl:2: .*0x7a"):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'a.jsonl'}:2: .*0x7a"):
         list(sources.read_files([tmp_path / "a.jsonl"], lacking))
+    (tmp_path / "b.txt").write_text("z")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'b.txt'}: .*0x7a"):
+        list(sources.read_files([tmp_path / "b.txt"], lacking))
 
 
 def test_what_is_no_document_is_refused_with_skip_too(tmp_path, tokenizer):

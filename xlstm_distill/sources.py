@@ -227,7 +227,7 @@ def _encode_chunk(
         try:
             ids = tokenizer.encode_long(text.text, special=text.marked)
         except UserError as error:
-            errors.append(MalformedError("byte without a token", f"{text.name}: {error}"))
+            errors.append(MalformedError("byte without a token", f"{text.where}: {error}"))
         else:
             documents.append(_document(text, ids, tokenizer))
     return errors, documents
@@ -289,4 +289,4 @@ def _readable(files: Iterable[Path], folder: Path) -> Iterator[Text]:
         except (OSError, UnicodeDecodeError):
             continue
         if text.strip():
-            yield Text(file.relative_to(folder).as_posix(), text)
+            yield Text(file.relative_to(folder).as_posix(), text, where=str(file))

@@ -34,12 +34,14 @@ _FIELDS = ("text", "prompt", "completion", "messages", "tools")
 
 class Text(NamedTuple):
     """A document as text. `marked`: it holds control tokens (a rendered chat). `answers`: the
-    spans of characters [from, to) that are to be learnt where only answers count; None: all."""
+    spans of characters [from, to) that are to be learnt where only answers count; None: all.
+    `where`: file and line, for messages; names begin at the path that was asked for."""
 
     name: str
     text: str
     marked: bool = False
     answers: tuple[tuple[int, int], ...] | None = None
+    where: str = ""
 
 
 class MalformedError(UserError):
@@ -120,7 +122,7 @@ def read_texts(
                 yield from _record_texts(file, name, tokenizer, malformed)
             else:
                 with malformed.tolerated():
-                    yield Text(name, _plain(file))
+                    yield Text(name, _plain(file), where=str(file))
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -219,7 +221,7 @@ def _record_texts(
                 raise record
             found = _text_of(record, own, where, tokenizer)
             malformed.check_size(found, where)
-            yield found
+            yield found._replace(where=where)
     if not seen:
         with malformed.tolerated():
             raise MalformedError("empty", f"{file}: the file is empty")
