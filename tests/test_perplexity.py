@@ -167,7 +167,7 @@ def test_a_chat_that_brings_its_start_has_it_once(tmp_path, bos):
         bos_id = 0 if bos else None
         adds_bos = bos
 
-        def apply_chat_template(self, messages, add_generation_prompt=True):
+        def apply_chat_template(self, messages, add_generation_prompt=True, tools=None):
             return "\0" + messages[0]["content"]
 
     tokenizer = Chat()
