@@ -119,6 +119,7 @@ LEAVES = [
     "communicator",
     "spool",
     "rows",
+    "durations",
     "errors",
 ]
 # They check everything else and depend on nothing.

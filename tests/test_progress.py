@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from xlstm_distill import progress
+from xlstm_distill import durations, progress
 from xlstm_distill.progress import Reporter
 
 
@@ -73,6 +73,45 @@ def test_a_terminal_shows_a_bar_for_each_name(monkeypatch):
     shown = stream.getvalue()
     assert "squad (1 of 2)" in shown and "drop (2 of 2)" in shown and "3/7" not in shown
     assert shown.index("squad") < shown.index("7/7") < shown.index("drop") < shown.rindex("7/7")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_a_narrow_terminal_cuts_no_number_of_the_end(width, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reporter, stream = Reporter(), io.StringIO()
+    reporter.console = Console(file=stream, force_terminal=True, width=width, no_color=True)
+    metrics = {"loss": 3.125, "kl": 0.25, "tokens_per_second": 1234.0, "validation": 1.5}
+    with reporter.bar("stage II: expert general") as update:
+        update({"step": 1250, "steps": 20000, "validated": 1000, **metrics})
+    last = stream.getvalue().split("\r")[-1]
+    for shown in ("expert general", "1250/20000", "-:--:--", "loss 3.125"):
+        assert shown in last
+    assert ("1,234 tokens/s" in last) == (width >= 80)
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"TERM": "xterm", "FORCE_COLOR": "1"}])
+def test_what_cannot_rewrite_a_line_gets_lines(variables, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return variables["TERM"] == "dumb"  # the other is a file
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream = Screen()
+    with Reporter(stream=stream).bar("align") as update:
+        update({"step": 1, "steps": 3})
+        assert stream.getvalue().startswith("align: 1/3")
+
+
+def test_days_are_told_from_hours_and_minutes():
+    said = [durations.clock(s) for s in (7.4, 59.6, 205, 3599.7, 3805, 86399, 2 * 86400 + 3805)]
+    assert said == ["0:07", "1:00", "3:25", "1:00:00", "1:03:25", "23:59:59", "2 d 1:03:25"]
+    assert [durations.duration(s) for s in (7, 205, 3599.7, 3805)] == [
+        "7.0 s",
+        "3:25 min",
+        "1:00:00",
+        "1:03:25",
+    ]
 
 
 def test_quiet_shows_nothing():

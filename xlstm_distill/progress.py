@@ -13,15 +13,22 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from .durations import clock
 
 Metrics = Mapping[str, Any]
 
 _LINE_EVERY = 15.0
 """Seconds between plain lines."""
+_NARROW = 120
+"""Columns of a terminal on which numbers get the room of the bar."""
 
 
 class Reporter:
@@ -29,7 +36,17 @@ class Reporter:
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.quiet = quiet
-        self.console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        stream = stream or sys.stderr
+        # A file stays one where FORCE_COLOR is set: bars would fill it.
+        terminal = None if stream is not None and stream.isatty() else False
+        self.console = Console(
+            file=stream, force_terminal=terminal, highlight=False, soft_wrap=True
+        )
+
+    @property
+    def _bars_move(self) -> bool:
+        """True on a terminal that can rewrite a line."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -63,7 +80,7 @@ class Reporter:
         other, each with its run. It may be called from any thread."""
         if self.quiet:
             yield lambda name, line: None
-        elif self.console.is_terminal:
+        elif self._bars_move:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 TextColumn("{task.fields[line]}", markup=False),
@@ -87,7 +104,7 @@ class Reporter:
     def counting(self, title: str) -> Iterator[Callable[[str], None]]:
         """A function that shows how far work is whose end is not known: "300 documents"."""
         with self.side_by_side() as show:
-            if self.console.is_terminal:
+            if self._bars_move:
                 yield lambda line: show(title, line)
                 return
             shown = time.monotonic()  # what takes no longer than a line does not need one
@@ -124,18 +141,26 @@ class Reporter:
         where it is known; else the first call is taken to come behind the first step."""
         if self.quiet:
             yield dict.fromkeys(titles, lambda m: None)
-        elif self.console.is_terminal:
-            columns = (
+        elif self._bars_move:
+            columns: list[ProgressColumn] = [
                 TextColumn("{task.description:<22}", markup=False),
-                BarColumn(bar_width=28),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}", markup=False),
                 TimeRemainingColumn(),
-            )
+                _FiguresColumn(),
+            ]
+            if self.console.width > _NARROW:
+                columns.insert(1, BarColumn(bar_width=28))
             with Progress(*columns, console=self.console) as progress:
                 yield {key: _bar(progress, title, done or 0) for key, title in titles.items()}
         else:
             yield {key: _Lines(self, title, done) for key, title in titles.items()}
+
+
+class _FiguresColumn(ProgressColumn):
+    """Loss, rate and so on. The one column that a narrow terminal cuts."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
 
 
 def _bar(progress: Progress, title: str, done: int) -> Callable[[Metrics], None]:
@@ -166,14 +191,15 @@ class _Lines:
         done = step - self.first
         parts = [f"{self.title}: {step}/{steps} {_figures(m)}".rstrip()]
         if done > 0 and step < steps:
-            parts.append(f"{_minutes((now - self.started) / done * (steps - step))} left")
+            parts.append(f"{clock((now - self.started) / done * (steps - step))} left")
         self.reporter.note(", ".join(parts))
 
 
 def _figures(m: Metrics) -> str:
     parts = []
-    for key, form in (
+    for key, form in (  # a narrow terminal shows the first of them
         ("loss", "loss {:.4g}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
         ("relative_error", "error {:.4f}"),
         ("kl", "KL {:.4f}"),
     ):
@@ -181,11 +207,4 @@ def _figures(m: Metrics) -> str:
             parts.append(form.format(m[key]))
     if isinstance(m.get("validation"), float):
         parts.append(f"validation {m['validation']:.4g} (step {m['validated']})")
-    if isinstance(m.get("tokens_per_second"), float):
-        parts.append(f"{m['tokens_per_second']:,.0f} tokens/s")
     return ", ".join(parts)
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}"

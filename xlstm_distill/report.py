@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .durations import duration
 from .errors import UserError, validated
 from .evaluate.comparison import Comparison
 from .evaluate.evidence import Evidence
@@ -264,7 +265,7 @@ def _page(template: str, **values: Any) -> str:
         number=_number,
         fixed=fixed,
         count=_count,
-        duration=_duration,
+        duration=duration,
         percent=lambda x: f"{100 * x:.1f} %",
     )
     page: str = environment.get_template(template).render(**values)
@@ -436,11 +437,11 @@ def _stage_table(facts: ReportData) -> Table:
             stage.what,
             _count(stage.steps),
             _count(stage.tokens),
-            _duration(stage.seconds),
+            duration(stage.seconds),
             _count(stage.peak_memory_mib),
         )
     total = sum(stage.seconds for stage in facts.stages)
-    _add(table, "together", "", "", "", _duration(total), "")
+    _add(table, "together", "", "", "", duration(total), "")
     return table
 
 
@@ -518,11 +519,3 @@ def fixed(value: float, digits: int) -> str:
 
 def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02} min"
