@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -21,7 +23,7 @@ import tiny_run
 
 import xlstm_distill
 from xlstm_distill.align import align
-from xlstm_distill.atomic import atomic_file
+from xlstm_distill.atomic import atomic_file, write_text
 from xlstm_distill.distill import distill
 from xlstm_distill.errors import UserError
 from xlstm_distill.linearize import linearize
@@ -253,6 +255,31 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
         pass
 
 
+def test_a_place_that_cannot_be_a_run_directory_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    refused = pytest.raises(UserError, match="file: is not a directory")
+    with refused, RunDirectory(tmp_path / "file"):
+        pass
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refused = pytest.raises(UserError, match=r"run/\.lock: no file locks here \(Function not")
+    with refused, RunDirectory(tmp_path / "run"):
+        pass
+
+
+def test_a_disk_that_became_read_only_is_one_line(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "temporary name")
+
+    for name in ("open", "unlink"):
+        monkeypatch.setattr(Path, name, read_only)
+    with pytest.raises(UserError, match="state: cannot write: Read-only"):
+        write_text(tmp_path / "state", "text")
+
+
 def test_log_survives_a_torn_line(tmp_path):
     with RunDirectory(tmp_path / "run") as directory:
         directory.log("align", step=1, loss=2.0)
@@ -292,6 +319,27 @@ def test_first_interrupt_waits_and_second_does_not():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
+
+
+def test_a_lost_terminal_asks_once_and_is_answered_once(capsys):
+    interrupt = Interrupt()
+    with interrupt.listening():
+        for _ in range(3):  # of the kernel and of the shell
+            os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    assert capsys.readouterr().err.count("stopping as soon as") == 1
+
+
+def test_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt = Interrupt()
+        with interrupt.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            interrupt.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---- whole runs ---------------------------------------------------------------------------------

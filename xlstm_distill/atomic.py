@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -150,7 +150,8 @@ def atomic_file(target: Path | str) -> Iterator[BinaryIO]:
         reason = error.strerror or str(error)
         raise UserError(f"{target}: cannot write: {reason}; nothing was changed") from error
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that became read-only; the first error says so
+            work.unlink()
 
 
 def write_text(target: Path | str, text: str) -> None:

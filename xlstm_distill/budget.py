@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,10 @@ def _save_seconds(place: Path, size: int) -> float:
             handle.flush()
             os.fsync(handle.fileno())
     except OSError as error:
-        raise UserError(f"{file}: cannot write: {error.strerror}") from None
+        raise UserError(f"{place}: cannot measure its disk: {error.strerror}") from None
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink()
     # Copying and hashing come on top of the writing.
     return (time.perf_counter() - started) * size / piece + size / 1e9
 

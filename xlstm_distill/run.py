@@ -658,7 +658,8 @@ def run(
     A first Ctrl-C stops at the next safe place and saves; KeyboardInterrupt is raised then. All
     processes that mpirun started together do the run together.
     """
-    interrupt, comm = Interrupt(), world()
+    comm = world()
+    interrupt = Interrupt(speaks=comm.first)
     if comm.first:
         check(recipe, stages_up_to(until), out)
         if source is not None and not RunDirectory(source).has_recipe:

@@ -12,9 +12,10 @@ import fcntl
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,16 +26,18 @@ from .recipe import Recipe, first_difference, load_recipe, save_recipe
 STAGES = ("data", "linearize", "align", "targets", "distill", "merge", "evaluate", "report")
 """The stages of a run, in order."""
 RECIPE, LOG, LOCK = "recipe.yaml", "log.jsonl", ".lock"
+_STOPPING = "stopping as soon as what is done can be saved; asked again, at once"
 
 
 class Interrupt:
     """Ctrl-C, made polite: the first one ends the work at the next safe place, a second at once.
 
     `check` raises KeyboardInterrupt once the user has asked; call it where stopping is safe.
+    `speaks`: the first one is answered with a line on stderr, since a step may take long.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, speaks: bool = True) -> None:
+        self.asked, self.speaks = False, speaks
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if the user has asked to stop."""
@@ -43,19 +46,30 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[Interrupt]:
-        """Take over SIGINT and SIGTERM inside the block (main thread only)."""
+        """Take over SIGINT, SIGTERM and SIGHUP inside the block (main thread only)."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked:
+            if not self.asked:
+                self.asked = True
+                self._answer()
+            elif number != signal.SIGHUP:  # a terminal that is lost may send several
                 raise KeyboardInterrupt
-            self.asked = True
 
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        asking = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            asking.append(signal.SIGHUP)
+        before = {s: signal.signal(s, ask) for s in asking}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _answer(self) -> None:
+        # The terminal may be gone, and the signal may have come amid another line.
+        with suppress(OSError, RuntimeError, ValueError):
+            if self.speaks:
+                print(_STOPPING, file=sys.stderr, flush=True)
 
 
 class RunDirectory:
@@ -74,6 +88,8 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileExistsError:
+            raise UserError(f"{self.path}: is not a directory; choose another --out") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot write: {error.strerror}") from None
         try:
@@ -83,6 +99,11 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: another process is working in this run directory; wait for it "
                 "or choose another --out"
+            ) from None
+        except OSError as error:  # some network file systems have none
+            os.close(self._lock)
+            raise UserError(
+                f"{self.path / LOCK}: no file locks here ({error.strerror}); choose another --out"
             ) from None
         return self
 
