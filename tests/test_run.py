@@ -549,7 +549,9 @@ def test_validate_names_every_problem_and_run_the_first_of_them(
         assert line.startswith(f"{recipe}: {start}")
     assert expected[0] in problems("run")[-1] and not (tmp_path / "out").exists()
     values["teacher"] = str(tmp_path / "nothing")
-    assert any("nothing" in line for line in problems())
+    missing = f"teacher: {values['teacher']}: no such file or directory"
+    assert any(missing in line for line in problems())
+    assert main(["estimate", str(recipe)]) == 2 and missing in capsys.readouterr().err
 
 
 def test_chats_need_a_template(root, tmp_path, capsys):

@@ -114,7 +114,7 @@ class _Problems:
     def of_models(self) -> Iterator[UserError]:
         """The teacher's files, and what the student is to be made of them."""
         try:
-            self.teacher = teacher = self.teacher or checkpoints.load(self.recipe.teacher)
+            self.teacher = teacher = self.teacher or open_teacher(self.recipe)
             tokenizer = tokenizer_of(teacher, self.recipe.teacher)
             settings = self.recipe.student.model_dump()
             student = student_config(teacher.config, teacher.source, **settings)
@@ -183,6 +183,16 @@ class _Problems:
             find_task(requests)
         elif self.teacher is not None and self.teacher.tokenizer is not None:
             needle(task, self.teacher.tokenizer, seed=self.recipe.seed)
+
+
+def open_teacher(recipe: Recipe) -> Checkpoint:
+    """The files of a recipe's teacher; a name that fetch knows is fetched."""
+    try:
+        return checkpoints.load(recipe.teacher)
+    except UserError as error:
+        # Wrong use: the name leads nowhere. Else its files have a fault.
+        todo = "; put it there, or name another with --set teacher=MODEL" if error.usage else ""
+        raise UserError(f"teacher: {error}{todo}", usage=error.usage) from None
 
 
 def tokenizer_of(checkpoint: Checkpoint, name: str) -> Tokenizer:

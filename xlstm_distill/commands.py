@@ -27,9 +27,10 @@ from . import sweep as sweeps
 from .assess import machine_facts, report_facts, write_report
 from .atomic import write_text
 from .checkpoints import LazyTensors
-from .checks import problems
+from .checks import open_teacher, problems
 from .communicator import world
 from .data import TokenData
+from .durations import duration
 from .errors import UserError, check_package
 from .evaluate import branches as silenced
 from .evaluate import compare as compare_results
@@ -112,7 +113,7 @@ def _finished(arguments: Arguments, out: Path, seconds: float) -> Result:
     page = out / "report" / "report.html"
     if not arguments.json:
         terminal_table(facts)
-    _say(arguments, f"report: {page} ({seconds / 60:.1f} minutes)")
+    _say(arguments, f"report: {page} ({duration(seconds)})")
     return {"run": out, "report": page, "seconds": seconds, **facts.model_dump(mode="json")}
 
 
@@ -183,7 +184,7 @@ def estimate(arguments: Arguments) -> Result:
     """Memory and disk of a recipe, from its teacher's sizes, and its time, from a short calibration
     with the teacher, where there is memory for that."""
     recipe = load_recipe(arguments.recipe, arguments.set)
-    checkpoint = checkpoints.load(recipe.teacher)
+    checkpoint = open_teacher(recipe)
     room = Room(recipe, checkpoint.config)
     largest = max(room.memory, key=lambda stage: room.memory[stage])
     found: Result = {
@@ -205,9 +206,11 @@ def estimate(arguments: Arguments) -> Result:
         )
         _facts(arguments, {"time": found["time"], **facts})
         return found
+    if not arguments.json:
+        print("measuring this machine, and the disk of this directory", file=sys.stderr)
     found.update(_measured_time(recipe, checkpoint))
     _facts(arguments, {f"{stage}, s": f"{s:,.0f}" for stage, s in found["seconds"].items()})
-    _facts(arguments, {"together": f"{found['total_seconds'] / 60:,.1f} minutes", **facts})
+    _facts(arguments, {"together": duration(found["total_seconds"]), **facts})
     return found
 
 

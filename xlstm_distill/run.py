@@ -25,7 +25,7 @@ import numpy as np
 from . import checkpoints, runtime
 from .align import MixerTraining, align, relative_errors, trained_layers
 from .checkpoints import Checkpoint
-from .checks import PROBE_ROWS, aligned_layers, check, tokenizer_of
+from .checks import PROBE_ROWS, aligned_layers, check, open_teacher, tokenizer_of
 from .communicator import Communicator, world
 from .config import ModelConfig
 from .data import Batch, Batches, Rows, TokenData, joined
@@ -150,7 +150,7 @@ class Run:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The teacher's files: sizes and tokenizer, and tensors that are read when asked for."""
-        return checkpoints.load(self.recipe.teacher)
+        return open_teacher(self.recipe)
 
     @cached_property
     def teacher(self) -> Model:

@@ -29,11 +29,11 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from . import checkpoints, runtime
+from . import runtime
 from .assess import CONTROL, MERGED, read_piece
 from .atomic import write_text
 from .checkpoints import Checkpoint
-from .checks import check
+from .checks import check, open_teacher
 from .communicator import world
 from .errors import UserError
 from .evaluate import Fidelity
@@ -244,7 +244,7 @@ def _check(recipes: dict[Path, Recipe]) -> None:
         teacher = recipe.teacher
         check(recipe, place=place, teacher=opened.get(teacher))
         if teacher not in opened:
-            opened[teacher] = checkpoints.load(teacher)
+            opened[teacher] = open_teacher(recipe)
 
 
 # Runs that are left, in order, each with the note that it begins with; they become pairs of a run
