@@ -144,6 +144,17 @@ def test_disk_full_while_writing(root, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_characters_that_stdout_does_not_know_end_no_command(root):
+    command = [sys.executable, "-m", "xlstm_distill", "generate", str(root / "teacher")]
+    done = subprocess.run(  # a random model: what it writes is hardly ever ASCII
+        [*command, "--prompt", "Hi", "--max-new-tokens", "20"],
+        env={**os.environ, "PYTHONPATH": PACKAGE, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == "" and "?" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("variables", "threads"),
     [

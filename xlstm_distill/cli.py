@@ -8,6 +8,7 @@ Of the ranks of a job (communicator.py) the first prints; one that fails ends th
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-_RECIPE = "recipe: a YAML file, or the name of a shipped one"
+_RECIPE = "a YAML file, or the name of a shipped one (`xlstm-distill recipes`)"
 _Add = Callable[[str, str, Callable[[Arguments], Any]], argparse.ArgumentParser]
 
 
@@ -276,6 +277,8 @@ def _plain(value: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character it does not know ends no command
+        sys.stdout.reconfigure(errors="replace")
     arguments = parser().parse_args(argv)
     comm = ALONE
     try:
