@@ -6,6 +6,7 @@ wandb would go online a small module stands in its place.
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import importlib.util
 import json
@@ -132,6 +133,19 @@ def test_half_an_event_file_is_replaced(tmp_path):
     assert shown(folder) == {"loss": [(n, float(n)) for n in range(1, 7)]}
     assert [e.wall_time for e in events(folder)][:3] == [101.0, 102.0, 103.0]
     assert (folder / "notes.txt").exists()
+
+
+def test_a_full_disk_ends_a_run_that_has_event_files(values, tmp_path, monkeypatch):
+    def full(handle):
+        if "tensorboard" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", full)
+    recipe = make_recipe({**values, "trackers": ["tensorboard"]})
+    with pytest.raises(UserError, match=r"trackers: tensorboard: .*cannot write: No space left"):
+        run(recipe, tmp_path / "out", until="data")
 
 
 def test_tensorboard_does_not_bring_torch():

@@ -7,9 +7,11 @@ done again. The packages are optional, and nothing leaves the machine unless the
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,43 +118,83 @@ class TensorBoard:
 
     def __init__(self, run: Path) -> None:
         self.place = run / "tensorboard"
-        self._writers: dict[str, Any] = {}
+        self._writers: dict[str, _EventFile] = {}
 
     def begin(self, stage: str, logged: Sequence[Metrics], first: int) -> None:
-        writer = _summary_writer()
         folder = self.place.joinpath(*stage.split())
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._writers[stage] = writer(str(folder), flush_secs=_FLUSH_SECONDS)
+        with self._writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self._writers[stage] = _EventFile(folder)
         for metrics in logged:
             if metrics["step"] < first:
                 self.step(stage, metrics)
 
     def step(self, stage: str, metrics: Metrics) -> None:
-        for key, value in scalars(metrics):
-            self._writers[stage].add_scalar(
-                key, value, metrics["step"], walltime=metrics.get("time")
-            )
+        with self._writing(self._writers[stage].folder):
+            self._writers[stage].add(metrics)
 
     def end(self, stage: str) -> None:
-        self._writers.pop(stage).close()
+        file = self._writers.pop(stage)
+        with self._writing(file.folder):
+            file.close()
 
     def close(self) -> None:
         return
 
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"trackers: tensorboard: {folder}: cannot write: {error.strerror}"
+            raise UserError(message) from None
 
-def _summary_writer() -> Any:
-    """tensorboardX's writer, without torch, which it imports where that is installed."""
+
+class _EventFile:
+    """An event file, written by the caller.
+
+    tensorboardX's SummaryWriter leaves that to a thread: when the disk is full the thread ends, and
+    who hands it one more step waits for ever.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _import_without_torch()
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        self.folder = folder
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        self._flushed = float("-inf")
+
+    def add(self, metrics: Metrics) -> None:
+        """The numbers of one step."""
+        when = metrics.get("time", time.time())
+        for key, value in scalars(metrics):
+            summary = self._scalar(key, value)
+            event = self._event(summary=summary, step=metrics["step"], wall_time=when)
+            self._writer.write_event(event)
+        if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        self._writer.close()
+
+
+def _import_without_torch() -> None:
+    """Import tensorboardX without torch, which it imports where that is installed."""
     if "torch" in sys.modules or "tensorboardX" in sys.modules:
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter
+        return
     sys.modules["torch"] = None  # type: ignore[assignment]  # its import fails
     try:
-        from tensorboardX import SummaryWriter
+        importlib.import_module("tensorboardX")
     finally:
         del sys.modules["torch"]
-    return SummaryWriter
 
 
 class Wandb:
