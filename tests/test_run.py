@@ -23,9 +23,10 @@ from tiny_run import TEXT
 
 from xlstm_distill import checkpoints, cleaning, packages, progress, runtime, sources, texts
 from xlstm_distill.align import MixerAdamW, relative_errors
-from xlstm_distill.assess import stage_one_errors, stage_one_validations
+from xlstm_distill.assess import read_fidelity, stage_one_errors, stage_one_validations
 from xlstm_distill.cli import main
 from xlstm_distill.data import Rows, TokenData
+from xlstm_distill.errors import UserError
 from xlstm_distill.model import Model, load
 from xlstm_distill.optim import learning_rate
 from xlstm_distill.progress import Reporter
@@ -742,6 +743,14 @@ def test_online_targets_train_the_same_experts_and_store_nothing(root, tmp_path,
     assert found[0] == found[1]
     statistic = {"topk": "mass", "sampled": "distinct"}[form]
     assert all(m[statistic] > 0 for m in steps(tmp_path / "online-False", "targets notes"))
+
+
+@pytest.mark.parametrize("contents", ["{", "{}"])
+def test_a_damaged_measurement_is_one_line_with_what_to_do(tmp_path, contents):
+    file = tmp_path / "fidelity-64.json"
+    file.write_text(contents)
+    with pytest.raises(UserError, match=r"fidelity-64\.json: damaged.*delete it and run again"):
+        read_fidelity(file)
 
 
 def test_a_form_of_targets_that_the_loss_does_not_take_is_named(root, tmp_path, capsys):

@@ -21,7 +21,7 @@ from . import checkpoints, runtime
 from .atomic import write_text
 from .config import ModelConfig
 from .data import Rows, TokenData
-from .errors import UserError
+from .errors import UserError, validated
 from .evaluate import (
     Comparison,
     Fidelity,
@@ -266,6 +266,11 @@ def read_piece(file: Path) -> Any:
         raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
 
 
+def read_fidelity(file: Path) -> Fidelity:
+    """The same of a piece that is a measurement of fidelity."""
+    return validated(Fidelity, read_piece(file), f"{file}: damaged, delete it and run again")
+
+
 # ---- the report ---------------------------------------------------------------------------------
 
 
@@ -285,7 +290,7 @@ def report_facts(run: Run) -> ReportData:
         )
     parts = run.path / "evaluation" / "parts"
     sections = sorted(run.recipe.evaluate.fidelity, key=lambda s: -s.context)
-    measured = [Fidelity(**read_piece(parts / f"fidelity-{s.context}.json")) for s in sections]
+    measured = [read_fidelity(parts / f"fidelity-{s.context}.json") for s in sections]
     main = measured[0] if measured else None
     gates = parts / "gates.json"
     samples = [read_piece(file) for file in sorted(parts.glob("sample-*.json"))]

@@ -30,13 +30,12 @@ from rich.table import Table
 from rich.text import Text
 
 from . import runtime
-from .assess import CONTROL, MERGED, read_piece
+from .assess import CONTROL, MERGED, read_fidelity
 from .atomic import write_text
 from .checkpoints import Checkpoint
 from .checks import check, open_teacher
 from .communicator import world
 from .errors import UserError
-from .evaluate import Fidelity
 from .processes import RunProcess
 from .progress import Reporter
 from .recipe import ALL, Recipe, first_difference, get_key, make_recipe, read_values, set_key
@@ -440,7 +439,7 @@ def results(points: Sequence[Point], out: Path, failed: dict[str, str]) -> dict[
 def _measured(place: Path, recipe: Recipe) -> dict[str, Any]:
     context = max(section.context for section in recipe.evaluate.fidelity)
     file = place / "evaluation" / "parts" / f"fidelity-{context}.json"
-    fidelity = Fidelity(**read_piece(file))
+    fidelity = read_fidelity(file)
     models = {
         name: {
             domain: {m: getattr(measure, m) for m in _METRICS}
