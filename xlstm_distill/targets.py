@@ -255,7 +255,7 @@ def write_targets(
         name, indices = _name(step), indices_of(step)
         entry = {"file": name, "rows": len(indices), "sha256": hashlib.sha256(shard).hexdigest()}
         others = [shard for shard in done if shard["file"] != name]
-        done = sorted([*others, entry], key=lambda shard: int(shard["file"][6:-4]))
+        done = sorted([*others, entry], key=lambda shard: (len(shard["file"]), shard["file"]))
         if comm.first:
             with atomic_file(folder / name) as handle:
                 handle.write(shard)
