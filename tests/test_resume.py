@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -321,9 +323,19 @@ def test_first_interrupt_waits_and_second_does_not():
             time.sleep(0.5)
 
 
+@contextmanager
+def hangup(handler: signal.Handlers) -> Iterator[Interrupt]:
+    """A listening interrupt in a process whose SIGHUP was left so; the tests may be under nohup."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with Interrupt().listening() as interrupt:
+            yield interrupt
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_lost_terminal_asks_once_and_is_answered_once(capsys):
-    interrupt = Interrupt()
-    with interrupt.listening():
+    with hangup(signal.SIG_DFL) as interrupt:
         for _ in range(3):  # of the kernel and of the shell
             os.kill(os.getpid(), signal.SIGHUP)
         with pytest.raises(KeyboardInterrupt):
@@ -332,14 +344,9 @@ def test_a_lost_terminal_asks_once_and_is_answered_once(capsys):
 
 
 def test_nohup_outlives_its_terminal():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        interrupt = Interrupt()
-        with interrupt.listening():
-            os.kill(os.getpid(), signal.SIGHUP)
-            interrupt.check()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with hangup(signal.SIG_IGN) as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        interrupt.check()
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
