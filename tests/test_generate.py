@@ -8,6 +8,7 @@ import tiny_run
 from models import random_model
 from tolerances import PREFILL_STEP_F32
 
+from xlstm_distill.errors import UserError
 from xlstm_distill.generate import Batch, Row, StopStrings, random_stream
 from xlstm_distill.testing import assert_close
 
@@ -83,3 +84,15 @@ def test_a_growing_text_is_told_as_far_as_it_stands():
 
 def test_no_rows_are_no_texts():
     assert random_model("hybrid").generate_batch([], 4) == []
+
+
+def test_prompts_are_whole_numbers_and_seeds_have_63_bits():
+    model = random_model("hybrid")
+    for prompt in ([1.5], [2**40], "abc"):
+        with pytest.raises((ValueError, UserError), match=r"expected integers|outside 0..60"):
+            model.generate_batch([prompt], 3)
+    for seed in (-1, 1 << 63):
+        with pytest.raises(UserError, match="expected 0 to 2\\^63 - 1"):
+            model.generate_batch([[1]], 3, seed=seed)
+    model.generate_batch([[1]], 3, seed=(1 << 63) - 1)
+    assert model.generate_batch([], 3) == []

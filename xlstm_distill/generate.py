@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from . import ops
 from .errors import UserError
+from .rows import checked_ids
 
 if TYPE_CHECKING:
     from .model import Model
@@ -22,13 +23,15 @@ _COMPACT_BELOW = 0.75
 """Finished rows are dropped from the batch once fewer than this share of its rows is running."""
 
 
-def _check(temperature: float, top_p: float, max_new_tokens: int) -> None:
+def _check(temperature: float, top_p: float, max_new_tokens: int, seed: int) -> None:
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}, expected 0 or more")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}, expected more than 0 and at most 1")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
+    if not 0 <= seed < 1 << 63:  # beyond it NumPy makes a float of the key: many seeds are one
+        raise UserError(f"seed is {seed}, expected 0 to 2^63 - 1")
 
 
 class StopStrings:
@@ -134,7 +137,7 @@ class Batch:
         lengths = np.array([len(row.prompt) for row in rows], dtype=np.int32)
         ids = np.zeros((len(rows), int(lengths.max(initial=1))), dtype=np.int32)
         for i, row in enumerate(rows):
-            ids[i, : lengths[i]] = row.prompt
+            ids[i, : lengths[i]] = checked_ids(row.prompt, model.config.vocab_size)
         hidden, state = model.hidden_after(ids, model.new_state(*ids.shape), lengths)
         for i, row in enumerate(rows):
             if row.echo and row.scores_top is not None:
@@ -240,7 +243,9 @@ def generate_batch(
     after which `ends(the row's new tokens)` is true ends it too, and is.
     on_tokens(n) hears of n new tokens after each step.
     """
-    _check(temperature, top_p, max_new_tokens)
+    _check(temperature, top_p, max_new_tokens, seed)
+    if len(prompts) == 0:
+        return []
     if not all(len(p) for p in prompts):
         raise UserError("a prompt is empty; begin with the model's bos or eos token")
     stops = set(model.config.eos_token_ids if stop_ids is None else stop_ids)
@@ -268,7 +273,7 @@ def generate(
     """Continue one prompt and return the new text; `stream` hears each piece as it is decoded."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: use generate_batch with token ids")
-    _check(temperature, top_p, max_new_tokens)
+    _check(temperature, top_p, max_new_tokens, seed)
     tokenizer = model.tokenizer
     ids = list(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     if not ids:
