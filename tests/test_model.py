@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+
 import numpy as np
 import pytest
 from models import MIXERS, random_batch, random_model
@@ -14,6 +18,7 @@ from tolerances import (
 
 from xlstm_distill import runtime
 from xlstm_distill.errors import UserError
+from xlstm_distill.state import load_state
 
 
 def relative(actual, expected) -> float:
@@ -188,8 +193,6 @@ def test_prefill_in_pieces_equals_prefill_at_once(mixer):
 
 @pytest.mark.parametrize("mixer", ["hybrid", "lolcats"])
 def test_state_survives_saving(mixer, tmp_path):
-    from xlstm_distill.state import load_state
-
     model = random_model(mixer)
     ids, _, _ = random_batch(model, 2, 20)
     _, state = model.prefill(ids)
@@ -198,6 +201,102 @@ def test_state_survives_saving(mixer, tmp_path):
     assert np.array_equal(
         model.step([3, 4], again)[0], model.step([3, 4], model.fork(state, [0, 1]))[0]
     )
+
+
+def test_a_damaged_saved_state_is_one_line_that_names_the_file(tmp_path):
+    model = random_model("hybrid")
+    _, state = model.prefill([[1, 2, 3], [4, 5, 6]])
+    path, damaged = tmp_path / "state.npz", tmp_path / "damaged.npz"
+    state.save(path)
+    saved = dict(np.load(path))
+    header = json.loads(str(saved["header"]))
+    files = [b"", path.read_bytes()[:500]]
+    for change in [
+        {"header": np.array("{}")},
+        {"header": np.array("[]")},
+        {"header": np.array(json.dumps({**header, "capacity": "a"}))},
+        {"header": np.array(json.dumps({**header, "capacity": -4}))},
+        {"lengths": np.array([-5, 3])},
+        {"lengths": np.array([2**31, 3])},
+        {"lengths": np.array([1.5, 3])},
+        {"lengths": np.array(3)},
+        {"layers.0.c": np.zeros(3, np.float32)},
+        {"layers.0.c": saved["layers.0.c"] * np.nan},
+        {"layers.0.c": saved["layers.0.c"].astype(str)},
+    ]:
+        np.savez(damaged, **{**saved, **change})
+        files.append(damaged.read_bytes())
+    for contents in files:
+        damaged.write_bytes(contents)
+        with pytest.raises(UserError, match=r"damaged\.npz: [^\n]*$"):
+            load_state(damaged, model)
+
+
+@pytest.mark.parametrize("mixer", ["hybrid", "attention"])
+def test_a_state_of_another_model_is_refused(mixer):
+    model = random_model("hybrid without sinks")
+    others = [
+        random_model(mixer),
+        random_model("hybrid without sinks", hidden_size=32),
+        model.copy(dtype=np.float64),
+    ]
+    ids = [[1, 2, 3], [4, 5, 6]]
+    _, own = model.prefill(ids)
+    for other in others:
+        _, state = other.prefill(ids)
+        with pytest.raises(ValueError, match="another configuration or dtype"):
+            model.step([1, 2], state)
+        with pytest.raises(ValueError, match="another configuration or dtype"):
+            model.fork(state, [0])
+        with pytest.raises(ValueError, match="another configuration or dtype"):
+            own.joined(model, state)
+    with pytest.raises(ValueError, match="the state has 2 rows, ids have 1"):
+        model.hidden_after([[1]], own)
+    model.copy(compute="bf16").step([1, 2], own)  # other weights: such a state it can read
+
+
+def test_a_state_has_a_row_at_least():
+    model = random_model("hybrid")
+    _, state = model.prefill([[1, 2, 3]])
+    for make in (lambda: model.new_state(0), lambda: model.fork(state, [])):
+        with pytest.raises(ValueError, match="a state of 0 rows, expected 1 or more"):
+            make()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_no_tokens_give_empty_results(shape):
+    teacher, student = random_model(), random_model("hybrid")
+    ids = np.zeros(shape, dtype=np.int32)
+    assert student.logits(ids).shape == (*shape, student.config.vocab_size)
+    assert student.hidden(ids).shape == (*shape, student.config.hidden_size)
+    assert student.topk(ids, 3)[0].shape == (*shape, 3)
+    assert teacher.divergence([student], ids)["kl"].shape == (1, *shape)
+    assert student.score(ids).shape == (shape[0], max(0, shape[1] - 1))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+@pytest.mark.parametrize("compute", ["f32", "bf16", "int8"])
+def test_models_and_states_survive_pickling_and_deep_copies(duplicate, compute):
+    model = random_model("hybrid").copy(compute=compute)
+    ids = [[1, 2, 3], [4, 5, 6]]
+    logits, state = model.prefill(ids)
+    other = duplicate(model)
+    assert np.array_equal(other.prefill(ids)[0], logits)
+    # Where NumPy puts a copy is chance: each of several must be where the core reads.
+    following = [other.step([7, 8], duplicate(state))[0] for _ in range(8)]
+    expected, _ = model.step([7, 8], state)
+    assert all(np.array_equal(found, expected) for found in following)
+    assert (other.compute, other.fingerprint()) == (compute, model.fingerprint())
+    other.params["model.norm.weight"][:] = 0
+    assert model.params["model.norm.weight"].all()
+    assert not other.logits(ids).any()
+
+
+def test_lengths_are_whole_numbers():
+    model = random_model("hybrid")
+    for lengths in ([1.5, 2], [1, 2**40]):
+        with pytest.raises(ValueError, match="do not fit ids of shape"):
+            model.logits([[1, 2, 3], [4, 5, 6]], lengths=lengths)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

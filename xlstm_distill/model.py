@@ -127,6 +127,15 @@ class Model:
         self._work = aligned_bytes(0)
         self._lock = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("config", "tokenizer", "compute", "dtype", "provenance", "source", "params")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        params = given.pop("params")
+        self.__init__(**given)  # type: ignore[misc]  # core, its configuration and lock are new
+        self.params = params
+
     def _configure(self, compute: Compute) -> None:
         if compute not in _COMPUTE:
             raise UserError(f"compute {compute!r} is not known: {', '.join(_COMPUTE)}")
@@ -267,7 +276,7 @@ class Model:
     def _groups(self, ids: IntArray) -> Iterable[slice]:
         """Slices of rows of at most _TOKENS_AT_ONCE tokens."""
         step = max(1, _TOKENS_AT_ONCE // max(1, ids.shape[1]))
-        return (slice(i, i + step) for i in range(0, len(ids), step))
+        return (slice(i, i + step) for i in range(0, max(1, len(ids)), step))
 
     def hidden(
         self,
@@ -322,7 +331,8 @@ class Model:
         Raises UserError for a token id outside the vocabulary.
         """
         hidden = self.hidden(ids, gate, reset, lengths)
-        return self.head_logits(hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
+        flat = hidden.reshape(-1, self.config.hidden_size)
+        return self.head_logits(flat).reshape(*hidden.shape[:2], self.config.vocab_size)
 
     def score(
         self,
@@ -346,9 +356,12 @@ class Model:
         self, tokens: IntArray, state: DecodeState, lengths: IntArray | None
     ) -> tuple[NDArray[Any], DecodeState]:
         """Hidden states of a segment after `state`; long segments are taken in steps."""
+        state.check(self)
+        if state.rows != len(tokens):
+            raise ValueError(f"the state has {state.rows} rows, ids have {len(tokens)}")
         state = state.grown(self, int(state.lengths.max(initial=0)) + tokens.shape[1])
         parts = []
-        for t in range(0, tokens.shape[1], _PREFILL_STEP):
+        for t in range(0, max(1, tokens.shape[1]), _PREFILL_STEP):
             piece = np.ascontiguousarray(tokens[:, t : t + _PREFILL_STEP])
             n = None if lengths is None else np.clip(lengths - t, 0, piece.shape[1])
             n = None if n is None else n.astype(np.int32)
@@ -373,8 +386,6 @@ class Model:
         tokens = self._ids(ids)
         n = checked_lengths(lengths, tokens)
         state = self.new_state(len(tokens), tokens.shape[1]) if state is None else state
-        if state.rows != len(tokens):
-            raise ValueError(f"the state has {state.rows} rows, ids have {len(tokens)}")
         if tokens.shape[1] == 0 or (n is not None and (n == 0).any()):
             raise ValueError("every row of a prefill needs at least one token")
         hidden, state = self._extend(tokens, state, n)
@@ -496,9 +507,10 @@ class Model:
         labels = next_tokens(tokens, None).reshape(-1)
         d, n = self.config.hidden_size, tokens.size
         mine = self.hidden(tokens, None, reset).reshape(n, d)
+        hidden = [s.hidden(tokens, None, reset) for s in students]
         theirs = [
-            (s.capsule, s.params.raw, s.hidden(tokens, None, reset).reshape(n, -1))
-            for s in students
+            (s.capsule, s.params.raw, h.reshape(n, h.shape[-1]))
+            for s, h in zip(students, hidden, strict=True)
         ]
         names = ("kl", "agree", "nll")
         out = {name: np.zeros((len(theirs), n), dtype=self.dtype) for name in names}
@@ -627,6 +639,7 @@ class Model:
             raise ValueError("state and state_behind must be two states, or both None")
         seen = int(state.lengths.max(initial=0)) + tokens.shape[1]
         for given in (state, behind):
+            given.check(self)
             if given.rows != len(tokens):
                 raise ValueError(f"the state has {given.rows} rows, ids have {len(tokens)}")
             room = given.capacity

@@ -65,6 +65,14 @@ class Parameters:
             self.entries.append(Entry(name, tuple(shape), role, group, *place))
         self._index = {e.name: i for i, e in enumerate(self.entries)}
 
+    def __getstate__(self) -> tuple[list[Any], int, str, NDArray[np.uint8]]:
+        return self._plan, self._size, self.dtype.str, self.raw
+
+    def __setstate__(self, given: tuple[list[Any], int, str, NDArray[np.uint8]]) -> None:
+        plan, size, dtype, raw = given
+        self.__init__(plan, size, dtype)  # type: ignore[misc]  # NumPy's copies are not aligned
+        self.raw[:] = raw
+
     @classmethod
     def of(
         cls, tensors: Iterable[tuple[str, tuple[int, ...], str, int]], dtype: DTypeLike

@@ -33,10 +33,11 @@ def checked_lengths(lengths: ArrayLike | None, ids: IntArray) -> IntArray | None
     """Valid steps of each row, int32 [B]; None: all. Raises ValueError where they do not fit."""
     if lengths is None:
         return None
-    n = np.ascontiguousarray(lengths, dtype=np.int32)
-    if n.shape != ids.shape[:1] or (n < 0).any() or (n > ids.shape[1]).any():
+    n = np.asarray(lengths)
+    whole = n.dtype.kind in "iu" or n.size == 0
+    if n.shape != ids.shape[:1] or not whole or (n < 0).any() or (n > ids.shape[1]).any():
         raise ValueError(f"lengths {n.tolist()} do not fit ids of shape {ids.shape}")
-    return n
+    return np.ascontiguousarray(n, dtype=np.int32)
 
 
 def checked_reset(reset: ArrayLike | None, ids: IntArray) -> NDArray[np.bool_] | None:

@@ -7,6 +7,7 @@ memory does not grow. Full attention keeps every key; its part grows by doubling
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .atomic import atomic_file
 from .errors import UserError
 from .parameters import Parameters
 
@@ -50,6 +52,8 @@ class DecodeState:
     """State of B rows. `lengths` [B] int32: tokens seen by each row."""
 
     def __init__(self, model: Model, rows: int, capacity: int) -> None:
+        if rows < 1:
+            raise ValueError(f"a state of {rows} rows, expected 1 or more")
         self.model_config = model.config
         self.capacity = capacity
         plan, size = model.core.plan_list(model.capsule, rows, capacity)
@@ -73,7 +77,15 @@ class DecodeState:
         """Memory of the state in bytes."""
         return int(self.tensors.raw.nbytes)
 
+    def check(self, model: Model) -> None:
+        """ValueError unless this is a state of `model`, or of one that differs in its weights."""
+        # States of two models may have the same size: the core would read one as the other.
+        mine, theirs = self.model_config, model.config
+        if self.tensors.dtype != model.dtype or (mine is not theirs and mine != theirs):
+            raise ValueError("the state belongs to a model of another configuration or dtype")
+
     def _take(self, model: Model, rows: Sequence[int] | NDArray[Any], capacity: int) -> DecodeState:
+        self.check(model)
         index = np.asarray(rows, dtype=np.int64)
         other = DecodeState(model, len(index), capacity)
         other.lengths[:] = self.lengths[index]
@@ -107,6 +119,8 @@ class DecodeState:
     def joined(self, model: Model, other: DecodeState) -> DecodeState:
         """A new state of these rows and, behind them, those of `other`, with room for the tokens
         that they have: a longer row that was dropped leaves none behind."""
+        self.check(model)
+        other.check(model)
         longest = int(max(self.lengths.max(), other.lengths.max()))
         both = DecodeState(model, self.rows + other.rows, state_capacity(model.config, longest))
         both.put(range(self.rows), self)
@@ -119,14 +133,14 @@ class DecodeState:
         return self if capacity <= self.capacity else self._take(model, range(self.rows), capacity)
 
     def save(self, path: str | Path) -> None:
-        """Write as .npz with its convention and configuration (written to the name given)."""
+        """Write as .npz with its convention and configuration, to the name given (atomic)."""
         header = {
             "convention": STATE_CONVENTION,
             "capacity": self.capacity,
             "config": self.model_config.model_dump(mode="json"),
         }
         arrays: dict[str, Any] = {e.name: self.tensors.view(e) for e in self.tensors.entries}
-        with open(path, "wb") as f:
+        with atomic_file(path) as f:
             np.savez(f, header=np.array(json.dumps(header)), lengths=self.lengths, **arrays)
 
 
@@ -137,18 +151,32 @@ def load_state(path: str | Path, model: Model) -> DecodeState:
             arrays = {name: data[name] for name in data.files}
         header = json.loads(str(arrays.pop("header")))
         lengths = arrays.pop("lengths")
-    except (OSError, ValueError, KeyError) as e:
+        convention, config, capacity = (header[key] for key in ("convention", "config", "capacity"))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: not a saved state ({e})") from e
-    if header["convention"] != STATE_CONVENTION:
-        raise UserError(
-            f"{path}: convention {header['convention']!r}, expected {STATE_CONVENTION!r}"
-        )
-    if header["config"] != model.config.model_dump(mode="json"):
+    if convention != STATE_CONVENTION:
+        raise UserError(f"{path}: convention {convention!r}, expected {STATE_CONVENTION!r}")
+    if config != model.config.model_dump(mode="json"):
         raise UserError(f"{path}: the state belongs to a model of another configuration")
-    state = DecodeState(model, len(lengths), int(header["capacity"]))
+    if not isinstance(capacity, int) or not 1 <= capacity <= np.iinfo(np.int32).max:
+        raise UserError(f"{path}: capacity is {capacity!r}, expected 1 or more")
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths):
+        raise UserError(f"{path}: lengths have shape {lengths.shape} and dtype {lengths.dtype}")
+    most = capacity if full_attention(model.config) else np.iinfo(np.int32).max
+    if lengths.min() < 0 or lengths.max() > most:
+        raise UserError(f"{path}: lengths {lengths.tolist()} are outside 0..{most}")
+    state = DecodeState(model, len(lengths), capacity)
     state.lengths[:] = lengths
-    for name in state.tensors:
+    for name, shape in ((e.name, e.shape) for e in state.tensors.entries):
         if name not in arrays:
             raise UserError(f"{path}: tensor {name} is missing")
-        state.tensors[name] = arrays[name]
+        value = arrays[name]
+        if value.shape != shape or value.dtype.kind != "f":
+            raise UserError(
+                f"{path}: tensor {name} has shape {value.shape} and dtype {value.dtype}, "
+                f"expected {shape} of floats"
+            )
+        if np.isnan(value).any():
+            raise UserError(f"{path}: tensor {name} holds nan")
+        state.tensors[name] = value
     return state
