@@ -223,6 +223,18 @@ def test_gguf_of_the_wrong_kind(tmp_path: Path) -> None:
         checkpoints.load(tmp_path / "nothing.gguf")
 
 
+def test_an_unknown_quantisation_names_the_tensor(tmp_path: Path) -> None:
+    config = make_config()
+    path = write_gguf(tmp_path / "m.gguf", config, make_tensors(config))
+    reader = gguf.GGUFReader(path)
+    kind = reader.tensors[2].field.parts[4]
+    at = kind.ctypes.data - reader.data.ctypes.data
+    damaged = bytearray(path.read_bytes())
+    damaged[at : at + 4] = (200).to_bytes(4, "little")
+    path.write_bytes(damaged)
+    refused(path, f"tensor {reader.tensors[2].name} has the unknown type 200")
+
+
 def test_truncated_gguf_names_the_tensor(tmp_path: Path) -> None:
     config = make_config()
     path = write_gguf(tmp_path / "m.gguf", config, make_tensors(config))

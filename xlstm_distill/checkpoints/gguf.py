@@ -39,13 +39,16 @@ class _Reader(gguf.GGUFReader):
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
         for field in fields:
             _, name, _, sizes, kind, offset = field.parts
-            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
+            text = bytes(name).decode("utf-8", errors="replace")
+            try:
+                block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind[0])]
+            except ValueError:
+                raise ValueError(f"tensor {text} has the unknown type {kind[0]}") from None
             count = 1
             for size in sizes.tolist():
                 count *= size
             end = start_offs + int(offset[0]) + count // block * block_bytes
             if end > self.data.size:
-                text = bytes(name).decode("utf-8", errors="replace")
                 raise ValueError(
                     f"cut off in tensor {text}: it ends at byte {end}, the file at {self.data.size}"
                 )
@@ -89,7 +92,10 @@ def _open(path: Path) -> gguf.GGUFReader:
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
     if magic != _MAGIC:
-        raise UserError(f"{path}: not a GGUF file (it starts with {magic!r}, expected {_MAGIC!r})")
+        raise UserError(
+            f"{path}: not a GGUF file (it starts with {magic!r}, expected {_MAGIC!r}); of other "
+            "models name the directory that holds config.json"
+        )
     try:
         # Hostile lengths overflow in NumPy scalars; the reader then fails on what it finds.
         with np.errstate(over="ignore"):
