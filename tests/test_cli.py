@@ -172,6 +172,37 @@ def test_threads_of_the_environment(variables, threads):
     assert done.stdout.split() == [str(threads), next(k for k, v in variables.items() if v)]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("XLSTM_DISTILL_THREADS", "two"),
+        ("XLSTM_DISTILL_THREADS", "0"),
+        ("OMP_NUM_THREADS", str(10**30)),
+        ("XLSTM_DISTILL_ISA", "sse"),
+    ],
+)
+def test_a_wrong_variable_is_one_line(name, value):
+    plain = {k: v for k, v in os.environ.items() if k != "XLSTM_DISTILL_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "xlstm_distill", "doctor"],
+        env={**plain, "PYTHONPATH": PACKAGE, name: value},
+        capture_output=True,
+        text=True,
+    )
+    told = [line for line in done.stderr.splitlines() if line and not line.startswith("libgomp")]
+    assert (done.returncode, len(told)) == (2, 1)
+    assert told[0].startswith(f"xlstm-distill: error: {name} is '{value}', expected ")
+
+
+def test_commands_that_draw_nothing_do_not_wait_for_matplotlib():
+    program = "import sys, xlstm_distill.cli; print('matplotlib' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": PACKAGE}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize("variables", [{}, {"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "active"}])
 def test_how_threads_wait_is_the_users(variables):
     """The core is loaded with short spins where nobody asked for others, and the environment, which

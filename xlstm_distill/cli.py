@@ -129,12 +129,17 @@ def _add_models(add: _Add) -> None:
     add("doctor", "what this machine can do", commands.doctor)
     p = add("generate", "continue a prompt", commands.generate)
     p.add_argument("model", help=model)
-    p.add_argument("--prompt", required=True)
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="what is to be continued")
     p.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format")
-    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(%(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="the share that is drawn from (%(default)s)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     _dtype(p)
     p = add("serve", "an OpenAI-compatible server on loopback", commands.serve)
     p.add_argument("model", help=model)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from . import bench as benchmarks
-from . import budget, checkpoints, packages, plots, runtime
+from . import budget, checkpoints, packages, runtime
 from . import sweep as sweeps
 from .assess import machine_facts, report_facts, write_report
 from .atomic import write_text
@@ -463,6 +463,8 @@ def evaluate(arguments: Arguments) -> Result:
         _say(arguments, f"{'  ' * depth}{task}: {figures}")
     name = out.stem.removeprefix("results_")
     if grid := needle_grid(results["samples"]):
+        from . import plots  # slow to import
+
         place = plots.save(plots.needle_grid(grid, name), out.with_name(f"needle_{name}.svg"))
         _say(arguments, f"grid: {place}")
     found = {"out": out, "results": results["results"]}
@@ -740,6 +742,8 @@ def bench(arguments: Arguments) -> Result:
     if arguments.chart:
         if "context" not in suites:
             raise UserError("--chart needs the suite 'context'; name it, or no suite", usage=True)
+        from . import plots  # slow to import
+
         if Path(arguments.chart).suffix not in plots.FORMATS:
             expected = ", ".join(plots.FORMATS)
             raise UserError(f"--chart {arguments.chart}: expected a name in {expected}", usage=True)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from .errors import UserError
 
 
 @contextmanager
@@ -43,12 +46,37 @@ with _short_spins():
     import xlstm_distill._core_f32 as _core_f32
     import xlstm_distill._core_f64 as _core_f64
 
-_MODULES: tuple[ModuleType, ...] = (_core_f32, _core_f64)
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
+
+
+@cache
+def _modules() -> tuple[ModuleType, ...]:
+    """Both modules, set up by the environment at the first use: a wrong value there is an error of
+    that use, which a command tells in a line, not one of the import."""
+    modules = (_core_f32, _core_f64)
+    number, kernels = threads_by(), os.environ.get("XLSTM_DISTILL_ISA")
+    for module in modules:
+        if number is None:
+            module.set_threads(len(os.sched_getaffinity(0)))
+        else:
+            value = os.environ[number]
+            try:
+                module.set_threads(int(value.split(",")[0]))
+            except (ValueError, OverflowError):
+                wanted = "expected a number of threads, 1 to 4096"
+                raise UserError(f"{number} is {value!r}, {wanted}", usage=True) from None
+        try:
+            if kernels:
+                module.set_isa(kernels)
+        except ValueError:
+            wanted = f"expected one of {', '.join(ISAS)} that this processor has"
+            raise UserError(f"XLSTM_DISTILL_ISA is {kernels!r}, {wanted}", usage=True) from None
+    return modules
 
 
 def core(dtype: Any = np.float32) -> Any:
     """The extension module for a dtype: float64 → `_core_f64`, float32 → `_core_f32`."""
+    _modules()
     kind = np.dtype(dtype)
     if kind == np.float32:
         return _core_f32
@@ -59,24 +87,24 @@ def core(dtype: Any = np.float32) -> Any:
 
 def set_threads(n: int) -> None:
     """Number of threads of every later call (results do not depend on it, bit for bit)."""
-    for module in _MODULES:
+    for module in _modules():
         module.set_threads(n)
 
 
 def threads() -> int:
     """Number of threads in use."""
-    return int(_core_f32.threads())
+    return int(_modules()[0].threads())
 
 
 def set_isa(name: str) -> None:
     """Choose the kernels, one of `ISAS`; ValueError if the CPU lacks the instructions."""
-    for module in _MODULES:
+    for module in _modules():
         module.set_isa(name)
 
 
 def isa() -> str:
     """Instruction set in use."""
-    return str(_core_f32.isa())
+    return str(_modules()[0].isa())
 
 
 def available_isas() -> list[str]:
@@ -111,13 +139,5 @@ def threads_by() -> str | None:
     return next((name for name in names if os.environ.get(name)), None)
 
 
-def _configure() -> None:
-    name = threads_by()
-    set_threads(int(os.environ[name].split(",")[0]) if name else len(os.sched_getaffinity(0)))
-    if wanted := os.environ.get("XLSTM_DISTILL_ISA"):
-        set_isa(wanted)
-    # libgomp's threads do not survive a fork: a child that used them would hang.
-    os.register_at_fork(after_in_child=lambda: set_threads(1))
-
-
-_configure()
+# libgomp's threads do not survive a fork: a child that used them would hang.
+os.register_at_fork(after_in_child=lambda: set_threads(1))
