@@ -7,6 +7,7 @@ a message like others. One test starts the command.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -610,9 +611,18 @@ def test_what_is_no_port_is_refused(tmp_path, capsys, port):
     assert f"--port {port}: " in capsys.readouterr().err
 
 
-def test_the_command_serves_and_stops_on_sigint(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "grace"), [(signal.SIGINT, 3), (signal.SIGINT, 0), (signal.SIGTERM, 0)]
+)
+def test_the_command_serves_and_stops_on_a_signal(tmp_path, number, grace):
+    """Whether or not its last stream ends within the grace."""
     STUDENT.save(tmp_path / "student")
-    command = [sys.executable, "-m", "xlstm_distill", "serve", str(tmp_path / "student")]
+    program = (
+        "from xlstm_distill import cli, serve\n"
+        f"serve._GRACE_SECONDS = {grace}\n"
+        "raise SystemExit(cli.main())"
+    )
+    command = [sys.executable, "-c", program, "serve", str(tmp_path / "student")]
     package = str(Path(xlstm_distill.__file__).parent.parent)
     process = subprocess.Popen(
         [*command, "--port", "0"],
@@ -627,14 +637,18 @@ def test_the_command_serves_and_stops_on_sigint(tmp_path):
         with urllib.request.urlopen(f"{address}/models", timeout=30) as answer:
             (model,) = json.load(answer)["data"]
         assert model["id"] == str(tmp_path / "student")
-        body = {"model": model["id"], "prompt": "The", "max_tokens": 400, "stream": True}
+        body = {"model": model["id"], "prompt": "The", "max_tokens": 400, "n": 64, "stream": True}
         data = json.dumps({**body, "temperature": 0}).encode()
         with urllib.request.urlopen(f"{address}/completions", data, timeout=30) as stream:
             assert stream.readline().startswith(b"data: {")
-            process.send_signal(signal.SIGINT)  # while somebody listens
-            rest = stream.read()
-        assert b"[DONE]" in rest or rest
+            process.send_signal(number)  # while somebody listens
+            try:
+                rest = stream.read()
+            except http.client.IncompleteRead as cut:
+                rest = cut.partial
+        assert b"[DONE]" in rest or grace == 0
         _, errors = process.communicate(timeout=30)
-        assert process.returncode == 0 and "Traceback" not in errors, errors
+        assert process.returncode == (0 if number == signal.SIGINT else -number), errors
+        assert "Traceback" not in errors, errors
     finally:
         process.kill()

@@ -31,7 +31,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import UserError, validated
 from .generate import Batch, Row, Scored, StopStrings, random_stream
@@ -605,6 +605,17 @@ def listen(port: int) -> socket.socket:
         raise UserError(f"--port {port}: {error}; choose another", usage=True) from None
 
 
+def _until_cancelled(app: ASGIApp) -> ASGIApp:
+    """`app`, of which a request that is cancelled just ends: those that outlive the server's grace
+    are, and uvicorn would print a traceback for each."""
+
+    async def ended(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return ended
+
+
 def serve(
     model: Model,
     name: str,
@@ -618,7 +629,9 @@ def serve(
     address = f"http://{HOST}:{listening.getsockname()[1]}/v1"
     ready(address)
     config = uvicorn.Config(
-        server.app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS
+        _until_cancelled(server.app),
+        log_level="warning",
+        timeout_graceful_shutdown=_GRACE_SECONDS,
     )
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
