@@ -347,3 +347,13 @@ def test_from_texts_and_files_agree(tmp_path: Path, tokenizer):
     text = TokenData.from_texts(["one"], tokenizer)
     assert file.fingerprint == text.fingerprint
     assert file.manifest["tokenizer"] == tokenizer.fingerprint
+
+
+def test_texts_need_a_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    for make in (
+        lambda: TokenData.from_texts(["a text"], None),
+        lambda: TokenData.from_files([tmp_path / "a.txt"], None),
+    ):
+        with pytest.raises(UserError, match=r"add its tokenizer\.json"):
+            make()

@@ -113,16 +113,18 @@ class TokenData:
         return cls(ids.array(), offsets, facts, where, None if all_learnt else learnt.array())
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], tokenizer: Tokenizer) -> TokenData:
+    def from_texts(cls, texts: Iterable[str], tokenizer: Tokenizer | None) -> TokenData:
         """Each text is a document, encoded without control tokens and ended by the end token."""
+        tokenizer = _needed(tokenizer)
         end = document_end(tokenizer)
         encoded = tokenizer.encode_batch(list(texts), special=False)
         manifest = {"tokenizer": tokenizer.fingerprint}
         return cls.from_documents([[*e, *end] for e in encoded], tokenizer.vocab_size, manifest)
 
     @classmethod
-    def from_files(cls, paths: Iterable[str | Path], tokenizer: Tokenizer) -> TokenData:
+    def from_files(cls, paths: Iterable[str | Path], tokenizer: Tokenizer | None) -> TokenData:
         """Documents of txt and jsonl files and of directories (sources.py says which)."""
+        tokenizer = _needed(tokenizer)
         names = [str(path) for path in paths]
         found = list(read_files(names, tokenizer))
         return from_sources(found, tokenizer, names, where=", ".join(names))
@@ -168,6 +170,12 @@ class TokenData:
                 f"{folder}: damaged: sha256 differs from {MANIFEST}; delete it and make it again"
             )
         return cls(ids, offsets, manifest, str(folder), counted)
+
+
+def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError("texts need a tokenizer, and the model has none: add its tokenizer.json")
+    return tokenizer
 
 
 def _digest(
