@@ -60,6 +60,29 @@ CONTROL = results(2, arc=0.6, piqa=0.7, boolq=0.27, squad=0.2)
 # ---- what does not compare ----------------------------------------------------------------------
 
 
+def test_tables_stay_readable_where_a_score_is_astronomic(tmp_path):
+    table = tmp_path / "x.csv"
+    table.write_text("task,metric,teacher,stu\na,word_perplexity,1e90,2\n")
+    found = compare(f"{table}:teacher", {"stu": f"{table}:stu"})
+    assert "5e+89" in found.table() and max(map(len, found.table().splitlines())) < 250
+    judged = win_and_tie(f"{table}:teacher", {"stu": f"{table}:stu"})
+    assert "5e+89" in judged.table()
+
+
+@pytest.mark.parametrize("level", [-1, 25])
+def test_a_chance_level_in_another_unit_than_the_scores_is_refused(level):
+    with pytest.raises(UserError, match=f"chance level of arc is {level}, expected 0 to 1"):
+        compare({"arc": 0.5}, {"stu": {"arc": 0.4}}, chance={"arc": level})
+
+
+def test_sources_that_share_tasks_are_told_how_to_compare_these():
+    with pytest.raises(UserError, match="lacks b; --tasks names those to compare"):
+        compare({"a": 0.5, "b": 0.5}, {"stu": {"a": 0.4}})
+    with pytest.raises(UserError, match="task sets differ") as nothing:
+        compare({"a": 0.5}, {"stu": {"b": 0.4}})
+    assert "--tasks" not in str(nothing.value)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

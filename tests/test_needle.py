@@ -234,5 +234,8 @@ def test_the_command_writes_results_samples_and_a_grid(capsys, tmp_path):
     assert shown == [f"{name}: {done}/1" for name in names for done in (0, 1)]
     assert main(["evaluate", "m", "--tasks", ",", "--out", "o"]) == 2
     assert "--tasks names no task" in capsys.readouterr().err
+    # An empty list is not the long default of a suite.
+    assert main([*suite[:4], "--lengths", "", "--out", "o"]) == 2
+    assert "expected a length in tokens" in capsys.readouterr().err
     wrong = ["evaluate", "m", "--tasks", "squad", "--lengths", "1", "--out", "o"]
     assert main(wrong) == 2

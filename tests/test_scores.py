@@ -297,6 +297,12 @@ def test_damaged_parts_of_results_are_named(key, value, message):
     assert message in str(error.value)
 
 
+def test_spaces_around_the_names_of_columns_do_not_count(tmp_path):
+    (tmp_path / "x.csv").write_text("task, metric, m\na, acc, 0.5\n")
+    score = scores_of(tmp_path / "x.csv", "m").tasks["a"]
+    assert (score.value, score.metric) == (Fraction(1, 2), "acc")
+
+
 def test_groups_that_contain_each_other_end(tmp_path):
     loop = {"a": ["b"], "b": ["a"]}
     entries = {t: metrics(acc__none=0.5) for t in "ab"}

@@ -44,6 +44,7 @@ from .evaluate.names import FEEL_THE_WINDOW, expand_tasks
 from .evaluate.needle import LENGTHS
 from .evaluate.needle import TASKS as NEEDLES
 from .evaluate.perplexity import PERPLEXITY
+from .evaluate.scores import decimals
 from .evaluate.tasks import PASSAGE_TASKS, open_task, read_tokens
 from .inside import median_gates
 from .merge import merge as merge_models
@@ -456,7 +457,7 @@ def evaluate(arguments: Arguments) -> Result:
     written = write_results({**results, "date": started}, out)
     for depth, task in _indented(results):
         figures = ", ".join(
-            f"{name} {value:.4f}"
+            f"{name} {decimals(value, 4)}"
             for name, value in results["results"][task].items()
             if isinstance(value, float)
         )
@@ -508,13 +509,15 @@ def _encoded_passages(task: str, tokenizer: Tokenizer) -> list[list[int]]:
 def _tasks(arguments: Arguments) -> list[str]:
     """The tasks that `--tasks` or `--suite` name."""
     if arguments.suite is None:
-        if arguments.lengths:
+        if arguments.lengths is not None:
             raise UserError("--lengths goes with --suite; in --tasks write niah_*:4096", usage=True)
         if not arguments.tasks:
             raise UserError("--tasks names no task", usage=True)
         return list(arguments.tasks)
     suite = SUITES[arguments.suite]
-    lengths = arguments.lengths.split(",") if arguments.lengths else map(str, suite.lengths)
+    lengths = [str(n) for n in suite.lengths]
+    if arguments.lengths is not None:  # "" is an error: it must not mean the long defaults
+        lengths = arguments.lengths.split(",")
     fixed = [task for task in suite.tasks if not task.endswith(":*")]
     return fixed + [
         task.replace(":*", f":{length}")
@@ -581,7 +584,7 @@ def _divergence(
             facts[where] = (
                 f"KL {_with_error(Estimate(d.kl, d.kl_stderr))}, same top-1 {d.agree:.4f}, "
                 f"NLL {d.nll:.4f} ({d.teacher_nll:.4f}), "
-                f"perplexity {d.perplexity:.3f} ({d.teacher_perplexity:.3f}), "
+                f"perplexity {decimals(d.perplexity, 3)} ({decimals(d.teacher_perplexity, 3)}), "
                 f"{d.positions} positions"
             )
         _say(arguments, f"{domain}: {means.tokens[domain]} tokens")
@@ -655,7 +658,8 @@ def branches(arguments: Arguments) -> Result:
         m = found.mean(name)
         _say(
             arguments,
-            f"{name:<22}  KL {m.kl:.4f}  agreement {m.agree:.4f}  perplexity {m.perplexity:.3f}",
+            f"{name:<22}  KL {m.kl:.4f}  agreement {m.agree:.4f}  "
+            f"perplexity {decimals(m.perplexity, 3)}",
         )
     return {
         "context": found.context,

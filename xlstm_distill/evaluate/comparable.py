@@ -24,6 +24,8 @@ def check_pair(teacher: ModelScores, student: ModelScores) -> None:
     if missing or extra:
         parts = [f"{student.where} lacks {_listed(missing)}"] if missing else []
         parts += [f"{teacher.where} lacks {_listed(extra)}"] if extra else []
+        if len(missing) < len(teacher.tasks):
+            parts.append("--tasks names those to compare")
         raise UserError(f"the task sets differ: {'; '.join(parts)}")
     for task, score in teacher.tasks.items():
         other = student.tasks[task]

@@ -116,6 +116,12 @@ def _with_chance(scores: ModelScores, chance: Mapping[str, Number]) -> ModelScor
             raise UserError(f"chance: {pattern} is not a task where more is better", usage=True)
         for task in named:
             tasks[task] = replace(tasks[task], chance=exact(level, f"the chance level of {task}"))
+    for task, score in tasks.items():
+        if score.chance is not None and not 0 <= score.chance <= score.unit:
+            raise UserError(
+                f"the chance level of {task} is {float(score.chance):g}, expected 0 to "
+                f"{score.unit}, as its scores are"
+            )
     return replace(scores, tasks=tasks)
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from ..atomic import write_text
 from ..errors import UserError
 from .noise import detects
+from .scores import decimals
 from .wintie import COVERAGES
 
 if TYPE_CHECKING:
@@ -406,5 +407,7 @@ def _number(value: float | None, missing: str = "") -> str:
 def _ranged(value: float | None, ends: Range | None, digits: int = 3) -> str:
     if value is None:
         return "n/a"
-    text = f"{value:.{digits}f}"
-    return text if ends is None else f"{text} ({ends[0]:.{digits}f}–{ends[1]:.{digits}f})"
+    text = decimals(value, digits)
+    if ends is None:
+        return text
+    return f"{text} ({decimals(ends[0], digits)}–{decimals(ends[1], digits)})"

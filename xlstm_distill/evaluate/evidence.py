@@ -29,6 +29,7 @@ from .divergence import DistanceMeasure, Divergence
 from .fidelity import Fidelity
 from .needle import is_needle, needle_grid
 from .results import read_results
+from .scores import decimals
 from .uncertainty import seen_with
 
 if TYPE_CHECKING:
@@ -163,12 +164,12 @@ class Evidence:
                 for of in self.by_distance.values()
             ]
             any_of = next(m for m in own if m is not None)
-            row = [low_high, f"{any_of.positions:,}", f"{any_of.teacher_perplexity:.3f}"]
+            row = [low_high, f"{any_of.positions:,}", decimals(any_of.teacher_perplexity, 3)]
             for m in own:
                 if m is None:
                     row += [""] * 5
                     continue
-                row += [f"{m.perplexity:.3f}", f"{m.nll - m.teacher_nll:.4f}"]
+                row += [decimals(m.perplexity, 3), f"{m.nll - m.teacher_nll:.4f}"]
                 row.append(_detectable(m.nll_difference_stderr))
                 row += [f"{m.kl:.4f}", _detectable(m.kl_stderr)]
             rows.append(row)

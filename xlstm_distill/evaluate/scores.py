@@ -142,6 +142,12 @@ def exact(value: Number, what: str = "score") -> Fraction:
     return Fraction(decimal)
 
 
+def decimals(value: float, digits: int) -> str:
+    """A number for tables, with so many decimals; from a million on in four digits and a power of
+    ten, for a perplexity of a model that is lost may have hundreds of digits."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
 def _score(value: Any, what: str) -> Fraction:
     score = exact(value, what)
     if abs(score) > 10**_DIGITS:
@@ -228,9 +234,9 @@ def _of_table(file: Path, column: str, name: str) -> ModelScores:
         rows = list(csv.reader(text_of(file).splitlines(), strict=True))
     except csv.Error as error:
         raise UserError(f"{file}: not a table ({error})") from None
-    if not rows or "task" not in rows[0]:
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    if "task" not in header:
         raise UserError(f"{file}: the first line must name the columns, `task` among them")
-    header = rows[0]
     if len(set(header)) < len(header):
         raise UserError(f"{file}: two columns have the same name")
     models = [c for c in header if c not in _COLUMNS and not c.endswith(" stderr")]

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import UserError
 from .comparable import check_pair
 from .noise import DRAWS, detectable, detects, noise_of
-from .scores import ModelScores, Number, Source, exact, scores_of
+from .scores import ModelScores, Number, Source, decimals, exact, scores_of
 
 _TABLE_ALPHAS = ("0", "0.01", "0.05", "0.1", "0.2")
 COVERAGES = ("0.9", "1")
@@ -180,7 +180,7 @@ class WinTie:
             for name in self.students:
                 recovery = self.recovery[name][task]
                 cells.append(f"{float(self.scores[name][task]):.4g}")
-                cells.append("n/a" if recovery is None else f"{recovery:.3f}")
+                cells.append("n/a" if recovery is None else decimals(recovery, 3))
                 effect = self.detectable[name][task]
                 cells.append("unknown" if effect is None else f"{effect:.4g}")
             table.add_row(*cells)
