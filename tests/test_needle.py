@@ -17,6 +17,7 @@ from xlstm_distill.evaluate import compare, evaluate, needle_grid, write_results
 from xlstm_distill.evaluate.generation import Question, Questions, answers, string_match_all
 from xlstm_distill.evaluate.needle import TASKS, needle
 from xlstm_distill.evaluate.tasks import open_task, read_tokens
+from xlstm_distill.evaluate.unfinished import held
 
 TOKENIZER = tiny_run.tokenizer()  # a token a byte
 NIAHS = [task for task in TASKS if task != "vt"]
@@ -239,3 +240,14 @@ def test_the_command_writes_results_samples_and_a_grid(capsys, tmp_path):
     assert "expected a length in tokens" in capsys.readouterr().err
     wrong = ["evaluate", "m", "--tasks", "squad", "--lengths", "1", "--out", "o"]
     assert main(wrong) == 2
+
+
+def test_a_second_command_on_the_same_out_is_refused_while_one_runs(capsys, tmp_path):
+    tiny_run.teacher().save(tmp_path / "teacher")
+    out = tmp_path / "results_tiny.json"
+    command = ["evaluate", str(tmp_path / "teacher"), "--tasks", "niah_single_1:1024"]
+    command += ["--limit", "1", "--out", str(out)]
+    with held(tmp_path / "results_tiny.unfinished"):
+        assert main(command) == 1
+    assert "another process is working here" in capsys.readouterr().err
+    assert main(command) == 0 and out.is_file()

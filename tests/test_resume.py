@@ -267,7 +267,7 @@ def test_a_place_that_cannot_be_a_run_directory_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    refused = pytest.raises(UserError, match=r"run/\.lock: no file locks here \(Function not")
+    refused = pytest.raises(UserError, match=r"run: no file locks here \(Function not")
     with refused, RunDirectory(tmp_path / "run"):
         pass
 

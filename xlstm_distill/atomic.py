@@ -154,6 +154,23 @@ def atomic_file(target: Path | str) -> Iterator[BinaryIO]:
             work.unlink()
 
 
+def lock(handle: int, place: Path) -> None:
+    """Keep the file or directory that `handle` is open on to this process until the handle is
+    closed, which a kill does as well.
+
+    Raises UserError, which names `place`, and closes the handle, if another process holds it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        # Some network file systems have none.
+        reason = f"no file locks here ({error.strerror}); choose another --out"
+        if isinstance(error, BlockingIOError):
+            reason = "another process is working here; wait for it or choose another --out"
+        raise UserError(f"{place}: {reason}") from None
+
+
 def write_text(target: Path | str, text: str) -> None:
     """Write a UTF-8 text file with `atomic_file`."""
     with atomic_file(target) as handle:

@@ -46,6 +46,7 @@ from .evaluate.needle import TASKS as NEEDLES
 from .evaluate.perplexity import PERPLEXITY
 from .evaluate.scores import decimals
 from .evaluate.tasks import PASSAGE_TASKS, open_task, read_tokens
+from .evaluate.unfinished import held
 from .inside import median_gates
 from .merge import merge as merge_models
 from .model import Compute, Model, from_checkpoint, load
@@ -442,46 +443,47 @@ def evaluate(arguments: Arguments) -> Result:
         teacher = load(arguments.teacher)
         tokenizer = _check_pair(teacher, model, arguments)
     unfinished = out.with_suffix(".unfinished")
-    with Reporter(quiet=arguments.json).in_turn(tasks) as progress:
-        results = evaluate_model(
-            model,
-            named,
-            limit=arguments.limit,
-            seed=arguments.seed,
-            max_length=arguments.max_length,
-            haystack=arguments.haystack,
-            unfinished=unfinished,
-            progress=progress,
-        )
-    results["config"]["model"] = arguments.model
-    written = write_results({**results, "date": started}, out)
-    for depth, task in _indented(results):
-        figures = ", ".join(
-            f"{name} {decimals(value, 4)}"
-            for name, value in results["results"][task].items()
-            if isinstance(value, float)
-        )
-        _say(arguments, f"{'  ' * depth}{task}: {figures}")
-    name = out.stem.removeprefix("results_")
-    if grid := needle_grid(results["samples"]):
-        from . import plots  # slow to import
+    with held(unfinished):
+        with Reporter(quiet=arguments.json).in_turn(tasks) as progress:
+            results = evaluate_model(
+                model,
+                named,
+                limit=arguments.limit,
+                seed=arguments.seed,
+                max_length=arguments.max_length,
+                haystack=arguments.haystack,
+                unfinished=unfinished,
+                progress=progress,
+            )
+        results["config"]["model"] = arguments.model
+        written = write_results({**results, "date": started}, out)
+        for depth, task in _indented(results):
+            figures = ", ".join(
+                f"{name} {decimals(value, 4)}"
+                for name, value in results["results"][task].items()
+                if isinstance(value, float)
+            )
+            _say(arguments, f"{'  ' * depth}{task}: {figures}")
+        name = out.stem.removeprefix("results_")
+        if grid := needle_grid(results["samples"]):
+            from . import plots  # slow to import
 
-        place = plots.save(plots.needle_grid(grid, name), out.with_name(f"needle_{name}.svg"))
-        _say(arguments, f"grid: {place}")
-    found = {"out": out, "results": results["results"]}
-    if arguments.suite == "window" and teacher is None:
-        _say(arguments, "hint: with --teacher MODEL also KL and perplexity by distance")
-    if teacher is not None and tokenizer is not None:
-        documents = {task: _encoded_passages(task, tokenizer) for task in PASSAGE_TASKS}
-        near = _divergence(arguments, teacher, model, documents, _SUITE_CONTEXT, _SUITE_WINDOWS)
-        place = out.with_name(f"fidelity_{name}.json")
-        write_text(place, json.dumps(near, indent=1, allow_nan=False) + "\n")
-        found.update(near)
-    # Only now: what is killed before goes on from the samples. Those of other tasks stay.
-    for file in written[1:]:
-        (unfinished / file.name.removeprefix(f"samples_{name}_")).unlink(missing_ok=True)
-    if not any(unfinished.iterdir()):
-        unfinished.rmdir()
+            place = plots.save(plots.needle_grid(grid, name), out.with_name(f"needle_{name}.svg"))
+            _say(arguments, f"grid: {place}")
+        found = {"out": out, "results": results["results"]}
+        if arguments.suite == "window" and teacher is None:
+            _say(arguments, "hint: with --teacher MODEL also KL and perplexity by distance")
+        if teacher is not None and tokenizer is not None:
+            documents = {task: _encoded_passages(task, tokenizer) for task in PASSAGE_TASKS}
+            near = _divergence(arguments, teacher, model, documents, _SUITE_CONTEXT, _SUITE_WINDOWS)
+            place = out.with_name(f"fidelity_{name}.json")
+            write_text(place, json.dumps(near, indent=1, allow_nan=False) + "\n")
+            found.update(near)
+        # Only now: what is killed before goes on from the samples. Those of other tasks stay.
+        for file in written[1:]:
+            (unfinished / file.name.removeprefix(f"samples_{name}_")).unlink(missing_ok=True)
+        if not any(unfinished.iterdir()):
+            unfinished.rmdir()
     return found
 
 

@@ -8,7 +8,6 @@ docs/run_files.md describes the files.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .atomic import lock
 from .errors import UserError
 from .recipe import Recipe, first_difference, load_recipe, save_recipe
 
@@ -92,19 +92,7 @@ class RunDirectory:
             raise UserError(f"{self.path}: is not a directory; choose another --out") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot write: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(
-                f"{self.path}: another process is working in this run directory; wait for it "
-                "or choose another --out"
-            ) from None
-        except OSError as error:  # some network file systems have none
-            os.close(self._lock)
-            raise UserError(
-                f"{self.path / LOCK}: no file locks here ({error.strerror}); choose another --out"
-            ) from None
+        lock(self._lock, self.path)
         return self
 
     def __exit__(self, *_: object) -> None:

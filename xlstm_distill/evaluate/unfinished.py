@@ -5,12 +5,33 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..atomic import lock
 from ..errors import UserError
 from .generation import Sample
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep `folder` to this process inside the block: two that append to one file would leave
+    documents twice and others out, which nobody sees after a kill.
+
+    Raises UserError if it cannot be made, or if another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write: {error.strerror}") from None
+    lock(handle, folder)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 class Unfinished:
