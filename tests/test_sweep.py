@@ -622,4 +622,4 @@ def test_a_point_that_diverged_leaves_room_for_the_others():
 
     points = [point("lr 1e-3", 1.25, 20.0), point("lr 1e3", 21449640.2, math.exp(700))]
     cells = [list(column.cells) for column in sweeps.table({"points": points}).columns]
-    assert cells[1] == ["1.2500", "2.14e+07"] and cells[4] == ["20.000", "1.01e+304"]
+    assert cells[1] == ["1.2500", "2.145e+07"] and cells[4] == ["20.000", "1.014e+304"]

@@ -28,6 +28,7 @@ from .errors import UserError, validated
 from .evaluate.comparison import Comparison
 from .evaluate.evidence import Evidence
 from .evaluate.fidelity import Fidelity
+from .evaluate.scores import decimals
 from .evaluate.uncertainty import Interval
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _page(template: str, **values: Any) -> str:
     )
     environment.filters.update(
         number=_number,
-        fixed=fixed,
+        decimals=decimals,
         count=_count,
         duration=duration,
         percent=lambda x: f"{100 * x:.1f} %",
@@ -458,15 +459,15 @@ def _fidelity_table(facts: ReportData) -> Table:
     right = ("KL", "KL / control (95 %)", "agreement", "perplexity")
     table = _table(f"Fidelity to the teacher, context {context}", ("model", "domain"), right)
     for row in _fidelity_rows(facts):
-        m, ratio, of = row["measure"], row["ratio"], partial(fixed, digits=3)
+        m, ratio, of = row["measure"], row["ratio"], partial(decimals, digits=3)
         _add(
             table,
             row["model"] + (" (control)" if row["model"] == facts.control else ""),
             row["domain"],
-            fixed(m.kl, 4),
+            decimals(m.kl, 4),
             "" if ratio is None else f"{of(ratio.value)} ({of(ratio.low)}–{of(ratio.high)})",
-            fixed(m.agree, 4),
-            fixed(m.perplexity, 3),
+            decimals(m.agree, 4),
+            decimals(m.perplexity, 3),
         )
     return table
 
@@ -476,7 +477,7 @@ def _position_table(facts: ReportData) -> Table:
     names = list(rows[0]["kl"]) if rows else []
     table = _table("KL by position in the window", ("position",), names)
     for row in rows:
-        _add(table, row["bucket"], *(fixed(row["kl"][name], 4) for name in names))
+        _add(table, row["bucket"], *(decimals(row["kl"][name], 4) for name in names))
     return table
 
 
@@ -503,18 +504,9 @@ def _claim_table(facts: ReportData) -> Table:
 
 # ---- words for numbers --------------------------------------------------------------------------
 
-_LARGE = 1e6
-"""From here on the first digits of a measure say all there is to know."""
-
 
 def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4g}"
-
-
-def fixed(value: float, digits: int) -> str:
-    """A number with so many digits behind the point, but those of a model that has diverged, which
-    may have three hundred before it, in short."""
-    return f"{value:.{digits}f}" if abs(value) < _LARGE else f"{value:.3g}"
 
 
 def _count(value: float | None) -> str:

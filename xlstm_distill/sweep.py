@@ -36,10 +36,10 @@ from .checkpoints import Checkpoint
 from .checks import check, open_teacher
 from .communicator import world
 from .errors import UserError
+from .evaluate.scores import decimals
 from .processes import RunProcess
 from .progress import Reporter
 from .recipe import ALL, Recipe, first_difference, get_key, make_recipe, read_values, set_key
-from .report import fixed
 from .run import Run
 from .rundir import STAGES, Interrupt, RunDirectory
 from .sharing import parts, share
@@ -495,7 +495,7 @@ def table(found: dict[str, Any]) -> Table:
                 _figure(_spread(ratio), 3) if ratio else "",
                 _figure(own["agree"], 4),
                 _figure(own["perplexity"], 3),
-                fixed(models["teacher"][domain]["perplexity"]["mean"], 3),
+                decimals(models["teacher"][domain]["perplexity"]["mean"], 3),
             )
     return shown
 
@@ -507,8 +507,8 @@ def _domains(models: dict[str, Any]) -> list[str]:
 
 
 def _figure(value: dict[str, Any], digits: int) -> str:
-    text = fixed(value["mean"], digits)
-    return text if value["sd"] is None else f"{text}\n±{fixed(value['sd'], digits)}"
+    text = decimals(value["mean"], digits)
+    return text if value["sd"] is None else f"{text}\n±{decimals(value['sd'], digits)}"
 
 
 def figure(found: dict[str, Any]) -> Figure | None:
