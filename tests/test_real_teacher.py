@@ -82,9 +82,8 @@ def test_the_memory_of_every_stage_is_what_is_estimated(tmp_path):
     # Python and its libraries, which weigh most where little else is held, differ by some 100 MiB.
     assert 0.85 < found.pop("data") < 2 and 0.8 < found.pop("linearize") < 1.3
     # Stage II is estimated with the copy that saving a state takes, a fifth of what it holds here;
-    # in one step there is none. The others were within 7 %; but the kernel holds less of the files
-    # that stage III maps where other processes want the memory (1.17 beside one that had 17 GB).
-    assert 0.95 < found.pop("distill") < 1.35 and 0.9 < found.pop("merge") < 1.5
+    # in one step there is none. The others were within 7 %; mapped files come and go.
+    assert 0.95 < found.pop("distill") < 1.35
     assert all(0.9 < share < 1.15 for share in found.values())
 
 

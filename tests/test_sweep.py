@@ -135,8 +135,15 @@ def test_the_commands_in_the_ablations_recipe_are_grids():
         points = sweeps.grid(found.recipe, found.vary, found.seeds, found.set)
         assert {len(point.runs) for point in points} == {3}
         counts[Path(found.out).name] = len(points)
-    expected = {"mixers": 6, "stages": 3, "modes": 3, "losses": 6, "dropout": 2, "maps": 2}
-    assert counts == {"teacher": 1, **expected}
+    assert counts == {
+        "mixers": 6,
+        "teacher": 1,
+        "stages": 3,
+        "modes": 3,
+        "losses": 6,
+        "dropout": 2,
+        "maps": 2,
+    }
 
 
 def test_no_seeds(root):

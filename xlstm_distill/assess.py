@@ -393,6 +393,7 @@ def _text_facts(run: Run) -> list[dict[str, Any]]:
             else:
                 kinds.append(", ".join(source.paths))
         train = run.rows(name).data
+        passes = max((end.get("passes", {}).get(name, 0.0) for end in ends), default=0.0)
         texts = [("training", "; ".join(kinds), train)]
         if name in held_out:
             human = f"passages of {', '.join(domain.passages)}" if domain.passages else ""
@@ -405,11 +406,7 @@ def _text_facts(run: Run) -> list[dict[str, Any]]:
                     "origin": origin,
                     "documents": data.documents,
                     "tokens": data.tokens,
-                    "passes": max(
-                        (end.get("passes", {}).get(name, 0.0) for end in ends), default=0.0
-                    )
-                    if use == "training"
-                    else 0.0,
+                    "passes": passes if use == "training" else 0.0,
                     "left_out": _left_out(run, data) if use == "training" else {},
                 }
             )

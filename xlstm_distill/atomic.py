@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all.
+"""Directories and files that appear whole or not at all, and the lock of what one process holds.
 
 The new contents are written under a temporary name beside the target, synced to disk and put in
 place by one rename. A kill or a full disk at any moment leaves the old directory as it was; what a

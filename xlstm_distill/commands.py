@@ -457,13 +457,7 @@ def evaluate(arguments: Arguments) -> Result:
             )
         results["config"]["model"] = arguments.model
         written = write_results({**results, "date": started}, out)
-        for depth, task in _indented(results):
-            figures = ", ".join(
-                f"{name} {decimals(value, 4)}"
-                for name, value in results["results"][task].items()
-                if isinstance(value, float)
-            )
-            _say(arguments, f"{'  ' * depth}{task}: {figures}")
+        _say_scores(arguments, results)
         name = out.stem.removeprefix("results_")
         if grid := needle_grid(results["samples"]):
             from . import plots  # slow to import
@@ -485,6 +479,16 @@ def evaluate(arguments: Arguments) -> Result:
         if not any(unfinished.iterdir()):
             unfinished.rmdir()
     return found
+
+
+def _say_scores(arguments: Arguments, results: Mapping[str, Any]) -> None:
+    for depth, task in _indented(results):
+        figures = ", ".join(
+            f"{name} {decimals(value, 4)}"
+            for name, value in results["results"][task].items()
+            if isinstance(value, float)
+        )
+        _say(arguments, f"{'  ' * depth}{task}: {figures}")
 
 
 def _indented(results: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
