@@ -113,8 +113,8 @@ asan: setup-test $(ASAN)/.built ## the fast tests under AddressSanitizer and UBS
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/lib \
 	    $(BIN)/pytest -q -m "$(FAST)"
 
-deep: isas asan ## deep tests, and the fast ones with every instruction set and under the sanitizers
-	$(PY) -m pytest -m deep
+deep: isas asan ## deep tests, more examples of properties, the fast tests on every instruction set and sanitised
+	HYPOTHESIS_PROFILE=deep $(PY) -m pytest -m "deep or hypothesis"
 
 # ---- checks --------------------------------------------------------------------------------------
 

@@ -228,6 +228,7 @@ def test_the_command_writes_results_samples_and_a_grid(capsys, tmp_path):
     assert not any("unfinished" in name for name in names)
     assert main([*suite, "--haystack", str(tmp_path / "no.txt"), "--out", str(out)]) == 1
     assert "no.txt" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == names  # a refusal leaves nothing
     tasks = ["--limit", "1", "--tasks", "vt:2048", "--tasks", "niah_single_1:1024"]
     assert main([*suite[:2], *tasks, "--out", str(out)]) == 0
     shown = capsys.readouterr().err.splitlines()

@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -42,6 +43,12 @@ from xlstm_distill.serve import MAX_WAITING, ChatRequest, CompletionRequest, Ser
 TEACHER = tiny_run.teacher()
 STUDENT = linearize(TEACHER, window=8, sinks=2)
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.fixture(autouse=True)
+def _repeatable(monkeypatch) -> None:
+    """Requests without a seed have the same one in each run: what they sample may be empty."""
+    monkeypatch.setattr("secrets.randbits", random.Random(0).getrandbits)
 
 
 # ---- a client -----------------------------------------------------------------------------------

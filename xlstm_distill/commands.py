@@ -476,8 +476,6 @@ def evaluate(arguments: Arguments) -> Result:
         # Only now: what is killed before goes on from the samples. Those of other tasks stay.
         for file in written[1:]:
             (unfinished / file.name.removeprefix(f"samples_{name}_")).unlink(missing_ok=True)
-        if not any(unfinished.iterdir()):
-            unfinished.rmdir()
     return found
 
 

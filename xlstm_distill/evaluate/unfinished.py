@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .generation import Sample
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep `folder` to this process inside the block: two that append to one file would leave
-    documents twice and others out, which nobody sees after a kill.
+    documents twice and others out, which nobody sees after a kill. Goes if nothing is in it.
 
     Raises UserError if it cannot be made, or if another process holds it.
     """
@@ -31,6 +31,8 @@ def held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # not empty: samples that a later command goes on from
+            folder.rmdir()
         os.close(handle)
 
 
