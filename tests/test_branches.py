@@ -163,8 +163,6 @@ def test_the_command(tmp_path, capsys):
     assert main(command) == 0
     assert "student, gate 1" in capsys.readouterr().out
     for wrong, message in (
-        ([*command, "--windows", "0"], "--windows 0: expected at least 1"),
-        ([*command, "--context", "1"], "context is 1"),
         ([*models[:1], models[3], *command[2:]], f"{models[3]}: has no hybrid layer"),
     ):
         assert main(wrong) in (1, 2)

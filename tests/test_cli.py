@@ -50,6 +50,43 @@ def fails(capsys, status, message, *arguments):
     assert message in lines[0]
 
 
+_PAIR = "s --teacher t --data d"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "expected"),
+    [
+        ("quickstart", "--minutes nan", "more than 0"),
+        ("sweep r --out o", "--seeds 0", "at least 1"),
+        ("sweep r --out o", "--at-once -1", "at least 1"),
+        ("generate m --prompt p", "--max-new-tokens 0", "at least 1"),
+        ("generate m --prompt p", "--temperature nan", "0 or more"),
+        ("generate m --prompt p", "--top-p 1.5", "more than 0 and at most 1"),
+        ("generate m --prompt p", "--seed 9223372036854775808", "0 to 2^63 - 1"),
+        ("serve m", "--port 65536", "0 to 65535"),
+        ("serve m", "--max-rows 0", "at least 1"),
+        ("perplexity m --data d", "--context 1", "at least 2"),
+        ("evaluate m --tasks vt:512 --out o", "--limit 0", "at least 1"),
+        ("evaluate m --tasks vt:512 --out o", "--max-length 0", "at least 1"),
+        ("evaluate m --tasks vt:512 --out o", "--seed -1", "0 to 2^63 - 1"),
+        (f"fidelity {_PAIR}", "--context 1", "at least 2"),
+        (f"fidelity {_PAIR}", "--continuations -1", "at least 0"),
+        (f"fidelity {_PAIR}", "--prompt-tokens 0", "at least 1"),
+        (f"fidelity {_PAIR}", "--new-tokens 0", "at least 1"),
+        (f"fidelity {_PAIR}", "--temperature -0.5", "0 or more"),
+        (f"fidelity {_PAIR}", "--seed -1", "0 to 2^63 - 1"),
+        (f"branches {_PAIR}", "--windows 0", "at least 1"),
+        ("compare --teacher t --student s=f --out o", "--seed -1", "0 to 2^63 - 1"),
+        ("bench", "--seconds inf", "more than 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_parser(capsys, command, option, expected):
+    name, value = option.split()
+    fails(
+        capsys, 2, f"argument {name}: {value}: expected {expected}", *command.split(), name, value
+    )
+
+
 def test_every_command_has_help(capsys):
     names = parser()._subparsers._group_actions[0].choices
     wanted = (
@@ -71,12 +108,10 @@ def test_wrong_use_is_status_2_and_one_line(capsys, root):
     fails(capsys, 2, "add up to 2", "merge", "--expert", "a=1", "--expert", "b=1", "--out", "c")
     fails(capsys, 2, "NAME=FILE", "compare", "--teacher", "a", "--student", "b", "--out", "c")
     fails(capsys, 2, "no such file or directory", "inspect", root / "nothing")
-    fails(capsys, 2, "--minutes -1", "quickstart", "--minutes", "-1", "--out", root / "q")
     fails(capsys, 2, "unknown name", "fetch", "gpt5")
     fails(capsys, 2, "not a run directory", "report", root / "teacher")
     fails(capsys, 2, "needs the suite 'context'", "bench", "gemm", "--chart", root / "c.svg")
     fails(capsys, 2, "c.gif: expected a name in .svg", "bench", "--chart", root / "c.gif")
-    assert not (root / "q").exists()
 
 
 def test_bad_recipes_are_status_2(capsys, root, tmp_path):
@@ -274,7 +309,6 @@ def test_perplexity_is_that_of_the_scores(capsys, root, tmp_path):
     assert found["bits_per_byte"] == pytest.approx(total / np.log(2) / size, rel=1e-4)
     status, out, _ = call(capsys, *arguments)
     assert status == 0 and "perplexity" in out
-    fails(capsys, 2, "--context 1", *arguments[:-1], 1)
 
 
 def test_single_stages_build_on_each_other(capsys, root, tmp_path):

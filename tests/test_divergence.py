@@ -179,6 +179,9 @@ def test_the_command(capsys, tmp_path):
     assert set(found) == {"teacher", "fidelity", "divergence", "gates", "continuations"}
     assert found["teacher"] == "teacher (safetensors, as float32)" and found["gates"] is None
     assert found["divergence"]["text"]["kl"] == [0, 0] and found["continuations"]["prompts"] == 2
+    assert main([*pair, *options, *written, "--continuations", "1"]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert "excess 0.0000" in shown and "inf" not in shown  # one prompt has no interval
     assert main([*pair, *options, "--continuations", "1", "--prompt-tokens", "65"]) == 2
     assert "--prompt-tokens 65: more than --context 64" in capsys.readouterr().err
 

@@ -465,8 +465,8 @@ def test_a_results_file_says_which_model_was_measured(requests, monkeypatch):
 def test_evaluate_refuses_before_any_work(requests, monkeypatch, capsys):
     base, out = command(requests, monkeypatch)
     monkeypatch.setattr(commands, "load", lambda *a, **k: pytest.fail("the model is loaded"))
-    assert main([*base, "squad", "--seed", "-1"]) == 2
-    assert "--seed -1: expected at least 0" in capsys.readouterr().err
+    assert main([*base, "squad,vt:512", "--haystack", "h"]) == 2
+    assert "--haystack h: no task here reads it" in capsys.readouterr().err
     out.mkdir()
     assert main([*base, "squad"]) == 2
     assert f"--out {out}: is a directory, name a file" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -56,6 +57,28 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _number(kind: type, expected: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of an option: a number for which `holds`, which `expected` says in words."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    number.__name__ = kind.__name__  # in the parser's message where the text is none
+    return number
+
+
+_COUNT = _number(int, "at least 1", lambda n: n >= 1)
+_COUNT_OR_NONE = _number(int, "at least 0", lambda n: n >= 0)
+_WINDOW = _number(int, "at least 2", lambda n: n >= 2)
+_SEED = _number(int, "0 to 2^63 - 1", lambda n: 0 <= n < 1 << 63)
+_PORT = _number(int, "0 to 65535", lambda n: 0 <= n < 1 << 16)
+_DURATION = _number(float, "more than 0", lambda x: 0 < x < math.inf)
+_FROM_ZERO = _number(float, "0 or more", lambda x: 0 <= x < math.inf)
+_SHARE = _number(float, "more than 0 and at most 1", lambda x: 0 < x <= 1)
+
 _RECIPE = "a YAML file, or the name of a shipped one (`xlstm-distill recipes`)"
 _Add = Callable[[str, str, Callable[[Arguments], Any]], argparse.ArgumentParser]
 
@@ -63,7 +86,7 @@ _Add = Callable[[str, str, Callable[[Arguments], Any]], argparse.ArgumentParser]
 def _add_runs(add: _Add) -> None:
     p = add("quickstart", "the whole method on SmolLM2-135M, with report", commands.quickstart)
     p.add_argument("--out", default="runs/quickstart", help="run directory (%(default)s)")
-    p.add_argument("--minutes", type=float, help="the budget (30); fixed when the run begins")
+    p.add_argument("--minutes", type=_DURATION, help="the budget (30); fixed when the run begins")
     p = add("fetch", "fetch a model or request sets", commands.fetch)
     p.add_argument("name", help="smollm2-135m-instruct, olmes or hf:ORG/REPO")
     p.add_argument("--to", help="directory (default: the cache)")
@@ -98,10 +121,10 @@ def _add_runs(add: _Add) -> None:
         metavar="KEY=V1,V2",
         help="values of a key; keys that change together: KEY/OTHER=V1/W1,V2/W2",
     )
-    p.add_argument("--seeds", type=int, default=1, help="runs of each point (%(default)s)")
+    p.add_argument("--seeds", type=_COUNT, default=1, help="runs of each point (%(default)s)")
     p.add_argument(
         "--at-once",
-        type=int,
+        type=_COUNT,
         default=1,
         metavar="N",
         help="runs at the same time, each with 1/N of the threads (%(default)s)",
@@ -131,27 +154,27 @@ def _add_models(add: _Add) -> None:
     p.add_argument("model", help=model)
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what is to be continued")
     p.add_argument("--chat", action="store_true", help="put the prompt in the model's chat format")
-    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(%(default)s)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    p.add_argument("--max-new-tokens", type=_COUNT, default=128, metavar="N", help="(%(default)s)")
+    p.add_argument("--temperature", type=_FROM_ZERO, default=0.0, help="0 is greedy (%(default)s)")
     p.add_argument(
         "--top-p",
-        type=float,
+        type=_SHARE,
         default=1.0,
         help="the share that is drawn from (%(default)s)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    p.add_argument("--seed", type=_SEED, default=0, help="of the draws (%(default)s)")
     _dtype(p)
     p = add("serve", "an OpenAI-compatible server on loopback", commands.serve)
     p.add_argument("model", help=model)
-    p.add_argument("--port", type=int, default=8000, help="0: a free one (%(default)s)")
+    p.add_argument("--port", type=_PORT, default=8000, help="0: a free one (%(default)s)")
     p.add_argument(
-        "--max-rows", type=int, default=64, help="prompts continued at once (%(default)s)"
+        "--max-rows", type=_COUNT, default=64, help="prompts continued at once (%(default)s)"
     )
     _dtype(p)
     p = add("perplexity", "perplexity of text files", commands.perplexity)
     p.add_argument("model", help=model)
     p.add_argument("--data", nargs="+", required=True, metavar="FILE")
-    p.add_argument("--context", type=int, default=1024, help="tokens of a window (%(default)s)")
+    p.add_argument("--context", type=_WINDOW, default=1024, help="tokens of a window (%(default)s)")
     _dtype(p)
     p = add("merge", "a weighted sum of experts", commands.merge)
     p.add_argument("--expert", action="append", required=True, metavar="DIR=WEIGHT")
@@ -185,37 +208,37 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument("--haystack", metavar="FILE", help="text to hide needles in")
     p.add_argument(
         "--max-length",
-        type=int,
+        type=_COUNT,
         metavar="N",
         help="longest input of request sets, windows of text, tokens (default: the model's)",
     )
     p.add_argument("--out", required=True, help="results file (JSON)")
-    p.add_argument("--limit", type=int, help="at most so many documents a task")
-    p.add_argument("--seed", type=int, default=0, help="chooses the documents")
+    p.add_argument("--limit", type=_COUNT, help="at most so many documents a task")
+    p.add_argument("--seed", type=_SEED, default=0, help="chooses the documents")
     _dtype(p)
     p = add("fidelity", "how near a student stays to its teacher", commands.fidelity)
     p.add_argument("model", help="model directory of the student")
     p.add_argument("--teacher", required=True, help="model directory, .gguf file or fetched name")
     p.add_argument("--data", nargs="+", required=True, metavar="FILE")
-    p.add_argument("--context", type=int, default=1024, help="tokens of a window (%(default)s)")
-    p.add_argument("--windows", type=int, default=20, help="at most so many (%(default)s)")
+    p.add_argument("--context", type=_WINDOW, default=1024, help="tokens of a window (%(default)s)")
+    p.add_argument("--windows", type=_COUNT, default=20, help="at most so many (%(default)s)")
     p.add_argument(
         "--continuations",
-        type=int,
+        type=_COUNT_OR_NONE,
         default=0,
         help="also let both continue the first so many windows (%(default)s)",
     )
-    p.add_argument("--prompt-tokens", type=int, default=128, help="of a window (%(default)s)")
-    p.add_argument("--new-tokens", type=int, default=128, help="written by both (%(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of what is written")
+    p.add_argument("--prompt-tokens", type=_COUNT, default=128, help="of a window (%(default)s)")
+    p.add_argument("--new-tokens", type=_COUNT, default=128, help="written by both (%(default)s)")
+    p.add_argument("--temperature", type=_FROM_ZERO, default=1.0, help="0 is greedy (%(default)s)")
+    p.add_argument("--seed", type=_SEED, default=0, help="of what is written")
     p.add_argument("--out", help="file to write (JSON)")
     p = add("branches", "what each branch of a hybrid student carries", commands.branches)
     p.add_argument("model", help="model directory of the student")
     p.add_argument("--teacher", required=True, help="model directory, .gguf file or fetched name")
     p.add_argument("--data", nargs="+", required=True, metavar="FILE")
-    p.add_argument("--context", type=int, default=1024, help="tokens of a window (%(default)s)")
-    p.add_argument("--windows", type=int, default=20, help="at most so many (%(default)s)")
+    p.add_argument("--context", type=_WINDOW, default=1024, help="tokens of a window (%(default)s)")
+    p.add_argument("--windows", type=_COUNT, default=20, help="at most so many (%(default)s)")
     p = add("compare", "Win-and-Tie, recovery and plots of scores", commands.compare)
     file = "results file (JSON) or table (FILE.csv, FILE.csv:COLUMN)"
     p.add_argument("--teacher", required=True, metavar="FILE", help=file)
@@ -241,7 +264,7 @@ def _add_evaluation(add: _Add) -> None:
     p.add_argument(
         "--strict", action="store_true", help="fail where something was measured otherwise"
     )
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    p.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (%(default)s)")
     p.add_argument("--out", required=True, help="directory to write")
     p = add("lm-eval", "lm-evaluation-harness with a model of ours", commands.lm_eval)
     _dtype(p)
@@ -254,7 +277,7 @@ def _add_evaluation(add: _Add) -> None:
     )
     p = add("bench", "speed of the core on this machine", commands.bench)
     p.add_argument("suite", nargs="*", help="any of " + ", ".join(SUITES) + " (all)")
-    p.add_argument("--seconds", type=float, default=1.0, help="seconds a case")
+    p.add_argument("--seconds", type=_DURATION, default=1.0, help="seconds a case")
     p.add_argument(
         "--chart", metavar="FILE", help="cost against context: a plot (.svg, .png, .pdf)"
     )

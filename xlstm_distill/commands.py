@@ -41,7 +41,7 @@ from .evaluate.divergence import Estimate
 from .evaluate.evidence import STUDENT, FidelityFile, evidence
 from .evaluate.fidelity import windows_of
 from .evaluate.names import FEEL_THE_WINDOW, expand_tasks
-from .evaluate.needle import LENGTHS
+from .evaluate.needle import LENGTHS, reads_haystack
 from .evaluate.needle import TASKS as NEEDLES
 from .evaluate.perplexity import PERPLEXITY
 from .evaluate.scores import decimals
@@ -338,9 +338,6 @@ def serve(arguments: Arguments) -> Result:
     from .serve import listen
     from .serve import serve as serve_model
 
-    if arguments.max_rows < 1:
-        raise UserError(f"--max-rows {arguments.max_rows}: expected at least 1", usage=True)
-
     def ready(address: str) -> None:
         say = f"serving {arguments.model} at {address}; Ctrl-C stops"
         print(say, file=sys.stderr if arguments.json else sys.stdout, flush=True)
@@ -353,8 +350,6 @@ def serve(arguments: Arguments) -> Result:
 
 def perplexity(arguments: Arguments) -> Result:
     """What `evaluate` finds of files, a token and over all of them; nothing is written."""
-    if arguments.context < 2:
-        raise UserError(f"--context {arguments.context}: expected at least 2", usage=True)
     names = expand_tasks([f"{PERPLEXITY}:{file}" for file in arguments.data])
     model = _load(arguments)
     with Reporter(quiet=arguments.json).in_turn(names) as progress:
@@ -432,11 +427,11 @@ def evaluate(arguments: Arguments) -> Result:
     started = time.time()
     named = _tasks(arguments)
     out = Path(arguments.out)
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed}: expected at least 0", usage=True)
     if out.is_dir():
         raise UserError(f"--out {out}: is a directory, name a file", usage=True)
     tasks = expand_tasks(named)
+    if arguments.haystack is not None and not any(map(reads_haystack, tasks)):
+        raise UserError(f"--haystack {arguments.haystack}: no task here reads it", usage=True)
     model = _load(arguments)
     teacher = tokenizer = None
     if arguments.teacher:
@@ -619,10 +614,10 @@ def _continuations(
     for bucket in (None, *range(len(found.buckets))):
         low, high = (0, found.tokens) if bucket is None else found.buckets[bucket]
         e = found.excess("student", bucket)
+        interval = f" ({e.low:.4f} to {e.high:.4f})" if found.prompts > 1 else ""
         facts[f"written {low}-{high}"] = (
             f"teacher's NLL {found.mean('student', bucket):.4f}, of its own "
-            f"{found.mean('teacher', bucket):.4f}, excess {e.value:.4f} "
-            f"({e.low:.4f} to {e.high:.4f})"
+            f"{found.mean('teacher', bucket):.4f}, excess {e.value:.4f}{interval}"
         )
     _facts(arguments, facts)
     return found.model_dump()
@@ -674,8 +669,6 @@ def branches(arguments: Arguments) -> Result:
 
 def _pair(arguments: Arguments) -> tuple[Model, Model, list[list[int]]]:
     """Teacher, student and the documents of `--data`."""
-    if arguments.windows < 1:
-        raise UserError(f"--windows {arguments.windows}: expected at least 1", usage=True)
     teacher, student = load(arguments.teacher), load(arguments.model)
     tokenizer = _check_pair(teacher, student, arguments)
     data = TokenData.from_files(arguments.data, tokenizer)

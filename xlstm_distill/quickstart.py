@@ -9,6 +9,7 @@ does neither again.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -238,7 +239,7 @@ def quickstart(
     given and the run there began with another number, or if disk or memory are too small.
     """
     reporter = reporter or Reporter()
-    if minutes is not None and not minutes > 0:
+    if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"--minutes {minutes}: expected more than 0", usage=True)
     packages.fetch(TEACHER)
     packages.fetch("olmes")

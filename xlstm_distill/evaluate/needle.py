@@ -130,7 +130,7 @@ def needle(
     base, length = name.partition(":")[0], check_length(name)
     essay = _sentences(haystack)
     new = _VT_TOKENS if base == "vt" else _NIAH_TOKENS
-    most = len(essay) if _uses_text(base) else length
+    most = len(essay) if reads_haystack(base) else length
 
     def question(index: int) -> Question:
         rng = random.Random(f"{base} {seed} {index}")
@@ -148,11 +148,13 @@ def needle(
         metric=_METRIC,
         score=string_match_all,
         shots=1 if base == "vt" else 0,
-        config={"length": length, "request_set": _sha(essay) if _uses_text(base) else None},
+        config={"length": length, "request_set": _sha(essay) if reads_haystack(base) else None},
     )
 
 
-def _uses_text(base: str) -> bool:
+def reads_haystack(name: str) -> bool:
+    """Whether a task, with or without its length, hides needles in the text of a haystack."""
+    base = name.partition(":")[0]
     return base in _NIAHS and _NIAHS[base].haystack == "essay"
 
 
