@@ -64,6 +64,7 @@ _PAIR = "s --teacher t --data d"
         ("generate m --prompt p", "--top-p 1.5", "more than 0 and at most 1"),
         ("generate m --prompt p", "--seed 9223372036854775808", "0 to 2^63 - 1"),
         ("serve m", "--port 65536", "0 to 65535"),
+        ("serve m", "--port -1", "0 to 65535"),
         ("serve m", "--max-rows 0", "at least 1"),
         ("perplexity m --data d", "--context 1", "at least 2"),
         ("evaluate m --tasks vt:512 --out o", "--limit 0", "at least 1"),

@@ -30,6 +30,7 @@ from tolerances import PREFILL_STEP_F32
 
 import xlstm_distill
 from xlstm_distill.cli import main
+from xlstm_distill.errors import UserError
 from xlstm_distill.generate import Batch, Row
 from xlstm_distill.linearize import linearize
 from xlstm_distill.model import state_nbytes
@@ -613,9 +614,9 @@ def test_a_taken_port_is_told_before_the_model_is_looked_at(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_what_is_no_port_is_refused(tmp_path, capsys, port):
-    assert main(["serve", str(tmp_path), f"--port={port}"]) == 2
-    assert f"--port {port}: " in capsys.readouterr().err
+def test_what_is_no_port_is_refused(port):
+    with pytest.raises(UserError, match=f"--port {port}: "):
+        listen(port)
 
 
 @pytest.mark.parametrize(
