@@ -18,7 +18,8 @@ from .generation import Sample
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep `folder` to this process inside the block: two that append to one file would leave
-    documents twice and others out, which nobody sees after a kill. Goes if nothing is in it.
+    documents twice and others out, which nobody sees after a kill. In the end the
+    folder is removed if nothing is in it.
 
     Raises UserError if it cannot be made, or if another process holds it.
     """
